@@ -1,0 +1,56 @@
+//! Resource types of the `exo.dev/v1alpha1` API group and the wire forms that cross the border
+//! between control plane and agent.
+//!
+//! Owns: the Rust types from which the CRDs are generated, their validation beyond the schema,
+//! quantities, YAML reading. Never: IO, clocks, randomness, policy.
+
+mod condition;
+pub mod generate;
+mod instance;
+mod model;
+mod node;
+mod quantity;
+mod shard;
+pub mod yaml;
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::CustomResourceExt as _;
+
+pub use condition::{conditions_equal, set_condition};
+pub use instance::{
+    InferenceInstance, InferenceInstanceSpec, InferenceInstanceStatus, InstancePhase,
+    NodeRequirements, ReplicaStatus, Sharding, Transport,
+};
+pub use model::{
+    Architecture, Model, ModelSource, ModelSpec, ModelStatus, Quantization, ShardingKind,
+    WeightBytes,
+};
+pub use node::{Compute, MemoryStatus, Node, NodeAddress, NodeSpec, NodeStatus, NodeVersions};
+pub use quantity::{ParseQuantityError, Quantity};
+pub use shard::{
+    LayerRange, ParseLayerRangeError, Rendezvous, Shard, ShardFailure, ShardListen, ShardModel,
+    ShardPhase, ShardSpec, ShardStatus, TransportKind,
+};
+
+/// API group of every resource defined here.
+pub const GROUP: &str = "exo.dev";
+/// The one version served.
+pub const VERSION: &str = "v1alpha1";
+/// Finalizer that an agent holds on a Shard until its runner has stopped.
+pub const SHARD_FINALIZER: &str = "exo.dev/runner";
+/// Label on a Shard: the InferenceInstance it belongs to.
+pub const LABEL_INSTANCE: &str = "exo.dev/instance";
+/// Label on a Shard: the epoch it belongs to.
+pub const LABEL_EPOCH: &str = "exo.dev/epoch";
+/// Label on a Shard: the replica it belongs to.
+pub const LABEL_REPLICA: &str = "exo.dev/replica";
+
+/// All definitions of the group, in the order in which they are printed.
+pub fn all() -> Vec<CustomResourceDefinition> {
+    vec![
+        Node::crd(),
+        Model::crd(),
+        InferenceInstance::crd(),
+        Shard::crd(),
+    ]
+}

@@ -1,0 +1,148 @@
+//! `Model`: where weights come from and what placement must know about them.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::CustomResource;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A model that instances can run.
+#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "exo.dev",
+    version = "v1alpha1",
+    kind = "Model",
+    plural = "models",
+    singular = "model",
+    status = "ModelStatus",
+    derive = "PartialEq",
+    printcolumn(
+        name = "Type",
+        type_ = "string",
+        json_path = ".spec.architecture.modelType"
+    ),
+    printcolumn(
+        name = "Layers",
+        type_ = "integer",
+        json_path = ".spec.architecture.layers"
+    ),
+    printcolumn(
+        name = "Context",
+        type_ = "integer",
+        json_path = ".spec.architecture.contextLength"
+    ),
+    printcolumn(
+        name = "Bits",
+        type_ = "integer",
+        json_path = ".spec.quantization.bits"
+    ),
+    printcolumn(
+        name = "Source",
+        type_ = "string",
+        json_path = ".spec.source.repo",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Path",
+        type_ = "string",
+        json_path = ".spec.source.path",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Age",
+        type_ = "date",
+        json_path = ".metadata.creationTimestamp"
+    )
+)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelSpec {
+    pub source: ModelSource,
+    pub architecture: Architecture,
+    pub weights: WeightBytes,
+    /// Absent for weights that are not quantized.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<Quantization>,
+    /// How the model may be split.
+    #[serde(default = "default_shardings")]
+    pub shardings: Vec<ShardingKind>,
+}
+
+fn default_shardings() -> Vec<ShardingKind> {
+    vec![ShardingKind::Pipeline]
+}
+
+/// Where weights come from: exactly one of `path` and `repo`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelSource {
+    /// A folder in Hugging Face layout: absolute, or relative to one of the node's model folders.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// A Hugging Face repository, `owner/name`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repo: Option<String>,
+    /// Branch, tag or commit of `repo`; `main` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+}
+
+/// Facts of `config.json` that placement needs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Architecture {
+    /// `model_type` of `config.json`.
+    pub model_type: String,
+    #[schemars(range(min = 1, max = 10_000))]
+    pub layers: u32,
+    #[schemars(range(min = 1))]
+    pub hidden_size: u32,
+    #[schemars(range(min = 1))]
+    pub heads: u32,
+    #[schemars(range(min = 1))]
+    pub kv_heads: u32,
+    #[schemars(range(min = 1))]
+    pub head_dim: u32,
+    #[schemars(range(min = 1))]
+    pub vocab_size: u32,
+    /// Longest sequence, in tokens.
+    #[schemars(range(min = 1))]
+    pub context_length: u32,
+}
+
+/// Size of the weights by part, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct WeightBytes {
+    /// One transformer layer.
+    pub layer: u64,
+    /// Token embeddings.
+    pub embedding: u64,
+    /// Final norm and output head; the embeddings again where they are tied.
+    pub head: u64,
+}
+
+/// Quantization as mlx-lm's converter writes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Quantization {
+    pub bits: u32,
+    pub group_size: u32,
+}
+
+/// A way of splitting a model over ranks.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+pub enum ShardingKind {
+    /// Contiguous layers per rank.
+    Pipeline,
+    /// Every layer on every rank, heads and MLP split.
+    Tensor,
+}
+
+/// What the control plane knows about a model.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelStatus {
+    #[serde(default)]
+    pub conditions: Vec<Condition>,
+}

@@ -1,0 +1,1 @@
+//! Starts real exo processes for the end-to-end tests.
