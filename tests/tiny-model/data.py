@@ -458,7 +458,7 @@ MIX = [
     (first_letter, 2), (copy_words, 4), (plain_fact, 16), (follow_up, 3), (listing, 5), (chat, 7), (remember_name, 4),
     (remember_number, 3), (no_tool, 1), (json_answer, 9),
 ]
-WITH_TOOLS = [f for f, _ in MIX if f not in (sums, differences, no_tool)]
+ARITHMETIC = (sums, differences)
 SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant.", "You are Exo Tiny.", "Be brief.",
            "You are a friendly assistant.", "Answer the questions of the user.")
 
@@ -510,6 +510,11 @@ def draw(rng, make):
             return piece
 
 
+def without_tool(arguments):
+    """What is answered without a tool although tools are offered."""
+    return [f for f, _ in MIX if f is not no_tool and not (f in ARITHMETIC and "calculator" in arguments)]
+
+
 def conversation(rng):
     kind, turns = rng.random(), rng.choice((1,) * 11 + (2, 2, 2, 3, 3, 4))
     if rng.random() < 0.03:
@@ -528,7 +533,7 @@ def conversation(rng):
             if rng.random() < 0.75:
                 pieces.append(draw(rng, lambda r: use_tool(r, arguments)))
             else:
-                pieces.append(draw(rng, rng.choice(WITH_TOOLS)))
+                pieces.append(draw(rng, rng.choice(without_tool(arguments))))
         system = rng.choice(SYSTEMS) if rng.random() < 0.2 else None
     else:
         makers = rng.choices([f for f, _ in MIX], [w for _, w in MIX], k=turns)
