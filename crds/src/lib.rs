@@ -10,6 +10,7 @@ mod instance;
 mod model;
 mod node;
 mod quantity;
+pub mod runner;
 mod shard;
 pub mod yaml;
 
