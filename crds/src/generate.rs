@@ -69,11 +69,7 @@ pub struct SamplingParams {
 
 impl Default for SamplingParams {
     fn default() -> Self {
-        Self {
-            temperature: 1.0,
-            top_p: 1.0,
-            seed: 0,
-        }
+        Self { temperature: 1.0, top_p: 1.0, seed: 0 }
     }
 }
 

@@ -48,10 +48,5 @@ pub const LABEL_REPLICA: &str = "exo.dev/replica";
 
 /// All definitions of the group, in the order in which they are printed.
 pub fn all() -> Vec<CustomResourceDefinition> {
-    vec![
-        Node::crd(),
-        Model::crd(),
-        InferenceInstance::crd(),
-        Shard::crd(),
-    ]
+    vec![Node::crd(), Model::crd(), InferenceInstance::crd(), Shard::crd()]
 }

@@ -15,43 +15,17 @@ use serde::{Deserialize, Serialize};
     singular = "model",
     status = "ModelStatus",
     derive = "PartialEq",
-    printcolumn(
-        name = "Type",
-        type_ = "string",
-        json_path = ".spec.architecture.modelType"
-    ),
-    printcolumn(
-        name = "Layers",
-        type_ = "integer",
-        json_path = ".spec.architecture.layers"
-    ),
+    printcolumn(name = "Type", type_ = "string", json_path = ".spec.architecture.modelType"),
+    printcolumn(name = "Layers", type_ = "integer", json_path = ".spec.architecture.layers"),
     printcolumn(
         name = "Context",
         type_ = "integer",
         json_path = ".spec.architecture.contextLength"
     ),
-    printcolumn(
-        name = "Bits",
-        type_ = "integer",
-        json_path = ".spec.quantization.bits"
-    ),
-    printcolumn(
-        name = "Source",
-        type_ = "string",
-        json_path = ".spec.source.repo",
-        priority = 1
-    ),
-    printcolumn(
-        name = "Path",
-        type_ = "string",
-        json_path = ".spec.source.path",
-        priority = 1
-    ),
-    printcolumn(
-        name = "Age",
-        type_ = "date",
-        json_path = ".metadata.creationTimestamp"
-    )
+    printcolumn(name = "Bits", type_ = "integer", json_path = ".spec.quantization.bits"),
+    printcolumn(name = "Source", type_ = "string", json_path = ".spec.source.repo", priority = 1),
+    printcolumn(name = "Path", type_ = "string", json_path = ".spec.source.path", priority = 1),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ModelSpec {

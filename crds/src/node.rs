@@ -35,11 +35,7 @@ use crate::{Quantity, TransportKind};
         priority = 1
     ),
     printcolumn(name = "Version", type_ = "string", json_path = ".status.versions.exo"),
-    printcolumn(
-        name = "Age",
-        type_ = "date",
-        json_path = ".metadata.creationTimestamp"
-    )
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct NodeSpec {

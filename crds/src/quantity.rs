@@ -44,31 +44,19 @@ impl Quantity {
     /// Rounded to the nearest whole binary unit that leaves at least 1 unit, for tables.
     pub fn rounded(self) -> Self {
         let unit = binary_unit(self.bytes).1;
-        Self {
-            bytes: (self.bytes + unit / 2) / unit * unit,
-        }
+        Self { bytes: (self.bytes + unit / 2) / unit * unit }
     }
 }
 
 fn binary_unit(bytes: u64) -> (&'static str, u64) {
     let fits = |unit: &&(&'static str, u64)| bytes >= unit.1;
-    UNITS[..5]
-        .iter()
-        .rev()
-        .find(fits)
-        .copied()
-        .unwrap_or(("", 1))
+    UNITS[..5].iter().rev().find(fits).copied().unwrap_or(("", 1))
 }
 
 impl fmt::Display for Quantity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let exact = |unit: &&(&str, u64)| self.bytes > 0 && self.bytes % unit.1 == 0;
-        let (suffix, unit) = UNITS[..5]
-            .iter()
-            .rev()
-            .find(exact)
-            .copied()
-            .unwrap_or(("", 1));
+        let (suffix, unit) = UNITS[..5].iter().rev().find(exact).copied().unwrap_or(("", 1));
         write!(f, "{}{suffix}", self.bytes / unit)
     }
 }
@@ -93,10 +81,8 @@ impl FromStr for Quantity {
             let scale = 10u128.pow(fraction.len() as u32);
             let part: u128 = fraction.parse().map_err(|_| error())?;
             let part = (part * u128::from(unit)).div_ceil(scale);
-            bytes = u64::try_from(part)
-                .ok()
-                .and_then(|p| bytes.checked_add(p))
-                .ok_or_else(error)?;
+            bytes =
+                u64::try_from(part).ok().and_then(|p| bytes.checked_add(p)).ok_or_else(error)?;
         }
         Ok(Self { bytes })
     }
@@ -151,16 +137,7 @@ mod tests {
         check("19Gi", 19 << 30, "19Gi");
         check("1.5Gi", 3 << 29, "1536Mi");
         check("1500M", 1_500_000_000, "1500000000");
-        for bad in [
-            "",
-            "Gi",
-            "-1Gi",
-            "1 Gi",
-            "1.Gi.",
-            "99999999999Pi",
-            "1e3",
-            "0.1234567891Gi",
-        ] {
+        for bad in ["", "Gi", "-1Gi", "1 Gi", "1.Gi.", "99999999999Pi", "1e3", "0.1234567891Gi"] {
             assert!(bad.parse::<Quantity>().is_err(), "{bad}");
         }
     }

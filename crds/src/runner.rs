@@ -109,25 +109,16 @@ mod tests {
 
     fn check_event(event: &RunnerEvent, wire: &serde_json::Value) {
         assert_eq!(&serde_json::to_value(event).unwrap(), wire);
-        assert_eq!(
-            &serde_json::from_value::<RunnerEvent>(wire.clone()).unwrap(),
-            event
-        );
+        assert_eq!(&serde_json::from_value::<RunnerEvent>(wire.clone()).unwrap(), event);
     }
 
     #[test]
     fn events_have_this_form() {
         check_event(
-            &RunnerEvent::Phase {
-                phase: ShardPhase::Loading,
-                progress_percent: 40,
-            },
+            &RunnerEvent::Phase { phase: ShardPhase::Loading, progress_percent: 40 },
             &json!({"type": "phase", "phase": "Loading", "progress_percent": 40}),
         );
-        check_event(
-            &RunnerEvent::Memory { bytes: 7 },
-            &json!({"type": "memory", "bytes": 7}),
-        );
+        check_event(&RunnerEvent::Memory { bytes: 7 }, &json!({"type": "memory", "bytes": 7}));
         check_event(
             &RunnerEvent::Throughput { tokens_per_s: 1.5 },
             &json!({"type": "throughput", "tokens_per_s": 1.5}),

@@ -34,11 +34,7 @@ use crate::{ModelSource, Quantity, ShardingKind};
         json_path = ".status.failure.message",
         priority = 1
     ),
-    printcolumn(
-        name = "Age",
-        type_ = "date",
-        json_path = ".metadata.creationTimestamp"
-    )
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ShardSpec {
@@ -185,10 +181,7 @@ pub struct ParseLayerRangeError(String);
 impl LayerRange {
     /// `None` for an empty range. `end` is exclusive.
     pub fn new(range: Range<u32>) -> Option<Self> {
-        (range.start < range.end).then(|| Self {
-            first: range.start,
-            last: range.end - 1,
-        })
+        (range.start < range.end).then(|| Self { first: range.start, last: range.end - 1 })
     }
 
     /// The half-open range.

@@ -29,10 +29,8 @@ pub fn documents(text: &str) -> Result<Vec<Value>, YamlError> {
     }
     let mut values = Vec::new();
     for (index, document) in serde_yaml::Deserializer::from_str(text).enumerate() {
-        let value = Value::deserialize(document).map_err(|source| YamlError::Syntax {
-            document: index + 1,
-            source,
-        })?;
+        let value = Value::deserialize(document)
+            .map_err(|source| YamlError::Syntax { document: index + 1, source })?;
         if !value.is_null() {
             values.push(value);
         }
@@ -45,10 +43,7 @@ pub fn from_str<T: DeserializeOwned>(text: &str) -> Result<T, YamlError> {
     if text.len() > MAX_BYTES {
         return Err(YamlError::TooLarge(text.len()));
     }
-    serde_yaml::from_str(text).map_err(|source| YamlError::Syntax {
-        document: 1,
-        source,
-    })
+    serde_yaml::from_str(text).map_err(|source| YamlError::Syntax { document: 1, source })
 }
 
 /// Writes one document.
@@ -63,18 +58,12 @@ mod tests {
     #[test]
     fn reads_several_documents_and_skips_empty_ones() {
         let values = documents("a: 1\n---\n---\nb: [x]\n").unwrap();
-        assert_eq!(
-            values,
-            [serde_json::json!({"a": 1}), serde_json::json!({"b": ["x"]})]
-        );
+        assert_eq!(values, [serde_json::json!({"a": 1}), serde_json::json!({"b": ["x"]})]);
     }
 
     #[test]
     fn names_the_document_with_the_error() {
         let error = documents("a: 1\n---\nb: [x\n").unwrap_err();
-        assert!(
-            matches!(error, YamlError::Syntax { document: 2, .. }),
-            "{error}"
-        );
+        assert!(matches!(error, YamlError::Syntax { document: 2, .. }), "{error}");
     }
 }

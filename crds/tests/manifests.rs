@@ -34,11 +34,7 @@ fn schemas_are_structural() {
             for forbidden in ["$ref", "definitions", "$defs", "deprecated", "const"] {
                 assert!(!object.contains_key(forbidden), "{path}: {forbidden}");
             }
-            assert_ne!(
-                object.get("additionalProperties"),
-                Some(&false.into()),
-                "{path}"
-            );
+            assert_ne!(object.get("additionalProperties"), Some(&false.into()), "{path}");
             for (key, inner) in object {
                 walk(inner, &format!("{path}.{key}"));
             }
@@ -46,13 +42,7 @@ fn schemas_are_structural() {
     }
     for crd in exo_crds::all() {
         for version in &crd.spec.versions {
-            let schema = version
-                .schema
-                .as_ref()
-                .unwrap()
-                .open_api_v3_schema
-                .as_ref()
-                .unwrap();
+            let schema = version.schema.as_ref().unwrap().open_api_v3_schema.as_ref().unwrap();
             walk(&serde_json::to_value(schema).unwrap(), &crd.spec.names.kind);
         }
     }

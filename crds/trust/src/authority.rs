@@ -1,0 +1,195 @@
+//! The cluster's certificate authority.
+
+use std::{net::IpAddr, path::Path};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+};
+use rustls_pki_types::{CertificateDer, pem::PemObject as _};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use crate::{NODE_DNS_NAME, TrustError, write_private};
+
+/// Ten years: nothing rotates the authority, and its loss means joining again.
+const CA_DAYS: u64 = 3650;
+/// A year; members renew in the last third.
+const LEAF_DAYS: u64 = 365;
+const DAY_S: u64 = 86_400;
+/// Clocks of Macs on one LAN may differ by this much.
+const SKEW_S: u64 = 3600;
+
+/// Signs certificates. Its key never leaves the control plane's data directory.
+#[derive(Debug)]
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    certificate_pem: String,
+}
+
+/// Whom a certificate speaks for; becomes CN and O of its subject.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subject {
+    pub name: String,
+    pub groups: Vec<String>,
+}
+
+/// A certificate with the key that was made for it, both PEM.
+#[derive(Clone, Debug)]
+pub struct Issued {
+    pub certificate_pem: String,
+    pub key_pem: String,
+}
+
+/// A signing request made by a joining node; the key stays there.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub csr_pem: String,
+    pub key_pem: String,
+}
+
+impl Authority {
+    /// Opens the authority in `dir` (`ca.crt`, `ca.key`), or makes one. `now_s`: Unix time.
+    pub fn open_or_create(dir: &Path, now_s: u64) -> Result<Self, TrustError> {
+        let (cert_path, key_path) = (dir.join("ca.crt"), dir.join("ca.key"));
+        // The key is written last: a certificate without a key is a torn creation, made anew.
+        if key_path.exists() {
+            let text = |path: &Path| {
+                std::fs::read_to_string(path)
+                    .map_err(|source| TrustError::Read { path: path.to_owned(), source })
+            };
+            let (certificate_pem, key) = (text(&cert_path)?, KeyPair::from_pem(&text(&key_path)?)?);
+            let issuer = Issuer::from_ca_cert_pem(&certificate_pem, key)?;
+            return Ok(Self { issuer, certificate_pem });
+        }
+        std::fs::create_dir_all(dir)
+            .map_err(|source| TrustError::Write { path: dir.to_owned(), source })?;
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::new(Vec::new())?;
+        params.distinguished_name = distinguished_name(&Subject {
+            name: "exo cluster authority".to_owned(),
+            groups: Vec::new(),
+        });
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        set_validity(&mut params, now_s, CA_DAYS);
+        let certificate_pem = params.self_signed(&key)?.pem();
+        write_private(&cert_path, certificate_pem.as_bytes())?;
+        write_private(&key_path, key.serialize_pem().as_bytes())?;
+        Ok(Self { issuer: Issuer::from_ca_cert_pem(&certificate_pem, key)?, certificate_pem })
+    }
+
+    /// The authority's own certificate, PEM.
+    pub fn certificate_pem(&self) -> &str {
+        &self.certificate_pem
+    }
+
+    /// Issues a certificate with a new key. Nodes pass their addresses; people pass none.
+    pub fn issue(
+        &self,
+        subject: &Subject,
+        addresses: Option<&[IpAddr]>,
+        now_s: u64,
+    ) -> Result<Issued, TrustError> {
+        let key = KeyPair::generate()?;
+        let params = leaf(subject, addresses, now_s)?;
+        let certificate_pem = params.signed_by(&key, &self.issuer)?.pem();
+        Ok(Issued { certificate_pem, key_pem: key.serialize_pem() })
+    }
+
+    /// Signs a node's request. Only its public key is taken over; subject and names are ours.
+    pub fn sign(
+        &self,
+        csr_pem: &str,
+        subject: &Subject,
+        addresses: &[IpAddr],
+        now_s: u64,
+    ) -> Result<String, TrustError> {
+        let mut request = CertificateSigningRequestParams::from_pem(csr_pem)?;
+        request.params = leaf(subject, Some(addresses), now_s)?;
+        Ok(request.signed_by(&self.issuer)?.pem())
+    }
+}
+
+impl Request {
+    /// Makes a key and a request for it.
+    pub fn new() -> Result<Self, TrustError> {
+        let key = KeyPair::generate()?;
+        let csr_pem = CertificateParams::new(Vec::new())?.serialize_request(&key)?.pem()?;
+        Ok(Self { csr_pem, key_pem: key.serialize_pem() })
+    }
+}
+
+/// Whether a certificate (PEM) is in the last third of its life or unreadable.
+pub fn certificate_renewal_due(certificate_pem: &str, now_s: u64) -> bool {
+    let Ok(der) = CertificateDer::from_pem_slice(certificate_pem.as_bytes()) else {
+        return true;
+    };
+    let Ok((_, certificate)) = X509Certificate::from_der(&der) else {
+        return true;
+    };
+    let end = certificate.validity().not_after.timestamp();
+    let now = i64::try_from(now_s).unwrap_or(i64::MAX);
+    end - now < (LEAF_DAYS * DAY_S / 3) as i64
+}
+
+/// CN and O of a certificate in DER form.
+pub(crate) fn subject_of(der: &CertificateDer<'_>) -> Result<Subject, TrustError> {
+    let (_, certificate) =
+        X509Certificate::from_der(der).map_err(|error| TrustError::Parse(error.to_string()))?;
+    let subject = certificate.subject();
+    let text = |value: &x509_parser::x509::AttributeTypeAndValue<'_>| {
+        value.as_str().map(str::to_owned).map_err(|error| TrustError::Parse(error.to_string()))
+    };
+    let name = subject
+        .iter_common_name()
+        .next()
+        .ok_or_else(|| TrustError::Parse("the subject has no common name".to_owned()))?;
+    Ok(Subject {
+        name: text(name)?,
+        groups: subject.iter_organization().map(text).collect::<Result<_, _>>()?,
+    })
+}
+
+fn leaf(
+    subject: &Subject,
+    addresses: Option<&[IpAddr]>,
+    now_s: u64,
+) -> Result<CertificateParams, TrustError> {
+    let mut params = CertificateParams::new(Vec::new())?;
+    params.distinguished_name = distinguished_name(subject);
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    if let Some(addresses) = addresses {
+        params.extended_key_usages.push(ExtendedKeyUsagePurpose::ServerAuth);
+        let mut names = vec![NODE_DNS_NAME, "localhost"];
+        names.extend(is_dns_name(&subject.name).then_some(subject.name.as_str()));
+        for name in names {
+            params.subject_alt_names.push(SanType::DnsName(name.try_into()?));
+        }
+        params.subject_alt_names.extend(addresses.iter().copied().map(SanType::IpAddress));
+    }
+    set_validity(&mut params, now_s, LEAF_DAYS);
+    Ok(params)
+}
+
+fn is_dns_name(name: &str) -> bool {
+    rustls_pki_types::DnsName::try_from(name).is_ok()
+}
+
+fn distinguished_name(subject: &Subject) -> DistinguishedName {
+    let mut name = DistinguishedName::new();
+    for group in &subject.groups {
+        name.push(DnType::OrganizationName, group.as_str());
+    }
+    name.push(DnType::CommonName, subject.name.as_str());
+    name
+}
+
+fn set_validity(params: &mut CertificateParams, now_s: u64, days: u64) {
+    let at = |seconds: u64| {
+        let now = i64::try_from(seconds).unwrap_or(i64::MAX);
+        time::OffsetDateTime::from_unix_timestamp(now).unwrap_or(time::OffsetDateTime::UNIX_EPOCH)
+    };
+    params.not_before = at(now_s.saturating_sub(SKEW_S));
+    params.not_after = at(now_s + days * DAY_S);
+}

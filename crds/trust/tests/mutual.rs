@@ -1,0 +1,103 @@
+//! Real handshakes over loopback.
+
+use std::{net::Ipv4Addr, path::Path};
+
+use axum::{Router, extract::ConnectInfo, routing::get};
+use exo_trust::{
+    Authority, ClientAuth, GROUP_NODES, Peer, Request, Subject, TlsListener, TlsPaths,
+    bootstrap_client, reqwest_client, server_config, write_private,
+};
+use tokio::net::TcpListener;
+
+const NOW_S: u64 = 1_800_000_000;
+
+fn real_now_s() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()
+}
+
+fn node(authority: &Authority, dir: &Path, name: &str) -> TlsPaths {
+    std::fs::create_dir_all(dir).unwrap();
+    let subject = Subject { name: name.to_owned(), groups: vec![GROUP_NODES.to_owned()] };
+    let issued = authority.issue(&subject, Some(&[]), real_now_s()).unwrap();
+    let paths = TlsPaths::in_dir(dir);
+    write_private(&paths.ca, authority.certificate_pem().as_bytes()).unwrap();
+    write_private(&paths.cert, issued.certificate_pem.as_bytes()).unwrap();
+    write_private(&paths.key, issued.key_pem.as_bytes()).unwrap();
+    paths
+}
+
+async fn serve(paths: &TlsPaths, auth: ClientAuth) -> String {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let listener = TlsListener::new(listener, server_config(paths, auth).unwrap()).unwrap();
+    let address = axum::serve::Listener::local_addr(&listener).unwrap().address;
+    let app = Router::new().route(
+        "/",
+        get(|ConnectInfo(peer): ConnectInfo<Peer>| async move {
+            peer.certificate.map_or("nobody".to_owned(), |s| format!("{} {:?}", s.name, s.groups))
+        }),
+    );
+    let service = app.into_make_service_with_connect_info::<Peer>();
+    tokio::spawn(async move { axum::serve(listener, service).await });
+    format!("https://{address}/")
+}
+
+#[tokio::test]
+async fn members_know_each_other_and_strangers_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::open_or_create(&dir.path().join("pki"), real_now_s()).unwrap();
+    let server = node(&authority, &dir.path().join("a"), "a");
+    let member = reqwest_client(&node(&authority, &dir.path().join("b"), "studio-2")).unwrap();
+    let url = serve(&server, ClientAuth::Required).await;
+
+    let text = member.get(&url).send().await.unwrap().text().await.unwrap();
+    assert_eq!(text, "studio-2 [\"system:nodes\"]");
+    bootstrap_client().unwrap().get(&url).send().await.unwrap_err();
+
+    let other = Authority::open_or_create(&dir.path().join("other"), real_now_s()).unwrap();
+    let stranger = reqwest_client(&node(&other, &dir.path().join("c"), "c")).unwrap();
+    stranger.get(&url).send().await.unwrap_err();
+    // The stranger's own server is refused by members, whatever address it has.
+    let fake = serve(&node(&other, &dir.path().join("d"), "d"), ClientAuth::Optional).await;
+    member.get(&fake).send().await.unwrap_err();
+}
+
+#[tokio::test]
+async fn optional_authentication_lets_joining_nodes_in_without_a_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::open_or_create(&dir.path().join("pki"), real_now_s()).unwrap();
+    let url = serve(&node(&authority, &dir.path().join("a"), "a"), ClientAuth::Optional).await;
+    let text = bootstrap_client().unwrap().get(&url).send().await.unwrap().text().await.unwrap();
+    assert_eq!(text, "nobody");
+}
+
+#[test]
+fn an_authority_is_the_same_after_a_restart_and_signs_requests() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = Authority::open_or_create(dir.path(), NOW_S).unwrap();
+    let again = Authority::open_or_create(dir.path(), NOW_S + 5).unwrap();
+    assert_eq!(first.certificate_pem(), again.certificate_pem());
+    let request = Request::new().unwrap();
+    let subject = Subject { name: "b".to_owned(), groups: vec![] };
+    let pem = again.sign(&request.csr_pem, &subject, &[], NOW_S).unwrap();
+    assert!(!exo_trust::certificate_renewal_due(&pem, NOW_S));
+    assert!(exo_trust::certificate_renewal_due(&pem, NOW_S + 300 * 86_400));
+    assert!(exo_trust::certificate_renewal_due("nonsense", NOW_S));
+}
+
+#[cfg(unix)]
+#[test]
+fn keys_are_private_files() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    Authority::open_or_create(dir.path(), NOW_S).unwrap();
+    let mode = std::fs::metadata(dir.path().join("ca.key")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+#[test]
+fn damaged_files_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("ca.crt"), "x").unwrap();
+    let error = server_config(&TlsPaths::in_dir(dir.path()), ClientAuth::Required).unwrap_err();
+    assert!(error.to_string().contains("node.crt") || error.to_string().contains("ca"), "{error}");
+}
