@@ -1,0 +1,214 @@
+//! The handle through which everything else uses the store.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use tokio::sync::watch;
+
+use crate::{
+    command::{Command, Entry, Meta, Outcome, Txn},
+    shared::{Shared, Watch},
+    state::{HistoryLimits, ListQuery, Listing, ReadError, State},
+};
+
+/// Why the store did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error("invalid transaction: {0}")]
+    Invalid(String),
+    /// Writes and linearizable reads go to the leader.
+    #[error("this node doesn't lead the store; {}", leader_text(leader.as_deref()))]
+    NotLeader {
+        /// Its address, when one is known.
+        leader: Option<String>,
+    },
+    /// It may have been carried out all the same: look before trying again.
+    #[error("the outcome of the write is unknown: {0}")]
+    Unknown(String),
+    /// No answer from a majority in time.
+    #[error("the store is unavailable: {0}")]
+    Unavailable(String),
+    #[error("the store is shut down")]
+    Closed,
+}
+
+fn leader_text(leader: Option<&str>) -> String {
+    match leader {
+        Some(leader) => format!("the leader is {leader}"),
+        None => "no leader is known".to_owned(),
+    }
+}
+
+impl StoreError {
+    /// The same call may work a little later, and repeating it does no harm.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::NotLeader { .. } | Self::Unavailable(_) => true,
+            Self::Read(_) | Self::Invalid(_) | Self::Unknown(_) | Self::Closed => false,
+        }
+    }
+}
+
+/// What became of a transaction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TxnOutcome {
+    /// Carried out. If it changed something, `revision` is the changed keys' `mod_revision`.
+    Committed { revision: u64 },
+    /// A comparison failed; what each compared key holds, in their order.
+    Conflict { current: Vec<Option<Entry>> },
+}
+
+/// Who leads the store, as this node sees it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Leadership {
+    /// This node leads.
+    pub is_leader: bool,
+    pub term: u64,
+    /// Address of the leader, when one is known.
+    pub leader: Option<String>,
+}
+
+/// A store. Clones share it.
+#[derive(Clone)]
+pub struct Store {
+    shared: Arc<Shared>,
+    backend: Backend,
+}
+
+#[derive(Clone)]
+enum Backend {
+    Memory(Arc<Memory>),
+}
+
+struct Memory {
+    index: AtomicU64,
+    leadership: watch::Sender<Leadership>,
+}
+
+impl Store {
+    /// A store that lives in this process only and forgets everything with it.
+    pub fn memory() -> Self {
+        Self::memory_with(HistoryLimits::DEFAULT)
+    }
+
+    /// The same with its own limits of history.
+    pub fn memory_with(limits: HistoryLimits) -> Self {
+        Self {
+            shared: Shared::new(State::new(limits)),
+            backend: Backend::Memory(Arc::new(Memory {
+                index: AtomicU64::new(0),
+                leadership: watch::Sender::new(Leadership {
+                    is_leader: true,
+                    term: 1,
+                    leader: None,
+                }),
+            })),
+        }
+    }
+
+    /// Carries out a transaction; it is durable when this returns.
+    ///
+    /// # Errors
+    /// After [`StoreError::Unknown`] it may or may not have been carried out.
+    pub async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
+        match self.command(Command::Txn(txn)).await? {
+            Outcome::Committed { revision } => Ok(TxnOutcome::Committed { revision }),
+            Outcome::Conflict { current, .. } => Ok(TxnOutcome::Conflict { current }),
+            Outcome::Invalid { reason } => Err(StoreError::Invalid(reason)),
+        }
+    }
+
+    /// Forgets history before `revision`.
+    pub async fn compact(&self, revision: u64) -> Result<(), StoreError> {
+        match self.command(Command::Compact { revision }).await? {
+            Outcome::Committed { .. } | Outcome::Conflict { .. } => Ok(()),
+            Outcome::Invalid { reason } => Err(StoreError::Invalid(reason)),
+        }
+    }
+
+    async fn command(&self, command: Command) -> Result<Outcome, StoreError> {
+        if self.shared.is_closed() {
+            return Err(StoreError::Closed);
+        }
+        match &self.backend {
+            Backend::Memory(memory) => Ok(self.shared.change(|state| {
+                let meta = Meta {
+                    index: memory.index.fetch_add(1, Ordering::Relaxed) + 1,
+                    time_ms: now_ms(),
+                };
+                state.apply(meta, &command)
+            })),
+        }
+    }
+
+    /// What `key` holds. Linearizable: sees every write that was acknowledged before the call.
+    pub async fn get(&self, key: &str) -> Result<Option<Entry>, StoreError> {
+        self.barrier().await?;
+        Ok(self.shared.read().get(key))
+    }
+
+    /// A range. Linearizable, or as of `query.revision`.
+    pub async fn list(&self, query: &ListQuery) -> Result<Listing, StoreError> {
+        self.barrier().await?;
+        self.list_local(query)
+    }
+
+    /// A range as this node has it now, which may be a little behind.
+    pub fn list_local(&self, query: &ListQuery) -> Result<Listing, StoreError> {
+        Ok(self.shared.read().list(query)?)
+    }
+
+    /// Follows the changes after `revision` of keys that begin with `prefix`.
+    pub fn watch(&self, prefix: &str, revision: u64) -> Watch {
+        self.shared.watch(prefix, revision)
+    }
+
+    /// The newest revision that this node has.
+    pub fn revision(&self) -> u64 {
+        self.shared.read().revision()
+    }
+
+    /// Waits until this node has everything that was acknowledged before the call.
+    async fn barrier(&self) -> Result<(), StoreError> {
+        if self.shared.is_closed() {
+            return Err(StoreError::Closed);
+        }
+        match &self.backend {
+            Backend::Memory(_) => Ok(()),
+        }
+    }
+
+    /// Whether this node leads now.
+    pub fn is_leader(&self) -> bool {
+        self.leadership().borrow().is_leader
+    }
+
+    /// Follows who leads.
+    pub fn leadership(&self) -> watch::Receiver<Leadership> {
+        match &self.backend {
+            Backend::Memory(memory) => memory.leadership.subscribe(),
+        }
+    }
+
+    /// Ends watches, refuses further calls, and waits until everything is on disk.
+    pub async fn shutdown(&self) {
+        self.shared.close();
+        match &self.backend {
+            Backend::Memory(_) => {}
+        }
+    }
+}
+
+/// The proposer's clock: goes into the log entry, and from there to every replica.
+fn now_ms() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
