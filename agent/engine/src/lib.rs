@@ -1,0 +1,21 @@
+//! Model inference on MLX: one process is one rank. Owns loading, sharding, the KV cache, sampling and text handling;
+//! opens no sockets but MLX's own and decides nothing about requests.
+
+mod cache;
+mod config;
+mod engine;
+mod loader;
+mod mlx;
+mod models;
+mod nn;
+mod pipeline;
+mod sample;
+mod seed;
+pub mod text;
+
+pub use config::ConfigError;
+pub use engine::{Engine, EngineError, LoadConfig, ModelInfo, SeqId, Step};
+pub use loader::{LoadError, LoadProgress, Mismatch, Misshaped};
+pub use mlx::distributed;
+pub use sample::{Sampling, StepOutput};
+pub use seed::derive_shard_seed;

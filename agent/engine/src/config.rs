@@ -1,0 +1,171 @@
+//! `config.json` and `generation_config.json` of a model folder: what every architecture has. The rest is read by the
+//! architecture's own file.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::nn::Affine;
+
+/// Why a configuration can't be used. Always permanent.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("can't read {}", path.display())]
+    Io { path: PathBuf, #[source] source: io::Error },
+    #[error("{} is not valid", path.display())]
+    Json { path: PathBuf, #[source] source: serde_json::Error },
+    #[error("config.json: model_type '{0}' is not supported (supported: {supported})", supported = crate::models::SUPPORTED.join(", "))]
+    ModelType(String),
+    #[error("config.json: {field}: {reason}")]
+    Value { field: &'static str, reason: String },
+}
+
+/// How the checkpoint is quantized: one setting, and exceptions by module path.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Quantization {
+    default: Affine,
+    exceptions: BTreeMap<String, Affine>,
+}
+
+impl Quantization {
+    /// The setting of the module at `path`, if its weights turn out to be quantized.
+    pub(crate) fn of(&self, path: &str) -> Affine {
+        self.exceptions.get(path).copied().unwrap_or(self.default)
+    }
+}
+
+#[derive(Deserialize)]
+struct RawAffine {
+    group_size: i32,
+    bits: i32,
+    #[serde(default)]
+    mode: Option<String>,
+}
+
+/// What is common to all architectures; `raw` is the whole of `config.json`.
+pub(crate) struct Config {
+    pub(crate) model_type: String,
+    pub(crate) eos_token_ids: Vec<u32>,
+    pub(crate) quantization: Option<Quantization>,
+    pub(crate) raw: Value,
+}
+
+impl Config {
+    pub(crate) fn read(dir: &Path) -> Result<Self, ConfigError> {
+        let path = dir.join("config.json");
+        let raw = read_json(&path)?
+            .ok_or_else(|| ConfigError::Io { path, source: io::ErrorKind::NotFound.into() })?;
+        let generation = read_json(&dir.join("generation_config.json"))?;
+        Self::parse(raw, generation.as_ref())
+    }
+
+    fn parse(raw: Value, generation: Option<&Value>) -> Result<Self, ConfigError> {
+        let model_type = raw.get("model_type").and_then(Value::as_str);
+        let model_type = model_type.map(str::to_owned).ok_or_else(|| ConfigError::Value {
+            field: "model_type",
+            reason: "missing or not a string".to_owned(),
+        })?;
+        // The generation file is the newer place and wins where it says something.
+        let eos = generation.and_then(|g| g.get("eos_token_id")).filter(|v| !v.is_null());
+        let eos_token_ids = token_ids(eos.or_else(|| raw.get("eos_token_id")))?;
+        let quantization = raw
+            .get("quantization")
+            .or_else(|| raw.get("quantization_config"))
+            .filter(|v| !v.is_null())
+            .map(quantization)
+            .transpose()?;
+        Ok(Self { model_type, eos_token_ids, quantization, raw })
+    }
+}
+
+fn read_json(path: &Path) -> Result<Option<Value>, ConfigError> {
+    match std::fs::read(path) {
+        Ok(text) => serde_json::from_slice(&text)
+            .map(Some)
+            .map_err(|source| ConfigError::Json { path: path.to_owned(), source }),
+        Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(ConfigError::Io { path: path.to_owned(), source }),
+    }
+}
+
+fn token_ids(value: Option<&Value>) -> Result<Vec<u32>, ConfigError> {
+    let bad = |value: &Value| ConfigError::Value {
+        field: "eos_token_id",
+        reason: format!("{value} is not a token id or a list of them"),
+    };
+    match value {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(list @ Value::Array(_)) => {
+            serde_json::from_value(list.clone()).map_err(|_| bad(list))
+        }
+        Some(one) => {
+            serde_json::from_value(one.clone()).map(|id| vec![id]).map_err(|_| bad(one))
+        }
+    }
+}
+
+fn quantization(value: &Value) -> Result<Quantization, ConfigError> {
+    let default = affine(value)?;
+    let mut exceptions = BTreeMap::new();
+    for (path, value) in value.as_object().into_iter().flatten() {
+        if value.is_object() {
+            exceptions.insert(path.clone(), affine(value)?);
+        }
+    }
+    Ok(Quantization { default, exceptions })
+}
+
+fn affine(value: &Value) -> Result<Affine, ConfigError> {
+    let bad = |reason: String| ConfigError::Value { field: "quantization", reason };
+    let raw = RawAffine::deserialize(value).map_err(|e| bad(e.to_string()))?;
+    let RawAffine { group_size, bits, mode } = raw;
+    if mode.as_deref().is_some_and(|mode| mode != "affine") {
+        return Err(bad(format!("mode '{}' is not supported", mode.unwrap_or_default())));
+    }
+    if ![32, 64, 128].contains(&group_size) || ![2, 3, 4, 5, 6, 8].contains(&bits) {
+        return Err(bad(format!("{bits} bits in groups of {group_size} are not supported")));
+    }
+    Ok(Affine { group_size, bits })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn reads_token_ids_in_all_their_forms() {
+        let read = |raw: Value, generation: Option<Value>| {
+            let raw = json!({"model_type": "llama", "eos_token_id": raw});
+            Config::parse(raw, generation.as_ref()).map(|c| c.eos_token_ids)
+        };
+        assert_eq!(read(json!(2), None).unwrap(), [2]);
+        assert_eq!(read(json!([2, 3]), None).unwrap(), [2, 3]);
+        assert_eq!(read(json!(null), None).unwrap(), Vec::<u32>::new());
+        assert_eq!(read(json!(2), Some(json!({"eos_token_id": [7]}))).unwrap(), [7]);
+        assert_eq!(read(json!(2), Some(json!({"eos_token_id": null}))).unwrap(), [2]);
+        assert!(read(json!(-1), None).is_err());
+        assert!(read(json!("x"), None).is_err());
+    }
+
+    #[test]
+    fn reads_quantization_with_exceptions_and_refuses_what_it_does_not_know() {
+        let value = json!({"group_size": 64, "bits": 4, "mode": "affine",
+            "lm_head": {"group_size": 32, "bits": 8}, "model.norm": false});
+        let quantization = quantization(&value).unwrap();
+        assert_eq!(quantization.of("lm_head"), Affine { group_size: 32, bits: 8 });
+        assert_eq!(quantization.of("model.norm"), Affine { group_size: 64, bits: 4 });
+        for bad in [
+            json!({"quant_method": "gptq"}),
+            json!({"group_size": 64, "bits": 4, "mode": "mxfp4"}),
+            json!({"group_size": 48, "bits": 4}),
+            json!({"group_size": 64, "bits": 1}),
+        ] {
+            assert!(super::quantization(&bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! The boundary to MLX's C interface: the only place with `unsafe`. Owns what mlx-rs lacks (process groups, exact
+//! slices) and error capture for it; never holds model or sequence state.
+#![allow(unsafe_code)]
+
+mod array;
+pub mod distributed;
+
+pub(crate) use array::{from_bytes, slice, slice_update};
+
+use std::cell::RefCell;
+use std::ffi::{CStr, c_char, c_void};
+use std::sync::Once;
+
+unsafe extern "C" {
+    /// mlx-rs's own handler. It keeps messages in a place that only mlx-rs can read.
+    fn default_mlx_error_handler(message: *const c_char, data: *mut c_void);
+}
+
+thread_local! {
+    static LAST_ERROR: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// MLX reports errors on the thread that made the call; both this crate and mlx-rs want them.
+extern "C" fn keep_error(message: *const c_char, data: *mut c_void) {
+    // SAFETY: MLX passes a valid C string that lives for this call.
+    let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+    LAST_ERROR.with_borrow_mut(|last| *last = Some(text));
+    // SAFETY: the same arguments, passed on to the handler that mlx-rs would have installed.
+    unsafe { default_mlx_error_handler(message, data) }
+}
+
+/// Installs the error handler once. Without one, MLX's C layer ends the process on any error.
+pub(crate) fn init() {
+    static INIT: Once = Once::new();
+    INIT.call_once(|| {
+        // mlx-rs installs its handler before its first operation; that must come before ours, which replaces it.
+        let _ = mlx_rs::memory::active_memory();
+        // SAFETY: the handler is a plain function that lives for ever, with no data.
+        unsafe { mlx_sys::mlx_set_error_handler(Some(keep_error), std::ptr::null_mut(), None) };
+    });
+}
+
+/// The message of the last failed call on this thread.
+fn take_error() -> String {
+    LAST_ERROR.with_borrow_mut(Option::take).unwrap_or_else(|| "no reason given".to_owned())
+}
+
+/// mlx-rs seeds its unseeded random state from this clock, which only macOS has. Nothing here draws unseeded, so
+/// any clock serves.
+#[cfg(not(target_os = "macos"))]
+#[unsafe(no_mangle)]
+extern "C" fn mach_approximate_time() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |d| d.as_nanos() as u64)
+}
