@@ -1,1 +1,309 @@
-//! Starts real exo processes for the end-to-end tests.
+//! Starts real exo processes for the end-to-end tests: binaries of the same build, own data
+//! directories, free ports, stopped when dropped.
+
+use std::{
+    fs::{self, File},
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Longest wait for anything in these tests. Generous: CI machines are small and shared.
+pub const DEADLINE: Duration = Duration::from_secs(90);
+/// Pause between two looks at a condition.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// The repository's root.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ has a parent").to_owned()
+}
+
+/// A binary of this workspace, built with the same profile as the running test.
+pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
+    let test = std::env::current_exe()?;
+    let profile = test.ancestors().nth(2).context("tests run from target/PROFILE/deps")?;
+    let path = profile.join(name);
+    ensure!(path.exists(), "{} is missing: run `make test`, which builds it", path.display());
+    Ok(path)
+}
+
+/// Python with the test clients, made by `make test`.
+pub fn python() -> anyhow::Result<PathBuf> {
+    let path = root().join(".venv/bin/python");
+    ensure!(path.exists(), "{} is missing: run `make test`, which makes it", path.display());
+    Ok(path)
+}
+
+/// Looks until `condition` gives a value.
+pub fn wait_for<T>(
+    what: &str,
+    mut condition: impl FnMut() -> anyhow::Result<Option<T>>,
+) -> anyhow::Result<T> {
+    let begin = Instant::now();
+    loop {
+        if let Some(value) = condition()? {
+            return Ok(value);
+        }
+        if begin.elapsed() > DEADLINE {
+            bail!("waited {DEADLINE:?} for {what}");
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
+/// Control plane with an agent (`mac-1`) and a second agent (`mac-2`).
+pub struct Cluster {
+    pub first: Exo,
+    pub second: Exo,
+    /// Folder that the nodes search for models.
+    pub models: PathBuf,
+    dir: TempDir,
+}
+
+impl Cluster {
+    /// Starts both processes and waits until both nodes are Ready.
+    pub fn start() -> anyhow::Result<Self> {
+        let dir = tempfile::Builder::new().prefix("exo-e2e-").tempdir()?;
+        let models = dir.path().join("models");
+        fs::create_dir(&models)?;
+        for entry in fs::read_dir(root().join("manifests/models"))? {
+            let entry = entry?;
+            std::os::unix::fs::symlink(entry.path(), models.join(entry.file_name()))?;
+        }
+        let args = ["--port", "0", "--api-port", "0"].map(str::to_owned).to_vec();
+        let first = Exo::start(dir.path(), "mac-1", &models, args)?;
+        let peer = first.api()?.trim_start_matches("https://").to_owned();
+        let args = ["--no-control-plane", "--peers", &peer].map(str::to_owned).to_vec();
+        let second = Exo::start(dir.path(), "mac-2", &models, args)?;
+        let cluster = Self { first, second, models, dir };
+        cluster.wait_for_nodes()?;
+        Ok(cluster)
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    fn wait_for_nodes(&self) -> anyhow::Result<()> {
+        for node in ["mac-1", "mac-2"] {
+            self.exoctl_ok(&["wait", &format!("node/{node}"), "--for=condition=Ready"])?;
+        }
+        Ok(())
+    }
+
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.first.data_dir.join("kubeconfig")
+    }
+
+    /// Runs exoctl as the admin.
+    pub fn exoctl(&self, args: &[&str]) -> anyhow::Result<Output> {
+        let mut command = Command::new(binary("exoctl")?);
+        Ok(command.arg("--kubeconfig").arg(self.kubeconfig()).args(args).output()?)
+    }
+
+    /// The same; anything but success is an error. Returns stdout.
+    pub fn exoctl_ok(&self, args: &[&str]) -> anyhow::Result<String> {
+        let output = self.exoctl(args)?;
+        ensure!(
+            output.status.success(),
+            "exoctl {args:?}: {}{}",
+            String::from_utf8_lossy(&output.stderr),
+            self.logs()
+        );
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Applies a manifest given as text; see [`Self::exoctl`].
+    pub fn apply(&self, text: &str, wait: bool) -> anyhow::Result<Output> {
+        let file = self.dir.path().join("manifest.yaml");
+        fs::write(&file, text)?;
+        let file = file.to_str().context("the path is UTF-8")?.to_owned();
+        let mut args = vec!["apply", "-f", &file];
+        args.extend(wait.then_some("--wait"));
+        self.exoctl(&args)
+    }
+
+    /// The sample with the tiny model, applied and Ready.
+    pub fn apply_tiny(&self) -> anyhow::Result<()> {
+        let sample = fs::read_to_string(root().join("manifests/samples/tiny.yaml"))?;
+        let output = self.apply(&sample, true)?;
+        ensure!(
+            output.status.success(),
+            "{}{}",
+            String::from_utf8_lossy(&output.stderr),
+            self.logs()
+        );
+        Ok(())
+    }
+
+    /// All shards, as JSON objects sorted by name.
+    pub fn shards(&self) -> anyhow::Result<Vec<Value>> {
+        let text = self.exoctl_ok(&["get", "shards", "-o", "json"])?;
+        let list: Value = serde_json::from_str(&text)?;
+        Ok(list["items"].as_array().context("a list has items")?.clone())
+    }
+
+    /// The last lines of both processes' logs, for failure messages.
+    pub fn logs(&self) -> String {
+        [&self.first, &self.second].map(|exo| exo.log_tail()).concat()
+    }
+}
+
+/// One running `exo`.
+pub struct Exo {
+    pub data_dir: PathBuf,
+    name: String,
+    args: Vec<String>,
+    models: PathBuf,
+    log: PathBuf,
+    endpoints: Vec<(String, String)>,
+    child: Child,
+}
+
+impl Exo {
+    fn start(
+        dir: &Path,
+        name: &str,
+        models: &Path,
+        args: Vec<String>,
+    ) -> anyhow::Result<Self> {
+        let (data_dir, log) = (dir.join(name), dir.join(format!("{name}.log")));
+        let child = Self::spawn(name, &data_dir, models, &log, &args)?;
+        let mut exo = Self {
+            data_dir,
+            name: name.to_owned(),
+            args,
+            models: models.to_owned(),
+            log,
+            endpoints: Vec::new(),
+            child,
+        };
+        exo.read_banner()?;
+        Ok(exo)
+    }
+
+    fn spawn(
+        name: &str,
+        data_dir: &Path,
+        models: &Path,
+        log: &Path,
+        args: &[String],
+    ) -> anyhow::Result<Child> {
+        let log = File::options().create(true).append(true).open(log)?;
+        Ok(Command::new(binary("exo")?)
+            .args(["--name", name, "--listen", "127.0.0.1", "--data-dir"])
+            .arg(data_dir)
+            .args(args)
+            .env("EXO_MODEL_PATH", models)
+            .env_remove("EXO_HOME")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()?)
+    }
+
+    /// `  name   value` lines up to `join`; an agent alone prints none and is not waited for.
+    fn read_banner(&mut self) -> anyhow::Result<()> {
+        if self.args.iter().any(|arg| arg == "--no-control-plane") {
+            return Ok(());
+        }
+        let stdout = self.child.stdout.take().context("stdout is piped")?;
+        self.endpoints.clear();
+        for line in BufReader::new(stdout).lines() {
+            let line = line?;
+            if let Some((name, value)) = line.trim().split_once("  ") {
+                self.endpoints.push((name.to_owned(), value.trim().to_owned()));
+                if name == "join" {
+                    return Ok(());
+                }
+            }
+        }
+        bail!("{} stopped at start: {}", self.name, self.log_tail())
+    }
+
+    fn endpoint(&self, name: &str) -> anyhow::Result<&str> {
+        let found = self.endpoints.iter().find(|(key, _)| key == name);
+        let (_, value) = found.with_context(|| format!("the banner names no {name}"))?;
+        Ok(value.split_whitespace().next().unwrap_or_default())
+    }
+
+    /// `http://127.0.0.1:PORT/v1`
+    pub fn gateway(&self) -> anyhow::Result<&str> {
+        self.endpoint("OpenAI API")
+    }
+
+    /// `https://127.0.0.1:PORT`
+    pub fn api(&self) -> anyhow::Result<&str> {
+        self.endpoint("cluster API")
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends SIGKILL and waits for the end.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Starts again on the same data directory and the same ports.
+    pub fn restart(&mut self) -> anyhow::Result<()> {
+        let port = |url: &str| url.rsplit(':').next().map(|p| p.trim_end_matches("/v1").to_owned());
+        if !self.endpoints.is_empty() {
+            let gateway = port(self.gateway()?).context("the gateway has a port")?;
+            let api = port(self.api()?).context("the API has a port")?;
+            self.args = ["--port", &gateway, "--api-port", &api].map(str::to_owned).to_vec();
+        }
+        self.child = Self::spawn(&self.name, &self.data_dir, &self.models, &self.log, &self.args)?;
+        self.read_banner()
+    }
+
+    /// Asks it to stop as launchd would and returns its exit status.
+    pub fn terminate(&mut self) -> anyhow::Result<Option<i32>> {
+        let pid = self.child.id().to_string();
+        Command::new("kill").args(["-TERM", &pid]).status()?;
+        wait_for("the process to end", || Ok(self.child.try_wait()?.map(|status| status.code())))
+    }
+
+    /// Process ids of its runners.
+    pub fn runners(&self) -> anyhow::Result<Vec<u32>> {
+        children_named(self.child.id(), "exo-runner")
+    }
+
+    /// The end of its log.
+    pub fn log_tail(&self) -> String {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<_> = text.lines().collect();
+        let tail = lines[lines.len().saturating_sub(40)..].join("\n");
+        format!("\n--- {}\n{tail}\n", self.name)
+    }
+}
+
+impl Drop for Exo {
+    fn drop(&mut self) {
+        // Already ended is fine. Runners end with their agent: their stdin closes.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Direct children of a process by command name, from `ps`, which Linux and macOS share.
+fn children_named(parent: u32, name: &str) -> anyhow::Result<Vec<u32>> {
+    let output = Command::new("ps").args(["-A", "-o", "pid=,ppid=,comm="]).output()?;
+    let text = String::from_utf8(output.stdout)?;
+    Ok(text
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split_whitespace();
+            let (pid, ppid) = (fields.next()?.parse().ok()?, fields.next()?.parse::<u32>().ok()?);
+            (ppid == parent && fields.next()?.ends_with(name)).then_some(pid)
+        })
+        .collect())
+}

@@ -1,0 +1,57 @@
+# One place for every command. `make help` lists them.
+
+SHELL := bash
+CARGO ?= cargo
+PYTHON ?= python3
+PROFILE_DIR := target/release
+
+ifeq ($(shell uname -s),Darwin)
+# JACCL is compiled in only from this deployment target on.
+export MACOSX_DEPLOYMENT_TARGET ?= 26.2
+endif
+
+# nextest runs tests side by side; plain cargo test does too, more slowly.
+TEST_RUNNER := $(shell command -v cargo-nextest >/dev/null 2>&1 && echo "nextest run" || echo "test")
+
+.PHONY: help setup build run demo test test-setup verify fix bench clean
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: ## get MLX and write .cargo/config.toml (every target does this when needed)
+	@deploy/mlx/setup.sh
+
+build: setup ## build all binaries, optimised, into target/release
+	$(CARGO) build --release --bins --locked
+
+run: build ## start a two-shard cluster with the built-in tiny model, in the foreground
+	@$(PYTHON) deploy/demo.py run --bin $(PROFILE_DIR)
+
+demo: build ## the same, ask one question, show the answer and timings, shut down
+	@$(PYTHON) deploy/demo.py demo --bin $(PROFILE_DIR)
+
+test-setup: setup
+	@deploy/mlx/setup.sh --parity
+	@tests/setup.sh
+
+test: test-setup ## run all tests
+	$(CARGO) build --bins --locked
+	$(CARGO) $(TEST_RUNNER) --workspace --locked
+	.venv/bin/python -m pytest -q tests/parity
+
+verify: test-setup ## format, lints, docs and tests; writes nothing
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked
+	$(MAKE) test
+
+fix: setup ## format, apply lint fixes, regenerate files; the only command that writes sources
+	$(CARGO) fmt --all
+	$(CARGO) clippy --workspace --all-targets --fix --allow-dirty --allow-staged
+	EXO_BLESS=1 $(CARGO) test -p exo-crds --test manifests
+
+bench: build test-setup ## measure against mlx-lm on this machine
+	.venv/bin/python tests/parity/bench.py --bin $(PROFILE_DIR)
+
+clean: ## remove everything that was built or fetched
+	rm -rf target .venv .mlx .cargo

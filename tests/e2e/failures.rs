@@ -1,0 +1,161 @@
+//! Killed runners and processes: state survives, requests go on.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+};
+
+use exo_tests::{Cluster, wait_for};
+use serde_json::{Value, json};
+
+/// The newest epoch, once all its shards are Ready.
+fn ready_epoch(cluster: &Cluster) -> anyhow::Result<Option<u64>> {
+    let shards = cluster.shards()?;
+    let all_ready = shards.len() == 2 && shards.iter().all(|s| s["status"]["phase"] == "Ready");
+    Ok(all_ready.then(|| shards[0]["spec"]["epoch"].as_u64()).flatten())
+}
+
+fn wait_for_epoch_after(cluster: &Cluster, old: u64) -> u64 {
+    wait_for("a new epoch to be Ready", || {
+        Ok(ready_epoch(cluster)?.filter(|epoch| *epoch > old))
+    })
+    .unwrap_or_else(|error| panic!("{error}{:?}{}", cluster.shards(), cluster.logs()))
+}
+
+fn kill(pid: u32) {
+    assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
+}
+
+const COUNT: &str = "Count from 1 to 99.";
+
+fn counting(cluster: &Cluster) -> Command {
+    let body = json!({
+        "model": "tiny", "stream": true, "temperature": 0,
+        "messages": [{"role": "user", "content": COUNT}],
+    });
+    let mut curl = Command::new("curl");
+    curl.args(["-sN", "--max-time", "120", "-H", "Content-Type: application/json", "-d"])
+        .arg(body.to_string())
+        .arg(format!("{}/chat/completions", cluster.first.gateway().unwrap()))
+        .stdout(Stdio::piped());
+    curl
+}
+
+/// Text of a whole stream, which must end well exactly once.
+fn text_of(lines: impl Iterator<Item = std::io::Result<String>>) -> String {
+    let (mut text, mut finishes, mut done) = (String::new(), 0, false);
+    for line in lines {
+        let line = line.unwrap();
+        let Some(data) = line.strip_prefix("data: ") else { continue };
+        assert!(!done, "nothing comes after [DONE]");
+        if data == "[DONE]" {
+            done = true;
+            continue;
+        }
+        let chunk: Value = serde_json::from_str(data).unwrap();
+        assert!(chunk.get("error").is_none(), "{chunk}");
+        for choice in chunk["choices"].as_array().unwrap() {
+            text += choice["delta"]["content"].as_str().unwrap_or_default();
+            finishes += usize::from(choice["finish_reason"].is_string());
+        }
+    }
+    assert!(done && finishes == 1, "the stream broke off after {text:?}");
+    text
+}
+
+#[test]
+fn a_killed_runner_is_replaced_and_its_request_goes_on() {
+    let cluster = Cluster::start().unwrap();
+    cluster.apply_tiny().unwrap();
+    let epoch = ready_epoch(&cluster).unwrap().unwrap();
+    let undisturbed = {
+        let mut curl = counting(&cluster).spawn().unwrap();
+        let text = text_of(BufReader::new(curl.stdout.take().unwrap()).lines());
+        curl.wait().unwrap();
+        text
+    };
+    assert!(undisturbed.contains("98"), "{undisturbed}");
+
+    // Rank 1's runner dies while an answer is on its way; then rank 0's; each breaks the group.
+    let mut epoch = epoch;
+    for victim in [&cluster.second, &cluster.first] {
+        let pid = victim.runners().unwrap()[0];
+        let mut curl = counting(&cluster).spawn().unwrap();
+        let mut lines = BufReader::new(curl.stdout.take().unwrap()).lines();
+        let head: Vec<_> = lines.by_ref().take(6).collect();
+        kill(pid);
+        let text = text_of(head.into_iter().chain(lines));
+        curl.wait().unwrap();
+        assert_eq!(text, undisturbed, "no token lost, none twice");
+        epoch = wait_for_epoch_after(&cluster, epoch);
+    }
+}
+
+#[test]
+fn state_survives_killing_every_process() {
+    let mut cluster = Cluster::start().unwrap();
+    cluster.apply_tiny().unwrap();
+    let epoch = ready_epoch(&cluster).unwrap().unwrap();
+    let before = cluster.exoctl_ok(&["get", "models", "-o", "json"]).unwrap();
+    let orphans: Vec<u32> =
+        [&cluster.first, &cluster.second].iter().flat_map(|exo| exo.runners().unwrap()).collect();
+    assert_eq!(orphans.len(), 2);
+
+    // Only the first: the second agent stays and finds its way back.
+    cluster.first.kill().unwrap();
+    cluster.first.restart().unwrap();
+    let epoch = wait_for_epoch_after(&cluster, epoch);
+
+    cluster.first.kill().unwrap();
+    cluster.second.kill().unwrap();
+    cluster.first.restart().unwrap();
+    cluster.second.restart().unwrap();
+    wait_for_epoch_after(&cluster, epoch);
+    let after = cluster.exoctl_ok(&["get", "models", "-o", "json"]).unwrap();
+    assert_eq!(before, after);
+    for pid in orphans {
+        let gone = !Command::new("kill").args(["-0", &pid.to_string()]).status().unwrap().success();
+        assert!(gone, "runner {pid} outlived its agent");
+    }
+
+    // A polite stop ends everything with status 0.
+    let runners = cluster.first.runners().unwrap();
+    assert_eq!(cluster.second.terminate().unwrap(), Some(0), "{}", cluster.logs());
+    assert_eq!(cluster.first.terminate().unwrap(), Some(0), "{}", cluster.logs());
+    for pid in runners {
+        assert!(!Command::new("kill").args(["-0", &pid.to_string()]).status().unwrap().success());
+    }
+}
+
+#[test]
+fn a_lost_agent_frees_its_shards_for_the_nodes_that_are_left() {
+    let mut cluster = Cluster::start().unwrap();
+    let set_schedulable = |cluster: &Cluster, node: &str, unschedulable: bool| {
+        let text = format!(
+            "apiVersion: exo.dev/v1alpha1\nkind: Node\nmetadata: {{name: {node}}}\n\
+             spec: {{unschedulable: {unschedulable}}}\n"
+        );
+        let output = cluster.apply(&text, false).unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    let home = |cluster: &Cluster, wanted: &str| {
+        wait_for(&format!("one ready shard on {wanted}"), || {
+            let shards = cluster.shards()?;
+            let there = shards.len() == 1
+                && shards[0]["status"]["phase"] == "Ready"
+                && shards[0]["spec"]["node"] == wanted;
+            Ok(there.then_some(()))
+        })
+        .unwrap_or_else(|error| panic!("{error}{:?}{}", cluster.shards(), cluster.logs()));
+    };
+    // Only mac-2 takes new shards; then mac-1 may again, and mac-2 is lost.
+    set_schedulable(&cluster, "mac-1", true);
+    let sample = std::fs::read_to_string(exo_tests::root().join("manifests/samples/tiny.yaml"));
+    let output = cluster.apply(&sample.unwrap().replace("min: 2", "min: 1"), true).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    home(&cluster, "mac-2");
+    set_schedulable(&cluster, "mac-1", false);
+    home(&cluster, "mac-2");
+    cluster.second.kill().unwrap();
+    home(&cluster, "mac-1");
+}

@@ -1,0 +1,105 @@
+"""Asks a running cluster known questions with the official client: streaming and not, side by side."""
+
+import argparse
+import concurrent.futures
+import json
+
+import openai
+
+
+def options(question):
+    chosen = {"model": "tiny", "messages": question["messages"], "temperature": 0,
+              "max_tokens": 256}
+    if question.get("tools"):
+        chosen["tools"] = question["tools"]
+    return chosen
+
+
+def text_of(message):
+    """The answer as the model wrote it, tool calls rendered back."""
+    calls = [
+        {"name": call.function.name, "arguments": json.loads(call.function.arguments)}
+        for call in message.tool_calls or []
+    ]
+    return message.content or "", calls
+
+
+def expected(question):
+    answer = question["answer"]
+    if "<tool_call>" not in answer:
+        return answer, []
+    content, _, rest = answer.partition("<tool_call>")
+    return content, [json.loads(rest.partition("</tool_call>")[0])]
+
+
+def ask(client, question):
+    completion = client.chat.completions.create(**options(question))
+    choice = completion.choices[0]
+    assert choice.finish_reason in ("stop", "tool_calls"), choice
+    assert completion.usage.completion_tokens > 0, completion.usage
+    assert completion.usage.total_tokens == (
+        completion.usage.prompt_tokens + completion.usage.completion_tokens)
+    content, calls = text_of(choice.message)
+    return content.strip(), calls
+
+
+def ask_streaming(client, question):
+    text, finishes, chunks = "", [], 0
+    with client.chat.completions.create(**options(question), stream=True) as stream:
+        for chunk in stream:
+            for choice in chunk.choices:
+                chunks += 1
+                text += choice.delta.content or ""
+                if choice.finish_reason:
+                    finishes.append(choice.finish_reason)
+    assert len(finishes) == 1, finishes
+    return text.strip(), chunks
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base-url", required=True)
+    parser.add_argument("--questions", required=True)
+    args = parser.parse_args()
+    client = openai.OpenAI(base_url=args.base_url, api_key="anything", max_retries=0)
+    assert "tiny" in [model.id for model in client.models.list()]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+    with open(args.questions, encoding="utf-8") as file:
+        questions = json.load(file)
+    assert len(questions) >= 100
+    assert sum(bool(q.get("unseen")) for q in questions) >= 20
+    # More requests at once than the instance runs: the rest wait their turn.
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda q: ask(client, q), questions))
+    wrong = [(q["messages"][-1]["content"], a, expected(q))
+             for q, a in zip(questions, answers)
+             if (a[0], a[1]) != (expected(q)[0].strip(), expected(q)[1])]
+    assert not wrong, f"{len(wrong)} of {len(questions)} are wrong: {wrong[:5]}"
+
+    plain = [q for q in questions if "<tool_call>" not in q["answer"]][:20]
+    for question in plain:
+        text, chunks = ask_streaming(client, question)
+        assert text == question["answer"].strip(), (text, question["answer"])
+        # Tokens come as they are made, not in one piece at the end.
+        assert chunks >= 2, chunks
+
+    try:
+        client.chat.completions.create(model="nope", messages=plain[0]["messages"])
+        raise AssertionError("an unknown model was served")
+    except openai.NotFoundError as error:
+        assert error.code == "model_not_found", error
+    try:
+        client.chat.completions.create(model="tiny", messages="hello")
+        raise AssertionError("wrong types were accepted")
+    except openai.BadRequestError as error:
+        assert error.param == "messages", error
+
+    seeded = dict(options(plain[0]), temperature=1.0, seed=7)
+    first, second = (client.chat.completions.create(**seeded) for _ in range(2))
+    assert first.choices[0].message.content == second.choices[0].message.content
+    print(f"{len(questions)} answers right")
+
+
+if __name__ == "__main__":
+    main()

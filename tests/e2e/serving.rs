@@ -1,0 +1,149 @@
+//! Asking questions through the OpenAI API.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use exo_tests::{Cluster, python, root, wait_for};
+use serde_json::{Value, json};
+
+/// Value of one sample of a Prometheus text, summed over its labels.
+fn metric(text: &str, name: &str) -> f64 {
+    text.lines()
+        .filter(|line| line.split(['{', ' ']).next() == Some(name))
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        .sum()
+}
+
+fn http() -> reqwest::Client {
+    exo_trust::install_crypto();
+    reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(60)).build().unwrap()
+}
+
+fn gateway_metrics(runtime: &tokio::runtime::Runtime, cluster: &Cluster) -> String {
+    let url = cluster.first.gateway().unwrap().replace("/v1", "/metrics");
+    runtime.block_on(async { http().get(url).send().await.unwrap().text().await.unwrap() })
+}
+
+#[test]
+fn two_shards_answer_the_official_openai_client() {
+    let cluster = Cluster::start().unwrap();
+    cluster.apply_tiny().unwrap();
+    let shards = cluster.shards().unwrap();
+    let layers: Vec<_> = shards.iter().map(|s| s["spec"]["layers"].as_str().unwrap()).collect();
+    assert_eq!(shards.len(), 2, "{shards:?}");
+    assert_ne!(shards[0]["spec"]["node"], shards[1]["spec"]["node"]);
+    assert!(layers[0].starts_with("0-") && layers[1].ends_with("-7"), "{layers:?}");
+
+    let output = Command::new(python().unwrap())
+        .arg(root().join("tests/e2e/openai_client.py"))
+        .args(["--base-url", cluster.first.gateway().unwrap()])
+        .arg("--questions")
+        .arg(root().join("tests/tiny-model/questions.json"))
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+        cluster.logs()
+    );
+
+    unknown_models_are_not_found(&cluster);
+    a_client_that_goes_away_stops_its_generation(&cluster);
+    kubectl_shows_the_shards(&cluster);
+}
+
+fn unknown_models_are_not_found(cluster: &Cluster) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let url = format!("{}/chat/completions", cluster.first.gateway().unwrap());
+    let body = json!({"model": "nope", "messages": [{"role": "user", "content": "Hi"}]});
+    let (status, answer) = runtime.block_on(async {
+        let response = http().post(url).json(&body).send().await.unwrap();
+        (response.status().as_u16(), response.json::<Value>().await.unwrap())
+    });
+    assert_eq!(status, 404);
+    assert_eq!(answer["error"]["code"], "model_not_found", "{answer}");
+    assert!(answer["error"]["message"].as_str().unwrap().contains("nope"), "{answer}");
+}
+
+/// curl reads the first words of a long answer and is killed; the runner stops soon after.
+fn a_client_that_goes_away_stops_its_generation(cluster: &Cluster) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let tokens = |text: &str| metric(text, "exo_gateway_tokens_total");
+    let before = tokens(&gateway_metrics(&runtime, cluster));
+    let body = json!({
+        "model": "tiny", "stream": true, "temperature": 0,
+        "messages": [{"role": "user", "content": "Count from 1 to 99."}],
+    });
+    let mut curl = Command::new("curl")
+        .args(["-sN", "--limit-rate", "2k", "-H", "Content-Type: application/json", "-d"])
+        .arg(body.to_string())
+        .arg(format!("{}/chat/completions", cluster.first.gateway().unwrap()))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut first = String::new();
+    BufReader::new(curl.stdout.take().unwrap()).read_line(&mut first).unwrap();
+    assert!(first.starts_with("data: {"), "{first}");
+    curl.kill().unwrap();
+    curl.wait().unwrap();
+    let settled = wait_for("the request to leave the gateway", || {
+        let text = gateway_metrics(&runtime, cluster);
+        Ok((metric(&text, "exo_gateway_in_flight") == 0.0).then_some(text))
+    })
+    .unwrap();
+    assert!(tokens(&settled) > before, "some tokens were made");
+    wait_for("the runner to drop the sequence", || {
+        Ok((runner_active(&runtime, cluster)? == 0.0).then_some(()))
+    })
+    .unwrap();
+}
+
+/// Sequences that rank 0's runner works on, asked with the node's own certificate.
+fn runner_active(runtime: &tokio::runtime::Runtime, cluster: &Cluster) -> anyhow::Result<f64> {
+    let rank_0 = cluster.shards()?.into_iter().find(|s| s["spec"]["rank"] == 0);
+    let rank_0 = rank_0.context("there is a rank 0")?;
+    let serve = rank_0["status"]["listen"]["serve"].as_str().context("rank 0 serves")?.to_owned();
+    let tls = exo_trust::TlsPaths::in_dir(&cluster.first.data_dir.join("pki"));
+    let client = exo_trust::reqwest_client(&tls)?;
+    let text = runtime.block_on(async {
+        client.get(format!("https://{serve}/metrics")).send().await?.text().await
+    })?;
+    Ok(metric(&text, "exo_runner_active_sequences"))
+}
+
+fn kubectl_shows_the_shards(cluster: &Cluster) {
+    let ask = |args: &[&str]| {
+        let mut command = Command::new("kubectl");
+        let home = cluster.path().join("kubectl-cache");
+        command.arg("--kubeconfig").arg(cluster.kubeconfig()).args(args).env("HOME", home);
+        command.output()
+    };
+    let output = match ask(&["get", "shards"]) {
+        Ok(output) => output,
+        Err(error) => {
+            assert!(std::env::var_os("CI").is_none(), "kubectl is missing in CI: {error}");
+            eprintln!("kubectl is not installed; its part of this test did not run");
+            return;
+        }
+    };
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let rows: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
+    let header = "NAME INSTANCE RANK NODE LAYERS SHARDING BACKEND PHASE PROGRESS MEMORY AGE";
+    assert_eq!(rows[0].join(" "), header);
+    assert_eq!(rows.len(), 3, "{text}");
+    assert_eq!(rows[1][0], "tiny-0-a1-0");
+    assert_eq!(rows[1][6..9], ["ring", "Ready", "100%"]);
+    let same = cluster.exoctl_ok(&["get", "shards"]).unwrap();
+    let without_age = |text: &str| -> Vec<String> {
+        let cut = |l: &str| l.split_whitespace().take(10).collect::<Vec<_>>().join(" ");
+        text.lines().map(cut).collect()
+    };
+    assert_eq!(without_age(&same), without_age(&text), "exoctl and kubectl print the same");
+}
