@@ -1,0 +1,331 @@
+//! `exo-runner generate`: one prompt, one answer, on one rank or several. Owns the loop and the printing; all ranks
+//! run the same loop in lock-step and learn each token from the first.
+
+use std::io::{self, Write};
+use std::ops::Range;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, bail, ensure};
+use clap::ValueEnum;
+use exo_engine::distributed::Group;
+use exo_engine::text::{ChatInput, ChatTemplate, Detokenizer, Tokenizer};
+use exo_engine::{Engine, LoadConfig, Sampling, SeqId, Step, StepOutput};
+use serde::Serialize;
+
+/// Prompt tokens fed at a time: enough to fill any device, few enough to bound temporary memory.
+const PREFILL_CHUNK: usize = 2048;
+
+const SEQUENCE: SeqId = 0;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Model folder in Hugging Face layout.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    #[command(flatten)]
+    prompt: Prompt,
+    /// Most tokens to generate.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    max_tokens: usize,
+    /// 0 takes the likeliest token always.
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    temperature: f32,
+    #[arg(long, default_value_t = 0, value_name = "S")]
+    seed: u64,
+    /// How ranks share the model.
+    #[arg(long, value_enum, default_value_t = Sharding::Pipeline)]
+    sharding: Sharding,
+    /// Layers of this rank, from 0, the end not included. Without it the ranks split the layers evenly.
+    #[arg(long, value_name = "A..B", value_parser = parse_layers)]
+    layers: Option<Range<usize>>,
+    /// Report the log-probability of each token and of the K likeliest.
+    #[arg(long, value_name = "K")]
+    logprobs: Option<u32>,
+    /// Print one JSON object at the end instead of text as it comes.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+struct Prompt {
+    /// Text to continue.
+    #[arg(long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// Token ids to continue; no tokenizer is needed.
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    prompt_ids: Option<Vec<u32>>,
+    /// A user's message to answer.
+    #[arg(long, value_name = "TEXT")]
+    chat: Option<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Sharding {
+    /// Each rank holds a run of layers.
+    Pipeline,
+}
+
+fn parse_layers(text: &str) -> Result<Range<usize>, String> {
+    let range = text.split_once("..").and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
+    range
+        .filter(|range| range.start < range.end)
+        .ok_or_else(|| "expected A..B with A < B, as in 0..16".to_owned())
+}
+
+#[derive(Serialize)]
+struct Report {
+    tokens: Vec<u32>,
+    /// Null when the model folder has no tokenizer.
+    text: Option<String>,
+    finish_reason: &'static str,
+    prompt_tokens: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    logprobs: Option<Vec<TokenLogprob>>,
+    time_to_first_token_s: f64,
+    /// From the first to the last token; null when there are fewer than two.
+    decode_tokens_per_s: Option<f64>,
+    peak_memory_bytes: u64,
+}
+
+#[derive(Serialize)]
+struct TokenLogprob {
+    #[serde(flatten)]
+    own: Logprob,
+    top: Vec<Logprob>,
+}
+
+#[derive(Serialize)]
+struct Logprob {
+    token: u32,
+    logprob: f32,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    match (args.sharding, args.max_tokens) {
+        (Sharding::Pipeline, 0) => bail!("--max-tokens must be at least 1"),
+        (Sharding::Pipeline, _) => {}
+    }
+    let group = Group::from_env()?;
+    let (rank, size) = group.as_ref().map_or((0, 1), |g| (g.rank(), g.size()));
+    let layers = match &args.layers {
+        Some(layers) => layers.clone(),
+        None => even_share(count_layers(args)?, rank, size)?,
+    };
+    let tokenizer = match args.prompt.prompt_ids {
+        Some(_) if !args.model.join("tokenizer.json").exists() => None,
+        _ => Some(Tokenizer::load(&args.model)?),
+    };
+    let prompt = prompt_tokens(args, tokenizer.as_ref())?;
+    let config = LoadConfig {
+        model_dir: args.model.clone(),
+        layers,
+        group: group.clone(),
+        context_length: 0,
+    };
+    let mut engine = Engine::load(&config, &mut |_| {})?;
+    let output = Output { tokenizer: tokenizer.as_ref(), silent: rank != 0, json: args.json };
+    let report = generate(args, &mut engine, group.as_ref(), &prompt, &output)?;
+    output.finish(&report)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `config.json`'s number of layers: needed before the engine reads the folder.
+fn count_layers(args: &Args) -> anyhow::Result<usize> {
+    let path = args.model.join("config.json");
+    let text = std::fs::read(&path).with_context(|| format!("can't read {}", path.display()))?;
+    let config: serde_json::Value = serde_json::from_slice(&text)
+        .with_context(|| format!("{} is not valid", path.display()))?;
+    let layers = config.get("num_hidden_layers").and_then(serde_json::Value::as_u64);
+    layers.map(|n| n as usize).with_context(|| format!("{}: no num_hidden_layers", path.display()))
+}
+
+/// The layers of `rank` when `size` ranks split them; earlier ranks take what does not divide.
+fn even_share(layers: usize, rank: usize, size: usize) -> anyhow::Result<Range<usize>> {
+    ensure!(layers >= size, "{layers} layers are too few for {size} ranks");
+    let (each, rest) = (layers / size, layers % size);
+    let start = rank * each + rank.min(rest);
+    Ok(start..start + each + usize::from(rank < rest))
+}
+
+fn prompt_tokens(args: &Args, tokenizer: Option<&Tokenizer>) -> anyhow::Result<Vec<u32>> {
+    let tokens = match (&args.prompt.prompt_ids, &args.prompt.prompt, &args.prompt.chat, tokenizer) {
+        (Some(ids), ..) => ids.clone(),
+        (_, Some(text), _, Some(tokenizer)) => tokenizer.encode_with_special(text)?,
+        (_, _, Some(text), Some(tokenizer)) => {
+            let message = serde_json::json!({"role": "user", "content": text});
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            let rendered = ChatTemplate::load(&args.model)?.render(&ChatInput {
+                messages: &[message],
+                tools: &[],
+                add_generation_prompt: true,
+                now: now.try_into().unwrap_or(0),
+            })?;
+            tokenizer.encode(&rendered)?
+        }
+        _ => bail!("one of --prompt, --prompt-ids and --chat is needed"),
+    };
+    ensure!(!tokens.is_empty(), "the prompt has no tokens");
+    Ok(tokens)
+}
+
+fn generate(
+    args: &Args,
+    engine: &mut Engine,
+    group: Option<&Group>,
+    prompt: &[u32],
+    output: &Output<'_>,
+) -> anyhow::Result<Report> {
+    let sampling = Sampling {
+        temperature: args.temperature,
+        top_p: 1.0,
+        seed: args.seed,
+        logprobs: args.logprobs,
+    };
+    let eos = engine.info().eos_token_ids.clone();
+    let room = engine.info().max_context.saturating_sub(prompt.len());
+    ensure!(room > 0, "the prompt of {} tokens fills the context", prompt.len());
+    // The last token drawn need not be fed: it takes no room.
+    let max_tokens = args.max_tokens.min(room + 1);
+    engine.open(SEQUENCE, &sampling);
+    let mut detokenizer = Detokenizer::new();
+
+    let started = Instant::now();
+    let mut drawn = prefill(engine, prompt)?;
+    // When the first token came, and the latest one.
+    let mut times: Option<(Instant, Instant)> = None;
+    let (mut tokens, mut logprobs, mut finish_reason) = (Vec::new(), Vec::new(), "length");
+    let mut draws = 0;
+    loop {
+        let token = share(group, drawn.as_ref())?;
+        let now = Instant::now();
+        times = Some((times.map_or(now, |(first, _)| first), now));
+        draws += 1;
+        if eos.contains(&token) {
+            finish_reason = "stop";
+            break;
+        }
+        tokens.push(token);
+        logprobs.extend(drawn.as_ref().and_then(token_logprob));
+        if let Some(tokenizer) = output.tokenizer {
+            output.piece(&detokenizer.push(tokenizer, token)?)?;
+        }
+        if tokens.len() == max_tokens {
+            break;
+        }
+        drawn = engine.step(&Step::Decode { seq: SEQUENCE, token, draw: draws })?;
+    }
+    if let Some(tokenizer) = output.tokenizer {
+        output.piece(&detokenizer.finish(tokenizer)?)?;
+    }
+    let text = output.tokenizer.map(|t| t.decode(&tokens)).transpose()?;
+    let (first, last) = times.expect("the loop has drawn a token");
+    let decode_s = last.duration_since(first).as_secs_f64();
+    Ok(Report {
+        text,
+        finish_reason,
+        prompt_tokens: prompt.len(),
+        logprobs: args.logprobs.map(|_| logprobs),
+        time_to_first_token_s: first.duration_since(started).as_secs_f64(),
+        decode_tokens_per_s: (draws > 1).then(|| (draws - 1) as f64 / decode_s),
+        peak_memory_bytes: engine.peak_memory_bytes(),
+        tokens,
+    })
+}
+
+fn prefill(engine: &mut Engine, prompt: &[u32]) -> anyhow::Result<Option<StepOutput>> {
+    let mut drawn = None;
+    let mut left = prompt;
+    while !left.is_empty() {
+        let (chunk, rest) = left.split_at(left.len().min(PREFILL_CHUNK));
+        left = rest;
+        let sample = rest.is_empty();
+        let tokens = chunk.to_vec();
+        drawn = engine.step(&Step::Prefill { seq: SEQUENCE, tokens, sample, draw: 0 })?;
+    }
+    Ok(drawn)
+}
+
+/// The drawn token on every rank; only the first has it.
+fn share(group: Option<&Group>, drawn: Option<&StepOutput>) -> anyhow::Result<u32> {
+    let own = drawn.map(|d| d.token);
+    match group.filter(|g| g.size() > 1) {
+        None => own.context("the engine drew no token"),
+        Some(group) => Ok(group.share_u32(own.unwrap_or(0))?),
+    }
+}
+
+fn token_logprob(drawn: &StepOutput) -> Option<TokenLogprob> {
+    let own = Logprob { token: drawn.token, logprob: drawn.logprob? };
+    let top = drawn.top.iter().map(|&(token, logprob)| Logprob { token, logprob }).collect();
+    Some(TokenLogprob { own, top })
+}
+
+/// Where the answer goes: text as it comes, or one object at the end, or nowhere.
+struct Output<'a> {
+    tokenizer: Option<&'a Tokenizer>,
+    silent: bool,
+    json: bool,
+}
+
+impl Output<'_> {
+    fn piece(&self, text: &str) -> anyhow::Result<()> {
+        if self.silent || self.json || text.is_empty() {
+            return Ok(());
+        }
+        let mut out = io::stdout().lock();
+        write!(out, "{text}").and_then(|()| out.flush()).or_else(ignore_broken_pipe)
+    }
+
+    fn finish(&self, report: &Report) -> anyhow::Result<()> {
+        if self.silent {
+            return Ok(());
+        }
+        let line = if self.json {
+            serde_json::to_string(report)?
+        } else if self.tokenizer.is_none() {
+            let ids: Vec<String> = report.tokens.iter().map(u32::to_string).collect();
+            ids.join(",")
+        } else {
+            String::new()
+        };
+        writeln!(io::stdout().lock(), "{line}").or_else(ignore_broken_pipe)
+    }
+}
+
+/// A reader that has seen enough is no failure.
+fn ignore_broken_pipe(error: io::Error) -> anyhow::Result<()> {
+    if error.kind() == io::ErrorKind::BrokenPipe { Ok(()) } else { Err(error.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn even_shares_are_contiguous_and_cover_all_layers() {
+        for layers in 1..70 {
+            for size in 1..=layers {
+                let mut next = 0;
+                for rank in 0..size {
+                    let share = even_share(layers, rank, size).unwrap();
+                    assert_eq!(share.start, next);
+                    assert!(share.len() == layers / size || share.len() == layers / size + 1);
+                    next = share.end;
+                }
+                assert_eq!(next, layers);
+            }
+        }
+        assert!(even_share(2, 0, 3).is_err());
+    }
+
+    #[test]
+    fn layers_are_read_as_half_open_ranges() {
+        assert_eq!(parse_layers("0..16"), Ok(0..16));
+        for bad in ["", "3", "4..4", "5..2", "a..b", "1..2..3"] {
+            assert!(parse_layers(bad).is_err(), "{bad}");
+        }
+    }
+}
