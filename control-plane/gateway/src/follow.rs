@@ -1,0 +1,76 @@
+//! Keeps the index up to date by watching the API server.
+
+use std::fmt::Debug;
+
+use exo_crds::{InferenceInstance, Model};
+use futures::{StreamExt as _, pin_mut};
+use kube::{
+    Api, Client, Resource,
+    runtime::{
+        WatchStreamExt as _,
+        watcher::{self, Event, watcher},
+    },
+};
+use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+
+use crate::index::Index;
+
+/// A change of what is known of one kind.
+enum Change<K> {
+    Replace(Vec<K>),
+    Apply(K),
+    Delete(K),
+}
+
+/// Follows the API server for ever; drop the future to stop.
+pub(crate) async fn follow(client: Client, index: &watch::Sender<Index>) {
+    let instances =
+        follow_kind(Api::<InferenceInstance>::all(client.clone()), index, |index, change| {
+            match change {
+                Change::Replace(objects) => index.replace_instances(&objects),
+                Change::Apply(object) => index.apply_instance(&object),
+                Change::Delete(object) => index.delete_instance(&object),
+            }
+        });
+    let models = follow_kind(Api::<Model>::all(client), index, |index, change| match change {
+        Change::Replace(objects) => index.replace_models(&objects),
+        Change::Apply(object) => index.apply_model(&object),
+        Change::Delete(object) => index.delete_model(&object),
+    });
+    futures::join!(instances, models);
+}
+
+async fn follow_kind<K>(
+    api: Api<K>,
+    index: &watch::Sender<Index>,
+    mut change: impl FnMut(&mut Index, Change<K>),
+) where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    let events = watcher(api, watcher::Config::default()).default_backoff();
+    pin_mut!(events);
+    // A new list takes effect as a whole: nothing looks deleted while it arrives.
+    let mut listed = Vec::new();
+    while let Some(event) = events.next().await {
+        let next = match event {
+            Ok(Event::Init) => {
+                listed.clear();
+                continue;
+            }
+            Ok(Event::InitApply(object)) => {
+                listed.push(object);
+                continue;
+            }
+            Ok(Event::InitDone) => Change::Replace(std::mem::take(&mut listed)),
+            Ok(Event::Apply(object)) => Change::Apply(object),
+            Ok(Event::Delete(object)) => Change::Delete(object),
+            Err(error) => {
+                // What is known stays in use; the stream backs off and comes back.
+                tracing::warn!(kind = %K::kind(&()), %error, "watching the API server");
+                continue;
+            }
+        };
+        index.send_modify(|index| change(index, next));
+    }
+}

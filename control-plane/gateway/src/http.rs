@@ -1,0 +1,269 @@
+//! Routes and handlers; everything that touches a socket on the client's side.
+
+mod body;
+mod cors;
+mod observe;
+
+use std::{
+    convert::Infallible,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use axum::{
+    Json, Router,
+    body::Body,
+    extract::{Path, Request, State},
+    http::{HeaderValue, Method, StatusCode, Uri, header},
+    middleware,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use bytes::Bytes;
+use exo_crds::generate::GenerateEvent;
+use futures::{Stream, StreamExt as _};
+use prometheus::TextEncoder;
+use serde_json::json;
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
+
+use crate::{
+    Gateway, Shared,
+    error::ApiError,
+    flow::Flow,
+    http::observe::Outcome,
+    index::Index,
+    openai::{
+        chat::{ChatAnswer, Piece},
+        request::ChatRequest,
+        stream::{AnswerHead, ChunkWriter, Completion, KEEP_ALIVE},
+    },
+};
+
+/// Below the 30 s after which common proxies close a silent connection.
+const KEEP_ALIVE_PERIOD: std::time::Duration = std::time::Duration::from_secs(15);
+
+/// The gateway's routes.
+pub fn app(gateway: Gateway) -> Router {
+    let shared = gateway.shared;
+    Router::new()
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/models", get(models))
+        // Names may hold a slash: `namespace/name`, or a repository.
+        .route("/v1/models/{*id}", get(model))
+        .route("/health", get(health))
+        .route("/metrics", get(metrics))
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(Arc::clone(&shared), observe::observe))
+        .layer(middleware::from_fn(cors::allow_all))
+        .with_state(shared)
+}
+
+async fn chat_completions(
+    State(shared): State<Arc<Shared>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let arrived = Instant::now();
+    let permit = admit(&shared)?;
+    let body = body::read_json(request, shared.limits.body_bytes).await?;
+    let request = ChatRequest::read(&body)?;
+    // Free what may be megabytes before the answer, which may take minutes.
+    drop(body);
+    let served = find(&shared, &request.model, arrived).await?;
+    let head = AnswerHead {
+        id: format!("chatcmpl-{}", uuid::Uuid::new_v4().simple()),
+        created: unix_time(),
+        model: request.model.clone(),
+    };
+    let seed = request.seed.or(served.seed).unwrap_or_else(random_seed);
+    let (stream, include_usage) = (request.stream, request.include_usage);
+    let answer = ChatAnswer::new(request.has_tools());
+    let name = request.model.clone();
+    let generate = request.into_generate(head.id.clone(), seed, head.created);
+    let flow = Flow::new(Arc::clone(&shared), name, served.model, generate, arrived);
+    let id = head.id.clone();
+    let mut response = if stream {
+        let writer = ChunkWriter::new(head, include_usage);
+        stream_answer(flow, answer, writer, permit).await?
+    } else {
+        whole_answer(flow, answer, Completion::new(head)).await?
+    };
+    if let Ok(id) = HeaderValue::try_from(id) {
+        response.headers_mut().insert("x-request-id", id);
+    }
+    Ok(response)
+}
+
+fn admit(shared: &Arc<Shared>) -> Result<OwnedSemaphorePermit, ApiError> {
+    Arc::clone(&shared.admission)
+        .try_acquire_owned()
+        .map_err(|_| ApiError::too_many_requests(shared.limits.in_flight))
+}
+
+/// Looks a model up; a gateway that just started waits for its first lists before it says no.
+async fn find(
+    shared: &Shared,
+    name: &str,
+    arrived: Instant,
+) -> Result<crate::index::Served, ApiError> {
+    let mut index = shared.index.subscribe();
+    let deadline = arrived + shared.limits.ready_wait;
+    let complete = tokio::time::timeout_at(deadline, index.wait_for(Index::is_complete)).await;
+    match complete {
+        Ok(Ok(index)) => index.lookup(name).ok_or_else(|| ApiError::model_not_found(name)),
+        _ => Err(ApiError::unavailable("the control plane can't be reached")),
+    }
+}
+
+async fn whole_answer(
+    flow: Flow,
+    mut answer: ChatAnswer,
+    mut completion: Completion,
+) -> Result<Response, ApiError> {
+    let mut events = std::pin::pin!(flow.into_stream());
+    loop {
+        let event = events.next().await;
+        for piece in step(&mut answer, event) {
+            if let Some(result) = completion.push(piece) {
+                return result.map(|object| Json(object).into_response());
+            }
+        }
+    }
+}
+
+/// Waits for the first event, so that a request that can't be served gets a proper status.
+async fn stream_answer(
+    flow: Flow,
+    mut answer: ChatAnswer,
+    writer: ChunkWriter,
+    permit: OwnedSemaphorePermit,
+) -> Result<Response, ApiError> {
+    let mut events = Box::pin(flow.into_stream());
+    let first = step(&mut answer, events.next().await);
+    if let Some(Piece::Failed(error)) = first.first() {
+        return Err(error.clone());
+    }
+    let outcome = Outcome::default();
+    let reported = outcome.clone();
+    let body = async_stream::stream! {
+        let _permit = permit;
+        let mut pieces = first;
+        loop {
+            let text = write(&writer, pieces, &reported);
+            if !text.is_empty() {
+                yield Ok::<_, Infallible>(Bytes::from(text));
+            }
+            if answer.is_over() {
+                return;
+            }
+            pieces = step(&mut answer, loop {
+                // Cancel-safe: the stream keeps its state when only the wait for it is dropped.
+                match tokio::time::timeout(KEEP_ALIVE_PERIOD, events.next()).await {
+                    Ok(event) => break event,
+                    Err(_) => yield Ok(Bytes::from_static(KEEP_ALIVE.as_bytes())),
+                }
+            });
+        }
+    };
+    Ok(stream_response(body, outcome))
+}
+
+fn stream_response(
+    body: impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static,
+    outcome: Outcome,
+) -> Response {
+    let mut response = Response::new(Body::from_stream(body));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    // nginx would collect the chunks otherwise.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response.extensions_mut().insert(outcome);
+    response
+}
+
+/// Feeds what a flow gave into the protocol.
+fn step(answer: &mut ChatAnswer, event: Option<Result<GenerateEvent, ApiError>>) -> Vec<Piece> {
+    match event {
+        Some(Ok(event)) => answer.push(event),
+        Some(Err(error)) => answer.fail(error),
+        None => answer.fail(ApiError::bad_runner("the answer ended early")),
+    }
+}
+
+fn write(writer: &ChunkWriter, pieces: Vec<Piece>, outcome: &Outcome) -> String {
+    let mut text = String::new();
+    for piece in pieces {
+        match &piece {
+            Piece::Finish { .. } => outcome.set(StatusCode::OK),
+            Piece::Failed(error) => outcome.set(error.status),
+            Piece::Begin | Piece::Text { .. } | Piece::ToolCall { .. } => {}
+        }
+        text += &writer.write(piece);
+    }
+    text
+}
+
+async fn models(State(shared): State<Arc<Shared>>) -> Json<serde_json::Value> {
+    let data: Vec<_> = shared.index.borrow().list().iter().map(listed).collect();
+    Json(json!({"object": "list", "data": data}))
+}
+
+async fn model(
+    State(shared): State<Arc<Shared>>,
+    Path(id): Path<String>,
+) -> Result<Json<serde_json::Value>, ApiError> {
+    let list = shared.index.borrow().list();
+    list.iter()
+        .find(|entry| entry.id == id)
+        .map(|entry| Json(listed(entry)))
+        .ok_or_else(|| ApiError::model_not_found(&id))
+}
+
+fn listed(entry: &crate::index::Listed) -> serde_json::Value {
+    json!({"id": entry.id, "object": "model", "created": entry.created, "owned_by": "exo"})
+}
+
+async fn health(State(shared): State<Arc<Shared>>) -> Response {
+    if shared.index.borrow().is_complete() {
+        Json(json!({"status": "ok"})).into_response()
+    } else {
+        ApiError::unavailable("the control plane has not been read yet").into_response()
+    }
+}
+
+async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
+    match TextEncoder::new().encode_to_string(&shared.registry.gather()) {
+        Ok(text) => {
+            let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+            ([(header::CONTENT_TYPE, kind)], text).into_response()
+        }
+        Err(error) => {
+            tracing::error!(%error, "encoding metrics");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
+}
+
+async fn unknown_path(method: Method, uri: Uri) -> ApiError {
+    ApiError::unknown_path(method.as_str(), uri.path())
+}
+
+async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
+    ApiError::method_not_allowed(method.as_str(), uri.path())
+}
+
+/// Seconds since 1970.
+fn unix_time() -> i64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .ok()
+        .and_then(|since| i64::try_from(since.as_secs()).ok())
+        .unwrap_or(0)
+}
+
+fn random_seed() -> u64 {
+    // Version 4 fixes a few bits of each half; both together leave 64 random ones.
+    let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
+    high.rotate_left(32) ^ low
+}

@@ -1,0 +1,305 @@
+//! What the gateway knows of the cluster: instances, their ready replicas, model names.
+//!
+//! A plain struct fed with `apply`/`delete`; never does IO and holds no clock.
+
+use std::collections::BTreeMap;
+
+use exo_crds::{InferenceInstance, Model};
+use kube::ResourceExt as _;
+
+/// An InferenceInstance, by namespace and name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct InstanceKey {
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+}
+
+/// One placement of one replica; a new epoch is another one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct ReplicaId {
+    pub(crate) instance: InstanceKey,
+    pub(crate) index: u32,
+    pub(crate) epoch: u64,
+}
+
+/// A replica that takes requests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Target {
+    pub(crate) replica: ReplicaId,
+    /// `HOST:PORT` of rank 0.
+    pub(crate) endpoint: String,
+}
+
+/// What a request's `model` stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Served {
+    /// Name of the Model: instances of another one don't continue a request's tokens.
+    pub(crate) model: String,
+    /// Seed of requests that bring none, of the first instance that has one.
+    pub(crate) seed: Option<u64>,
+    pub(crate) targets: Vec<Target>,
+    /// Why nothing is ready, in the instance controller's words.
+    pub(crate) waiting_for: Option<String>,
+}
+
+/// An entry of the model list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Listed {
+    pub(crate) id: String,
+    /// Seconds since 1970.
+    pub(crate) created: i64,
+}
+
+#[derive(Clone, Debug)]
+struct Instance {
+    model: String,
+    seed: Option<u64>,
+    created: i64,
+    ready: Vec<Target>,
+    waiting_for: Option<String>,
+}
+
+/// All of it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Index {
+    instances: BTreeMap<InstanceKey, Instance>,
+    /// Model name → repository.
+    models: BTreeMap<String, Option<String>>,
+    instances_listed: bool,
+    models_listed: bool,
+}
+
+impl Index {
+    /// Whether both lists have been read once; before that, "unknown" means nothing.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.instances_listed && self.models_listed
+    }
+
+    pub(crate) fn apply_instance(&mut self, object: &InferenceInstance) {
+        let key = key_of(object);
+        let status = object.status.as_ref();
+        let ready = status
+            .iter()
+            .flat_map(|status| &status.replicas)
+            .filter(|replica| replica.ready && object.metadata.deletion_timestamp.is_none())
+            .filter_map(|replica| {
+                Some(Target {
+                    replica: ReplicaId {
+                        instance: key.clone(),
+                        index: replica.index,
+                        epoch: replica.epoch,
+                    },
+                    endpoint: replica.endpoint.clone()?,
+                })
+            })
+            .collect();
+        let waiting_for = status
+            .and_then(|status| status.conditions.iter().find(|c| c.type_ == "Ready"))
+            .filter(|condition| condition.status != "True" && !condition.message.is_empty())
+            .map(|condition| condition.message.clone());
+        let created = object.creation_timestamp().map_or(0, |time| time.0.as_second());
+        self.instances.insert(
+            key,
+            Instance {
+                model: object.spec.model.clone(),
+                seed: object.spec.seed,
+                created,
+                ready,
+                waiting_for,
+            },
+        );
+    }
+
+    pub(crate) fn delete_instance(&mut self, object: &InferenceInstance) {
+        self.instances.remove(&key_of(object));
+    }
+
+    /// A fresh list takes the place of everything known before.
+    pub(crate) fn replace_instances(&mut self, objects: &[InferenceInstance]) {
+        self.instances.clear();
+        for object in objects {
+            self.apply_instance(object);
+        }
+        self.instances_listed = true;
+    }
+
+    pub(crate) fn apply_model(&mut self, object: &Model) {
+        self.models.insert(object.name_any(), object.spec.source.repo.clone());
+    }
+
+    pub(crate) fn delete_model(&mut self, object: &Model) {
+        self.models.remove(&object.name_any());
+    }
+
+    /// A fresh list takes the place of everything known before.
+    pub(crate) fn replace_models(&mut self, objects: &[Model]) {
+        self.models.clear();
+        for object in objects {
+            self.apply_model(object);
+        }
+        self.models_listed = true;
+    }
+
+    /// Finds what `name` stands for: the listed id of an instance (its name, or `namespace/name`),
+    /// else a Model's name, else a repository. `None`: no instance serves such a model.
+    pub(crate) fn lookup(&self, name: &str) -> Option<Served> {
+        let by_name = |key: &InstanceKey| {
+            key.name == name
+                || name.split_once('/').is_some_and(|(ns, n)| key.namespace == ns && key.name == n)
+        };
+        if let Some((key, instance)) = self.instances.iter().find(|(key, _)| by_name(key)) {
+            return Some(served(&instance.model, [(key, instance)]));
+        }
+        let of_model = |model: &str| {
+            let instances: Vec<_> =
+                self.instances.iter().filter(|(_, instance)| instance.model == model).collect();
+            (!instances.is_empty()).then(|| served(model, instances))
+        };
+        of_model(name).or_else(|| {
+            self.models
+                .iter()
+                .filter(|(_, repo)| repo.as_deref() == Some(name))
+                .find_map(|(model, _)| of_model(model))
+        })
+    }
+
+    /// Whether exactly this placement still takes requests.
+    pub(crate) fn is_ready(&self, replica: &ReplicaId) -> bool {
+        self.instances
+            .get(&replica.instance)
+            .is_some_and(|instance| instance.ready.iter().any(|t| t.replica == *replica))
+    }
+
+    /// The model list: instance names; a name that several namespaces use is listed plainly for
+    /// the first of them and with its namespace for the others.
+    pub(crate) fn list(&self) -> Vec<Listed> {
+        self.instances
+            .iter()
+            .map(|(key, instance)| {
+                let first = self.instances.keys().find(|other| other.name == key.name);
+                let id = if first == Some(key) {
+                    key.name.clone()
+                } else {
+                    format!("{}/{}", key.namespace, key.name)
+                };
+                Listed { id, created: instance.created }
+            })
+            .collect()
+    }
+}
+
+fn key_of(object: &InferenceInstance) -> InstanceKey {
+    InstanceKey { namespace: object.namespace().unwrap_or_default(), name: object.name_any() }
+}
+
+fn served<'a>(
+    model: &str,
+    instances: impl IntoIterator<Item = (&'a InstanceKey, &'a Instance)>,
+) -> Served {
+    let mut served =
+        Served { model: model.to_owned(), seed: None, targets: Vec::new(), waiting_for: None };
+    for (_, instance) in instances {
+        served.seed = served.seed.or(instance.seed);
+        served.targets.extend(instance.ready.iter().cloned());
+        served.waiting_for = served.waiting_for.or_else(|| instance.waiting_for.clone());
+    }
+    served
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn instance(
+        namespace: &str,
+        name: &str,
+        model: &str,
+        replicas: &[(u32, u64, bool)],
+    ) -> InferenceInstance {
+        let replicas: Vec<_> = replicas
+            .iter()
+            .map(|(index, epoch, ready)| {
+                json!({"index": index, "epoch": epoch, "nodes": ["a"], "ready": ready,
+                       "endpoint": ready.then(|| format!("10.0.0.{index}:{epoch}"))})
+            })
+            .collect();
+        serde_json::from_value(json!({
+            "apiVersion": "exo.dev/v1alpha1", "kind": "InferenceInstance",
+            "metadata": {"namespace": namespace, "name": name,
+                         "creationTimestamp": "2026-01-02T03:04:05Z"},
+            "spec": {"model": model, "seed": 7},
+            "status": {"replicas": replicas, "conditions": [{
+                "type": "Ready", "status": "False", "reason": "NoCapacity",
+                "message": "no node has 19Gi free", "lastTransitionTime": "2026-01-02T03:04:05Z"}]},
+        }))
+        .unwrap()
+    }
+
+    fn model(name: &str, repo: Option<&str>) -> Model {
+        serde_json::from_value(json!({
+            "apiVersion": "exo.dev/v1alpha1", "kind": "Model", "metadata": {"name": name},
+            "spec": {"source": {"repo": repo}, "weights": {"layer": 1, "embedding": 1, "head": 1},
+                "architecture": {"modelType": "llama", "layers": 2, "hiddenSize": 8, "heads": 2,
+                    "kvHeads": 2, "headDim": 4, "vocabSize": 16, "contextLength": 32}},
+        }))
+        .unwrap()
+    }
+
+    fn endpoints(index: &Index, name: &str) -> Option<Vec<String>> {
+        let served = index.lookup(name)?;
+        Some(served.targets.into_iter().map(|t| t.endpoint).collect())
+    }
+
+    #[test]
+    fn a_name_is_an_instance_then_a_model_then_a_repository() {
+        let mut index = Index::default();
+        assert!(!index.is_complete());
+        index.replace_instances(&[
+            instance("default", "chat", "llama-70b", &[(0, 3, true), (1, 1, false)]),
+            instance("default", "second", "llama-70b", &[(2, 4, true)]),
+        ]);
+        index.replace_models(&[
+            model("llama-70b", Some("meta/llama")),
+            model("unused", Some("meta/unused")),
+        ]);
+        assert!(index.is_complete());
+
+        let both = || Some(vec!["10.0.0.0:3".to_owned(), "10.0.0.2:4".to_owned()]);
+        assert_eq!(endpoints(&index, "chat"), Some(vec!["10.0.0.0:3".to_owned()]));
+        assert_eq!(endpoints(&index, "default/chat"), endpoints(&index, "chat"));
+        assert_eq!(endpoints(&index, "llama-70b"), both());
+        assert_eq!(endpoints(&index, "meta/llama"), both());
+        for unknown in ["", "meta/unused", "unused", "other/chat", "CHAT"] {
+            assert_eq!(endpoints(&index, unknown), None, "{unknown}");
+        }
+        let served = index.lookup("chat").unwrap();
+        assert_eq!(served.seed, Some(7));
+        assert_eq!(served.waiting_for.as_deref(), Some("no node has 19Gi free"));
+    }
+
+    #[test]
+    fn a_new_epoch_is_another_replica() {
+        let mut index = Index::default();
+        index.apply_instance(&instance("default", "chat", "m", &[(0, 3, true)]));
+        let old = index.lookup("chat").unwrap().targets[0].replica.clone();
+        assert!(index.is_ready(&old));
+        index.apply_instance(&instance("default", "chat", "m", &[(0, 4, true)]));
+        assert!(!index.is_ready(&old));
+        index.delete_instance(&instance("default", "chat", "m", &[]));
+        assert_eq!(index.lookup("chat"), None);
+    }
+
+    #[test]
+    fn a_name_in_two_namespaces_is_listed_twice() {
+        let mut index = Index::default();
+        index.apply_instance(&instance("team", "chat", "m", &[]));
+        index.apply_instance(&instance("default", "chat", "n", &[]));
+        let ids: Vec<_> = index.list().into_iter().map(|l| l.id).collect();
+        assert_eq!(ids, ["chat", "team/chat"]);
+        assert_eq!(index.lookup("chat").unwrap().model, "n");
+        assert_eq!(index.lookup("team/chat").unwrap().model, "m");
+        assert_eq!(index.list()[0].created, 1_767_323_045);
+    }
+}
