@@ -151,6 +151,9 @@ pub struct ReplicaStatus {
     /// By rank.
     pub nodes: Vec<String>,
     pub ready: bool,
+    /// Since when this epoch answers; absent while it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready_since: Option<k8s_openapi::apimachinery::pkg::apis::meta::v1::Time>,
     /// Where rank 0 takes requests, `HOST:PORT`; only while ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,

@@ -1,0 +1,20 @@
+//! Pure decisions: which nodes run which layers, and what to do next about an instance.
+//!
+//! Owns all policy of the control plane: layer partition, placement, the life of epochs, restart
+//! back-off, node health. Every function takes what was observed, the present time among it, and
+//! returns what shall be done, with reasons. Never: IO, clocks, randomness, logging.
+
+mod health;
+mod partition;
+mod place;
+mod reconcile;
+#[cfg(test)]
+mod testing;
+
+pub use health::{HEARTBEAT_LIMIT, Heartbeats, heartbeat_lost};
+pub use partition::{StageCapacity, partition};
+pub use place::{
+    NodeReason, NodeState, Placement, Placing, RankPlacement, Unplaceable, Why, memory_needed,
+    place,
+};
+pub use reconcile::{Action, Decision, Observed, reconcile, release_lost};

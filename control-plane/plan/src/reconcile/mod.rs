@@ -1,0 +1,454 @@
+//! What to do next about one instance.
+//!
+//! # Guarantees
+//! - A replica gets shards of a new epoch only when none of its older shards is left.
+//! - An epoch number is never used twice: the decision that takes a number also writes it into the
+//!   status, and whoever acts writes the status first, on condition that nobody else did.
+//! - Shards of an epoch that failed stay, for their messages to be read, until the next try; their
+//!   peers are stopped at once.
+//!
+//! # Assumptions
+//! - What is observed was read after the last own writes, so that a shard just created is seen.
+
+mod build;
+mod status;
+mod verdict;
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use exo_crds::{
+    InferenceInstance, InferenceInstanceStatus, Model, Node, Rendezvous, ReplicaStatus,
+    SHARD_FINALIZER, Shard, ShardPhase,
+};
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use serde::Serialize;
+
+use self::verdict::{End, Verdict};
+use crate::{NodeState, Placing, memory_needed, place};
+
+/// A first failure is often a neighbour's: try again soon, then ever more slowly.
+const FIRST_DELAY_S: i64 = 1;
+const LONGEST_DELAY_S: i64 = 60;
+/// Bad weights don't get better by themselves, but somebody may replace the files.
+const PERMANENT_DELAY_S: i64 = 300;
+/// After answering for this long, earlier failures are forgotten.
+const STABLE_S: i64 = 60;
+/// Memory of nodes changes without a trigger of its own.
+const UNPLACEABLE_RETRY: Duration = Duration::from_secs(5);
+
+/// Everything that a decision rests on.
+#[derive(Clone, Copy, Debug)]
+pub struct Observed<'a> {
+    pub instance: &'a InferenceInstance,
+    /// By name.
+    pub models: &'a BTreeMap<String, Model>,
+    pub nodes: &'a [Node],
+    /// Of all instances: the others' take memory too.
+    pub shards: &'a [Shard],
+    pub now: Timestamp,
+}
+
+/// What to do, and what to say about it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Decision {
+    /// To be done in this order, after the status is written.
+    pub actions: Vec<Action>,
+    pub status: InferenceInstanceStatus,
+    /// When to look again though nothing has changed.
+    pub requeue_after: Option<Duration>,
+}
+
+/// One write. Names are of Shards in the instance's namespace.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub enum Action {
+    Create(Box<Shard>),
+    SetRendezvous {
+        name: String,
+        rendezvous: Rendezvous,
+    },
+    Delete {
+        namespace: String,
+        name: String,
+    },
+    /// Takes the agent's finalizer away: its node is lost and can't do so itself.
+    Release {
+        namespace: String,
+        name: String,
+    },
+}
+
+/// State of one replica, for the conditions.
+#[derive(Clone, Debug, PartialEq)]
+enum State {
+    Ready,
+    Starting(String),
+    /// Old shards are not gone yet.
+    Stopping(String),
+    BackOff(String),
+    Unplaceable {
+        reason: &'static str,
+        message: String,
+    },
+}
+
+/// One replica's part of a decision.
+struct Outcome {
+    actions: Vec<Action>,
+    status: ReplicaStatus,
+    state: State,
+    requeue_after: Option<Duration>,
+}
+
+/// Decides about one instance.
+pub fn reconcile(observed: &Observed<'_>) -> Decision {
+    let instance = observed.instance;
+    let mine: Vec<&Shard> = observed
+        .shards
+        .iter()
+        .filter(|shard| {
+            shard.spec.instance == name_of(instance)
+                && shard.metadata.namespace == instance.metadata.namespace
+        })
+        .collect();
+    let deleting = instance.metadata.deletion_timestamp.is_some();
+    let wanted = if deleting { 0 } else { instance.spec.replicas };
+    let before = instance.status.clone().unwrap_or_default();
+    let edited = before.observed_generation != instance.metadata.generation;
+
+    let mut actions = release_lost(observed.nodes, mine.iter().copied());
+    let (mut replicas, mut retired) = (Vec::new(), Vec::new());
+    let mut requeue_after = None;
+    let mut planner = Planner { observed, edited, nodes: node_states(observed) };
+    let indices: BTreeSet<u32> = (0..wanted)
+        .chain(mine.iter().map(|shard| shard.spec.replica))
+        .chain(before.replicas.iter().map(|replica| replica.index))
+        .collect();
+    for index in indices {
+        let shards: Vec<&Shard> =
+            mine.iter().copied().filter(|shard| shard.spec.replica == index).collect();
+        let known = before.replicas.iter().find(|r| r.index == index);
+        if index >= wanted {
+            actions.extend(delete(&shards));
+            retired.push(retire(index, known, &shards));
+            continue;
+        }
+        let outcome = planner.replica(index, known, &shards);
+        actions.extend(outcome.actions);
+        replicas.push((outcome.status, outcome.state));
+        requeue_after = earliest(requeue_after, outcome.requeue_after);
+    }
+    Decision {
+        actions,
+        status: status::summarise(instance, &before, replicas, retired, observed.now),
+        requeue_after,
+    }
+}
+
+/// Finalizers to take from shards that are being deleted on nodes that are gone or not Ready.
+pub fn release_lost<'a>(
+    nodes: &[Node],
+    shards: impl IntoIterator<Item = &'a Shard>,
+) -> Vec<Action> {
+    shards
+        .into_iter()
+        .filter(|shard| {
+            let finalizers = shard.metadata.finalizers.as_deref().unwrap_or_default();
+            is_deleting(shard)
+                && finalizers.iter().any(|f| f == SHARD_FINALIZER)
+                && verdict::lost_node(nodes, &shard.spec.node).is_some()
+        })
+        .map(|shard| Action::Release {
+            namespace: shard.metadata.namespace.clone().unwrap_or_default(),
+            name: shard.metadata.name.clone().unwrap_or_default(),
+        })
+        .collect()
+}
+
+/// Decides about the replicas one after the other, each with the memory that the earlier ones left.
+struct Planner<'a> {
+    observed: &'a Observed<'a>,
+    /// The instance's spec changed since the last status was written.
+    edited: bool,
+    nodes: Vec<NodeState>,
+}
+
+impl Planner<'_> {
+    fn replica(&mut self, index: u32, known: Option<&ReplicaStatus>, shards: &[&Shard]) -> Outcome {
+        let mut status = known.cloned().unwrap_or_default();
+        status.index = index;
+        let newest = shards.iter().map(|shard| shard.spec.epoch).max();
+        if newest.is_some_and(|newest| newest > status.epoch) {
+            // A status that was lost: count on from what exists.
+            status = ReplicaStatus {
+                index,
+                epoch: newest.unwrap_or_default(),
+                ..ReplicaStatus::default()
+            };
+        }
+        let (current, old): (Vec<&Shard>, Vec<&Shard>) =
+            shards.iter().partition(|shard| shard.spec.epoch == status.epoch);
+        let mut actions = delete(&old);
+        let verdict = verdict::judge(self.observed, &current);
+        if !matches!(verdict, Verdict::Live { ready: true, .. }) {
+            status.ready = false;
+            status.endpoint = None;
+        }
+        let mut outcome = match verdict {
+            Verdict::Empty if old.is_empty() => self.next_epoch(status),
+            Verdict::Empty => stopping(status, &old),
+            Verdict::Live { ready, rendezvous } => self.live(status, &current, ready, rendezvous),
+            Verdict::Ended(End::Failed { message, permanent, .. }) if !self.edited => {
+                self.failed(status, &current, &message, permanent)
+            }
+            Verdict::Ended(end) => {
+                if self.edited || end == End::Changed {
+                    forget_failures(&mut status);
+                }
+                status.ready_since = None;
+                let mut outcome = stopping(status, shards);
+                if let State::Stopping(message) = &mut outcome.state {
+                    *message = format!("{end}; {message}");
+                }
+                outcome.actions = delete(&current);
+                outcome
+            }
+        };
+        actions.append(&mut outcome.actions);
+        outcome.actions = actions;
+        outcome
+    }
+
+    /// All shards are there and none has failed.
+    fn live(
+        &self,
+        mut status: ReplicaStatus,
+        shards: &[&Shard],
+        ready: bool,
+        rendezvous: Vec<Action>,
+    ) -> Outcome {
+        let now = self.observed.now;
+        status.nodes = by_rank(shards).iter().map(|shard| shard.spec.node.clone()).collect();
+        status.retry_after = None;
+        let mut requeue_after = None;
+        let state = if ready {
+            status.ready = true;
+            status.endpoint = verdict::endpoint(shards);
+            let since = status.ready_since.get_or_insert_with(|| whole_seconds(now)).clone();
+            let left = since.0.as_second() + STABLE_S - now.as_second();
+            if left <= 0 {
+                forget_failures(&mut status);
+            } else if status.failures > 0 || status.last_failure.is_some() {
+                requeue_after = Some(Duration::from_secs(left.unsigned_abs()));
+            }
+            State::Ready
+        } else {
+            status.ready_since = None;
+            State::Starting(status::progress(shards, &status))
+        };
+        Outcome { actions: rendezvous, status, state, requeue_after }
+    }
+
+    /// A shard has failed: its peers stop now, the failed ones when it is time to try again.
+    fn failed(
+        &self,
+        mut status: ReplicaStatus,
+        shards: &[&Shard],
+        message: &str,
+        permanent: bool,
+    ) -> Outcome {
+        let now = self.observed.now;
+        let fresh_message = status.last_failure.as_deref() != Some(message);
+        let counted = status.retry_after.is_some();
+        if !counted {
+            let stable = status
+                .ready_since
+                .take()
+                .is_some_and(|since| since.0.as_second() + STABLE_S <= now.as_second());
+            status.failures = if stable { 1 } else { status.failures.saturating_add(1) };
+        }
+        // A permanent failure that comes to light later overrules what its peers said first.
+        if !counted || (permanent && fresh_message) {
+            status.last_failure = Some(message.to_owned());
+            let delay = if permanent { PERMANENT_DELAY_S } else { back_off_s(status.failures) };
+            status.retry_after = Some(after(now, delay));
+        }
+        let wait = time_left(status.retry_after.as_ref(), now);
+        let to_delete: Vec<&Shard> = shards
+            .iter()
+            .copied()
+            .filter(|shard| wait.is_none() || !verdict::has_failed(shard))
+            .collect();
+        Outcome {
+            actions: delete(&to_delete),
+            state: State::BackOff(status::back_off(&status)),
+            status,
+            requeue_after: wait,
+        }
+    }
+
+    /// No shard is left: place the replica, unless it must wait.
+    fn next_epoch(&mut self, mut status: ReplicaStatus) -> Outcome {
+        let observed = self.observed;
+        status.nodes.clear();
+        status.ready_since = None;
+        if self.edited {
+            forget_failures(&mut status);
+        }
+        if let Some(wait) = time_left(status.retry_after.as_ref(), observed.now) {
+            return Outcome {
+                actions: Vec::new(),
+                state: State::BackOff(status::back_off(&status)),
+                status,
+                requeue_after: Some(wait),
+            };
+        }
+        let unplaceable = |status, reason, message| Outcome {
+            actions: Vec::new(),
+            status,
+            state: State::Unplaceable { reason, message },
+            requeue_after: Some(UNPLACEABLE_RETRY),
+        };
+        let wanted = &observed.instance.spec.model;
+        let Some(model) = observed.models.get(wanted) else {
+            let message = format!("there is no model named {wanted}");
+            return unplaceable(status, "ModelNotFound", message);
+        };
+        let placement = match place(&Placing {
+            model,
+            instance: &observed.instance.spec,
+            nodes: &self.nodes,
+        }) {
+            Ok(placement) => placement,
+            Err(refusal) => return unplaceable(status, "Unplaceable", refusal.to_string()),
+        };
+        for rank in &placement.ranks {
+            promise(&mut self.nodes, &rank.node, rank.memory_bytes);
+        }
+        status.epoch += 1;
+        status.retry_after = None;
+        status.nodes = placement.ranks.iter().map(|r| r.node.clone()).collect();
+        let shards = build::shards(observed.instance, model, &status, &placement);
+        let references: Vec<&Shard> = shards.iter().collect();
+        let state = State::Starting(status::progress(&references, &status));
+        Outcome {
+            actions: shards.into_iter().map(|shard| Action::Create(Box::new(shard))).collect(),
+            status,
+            state,
+            requeue_after: None,
+        }
+    }
+}
+
+/// Nodes with the memory that is left when every shard holds what it will need.
+fn node_states(observed: &Observed<'_>) -> Vec<NodeState> {
+    let mut states: Vec<NodeState> =
+        observed.nodes.iter().map(|node| NodeState::observe(node, 0)).collect();
+    for shard in observed.shards {
+        if is_deleting(shard) || verdict::has_failed(shard) {
+            continue;
+        }
+        let Some(model) = observed.models.get(&shard.spec.model.name) else {
+            continue;
+        };
+        let layers = shard.spec.layers.range();
+        let needed = memory_needed(&model.spec, shard.spec.context_length, &layers);
+        let held = shard.status.as_ref().and_then(|status| status.memory_bytes).unwrap_or(0);
+        promise(&mut states, &shard.spec.node, needed.saturating_sub(held));
+    }
+    states
+}
+
+fn promise(states: &mut [NodeState], node: &str, bytes: u64) {
+    let state = states.iter_mut().find(|state| state.name == node);
+    if let Some(free) = state.and_then(|state| state.free_bytes.as_mut()) {
+        *free = free.saturating_sub(bytes);
+    }
+}
+
+/// All that stays of a replica that is no longer wanted: its epoch, so that the number is not used
+/// again should the replica come back.
+fn retire(index: u32, known: Option<&ReplicaStatus>, shards: &[&Shard]) -> ReplicaStatus {
+    let newest = shards.iter().map(|shard| shard.spec.epoch).max();
+    let epoch = known.map_or(0, |known| known.epoch);
+    ReplicaStatus { index, epoch: epoch.max(newest.unwrap_or(0)), ..ReplicaStatus::default() }
+}
+
+fn stopping(status: ReplicaStatus, left: &[&Shard]) -> Outcome {
+    let names: Vec<&str> = left.iter().filter_map(|shard| shard.metadata.name.as_deref()).collect();
+    Outcome {
+        actions: Vec::new(),
+        status,
+        state: State::Stopping(format!("waiting for {} to stop", names.join(", "))),
+        requeue_after: None,
+    }
+}
+
+fn forget_failures(status: &mut ReplicaStatus) {
+    status.failures = 0;
+    status.retry_after = None;
+    status.last_failure = None;
+}
+
+fn delete(shards: &[&Shard]) -> Vec<Action> {
+    shards
+        .iter()
+        .filter(|shard| !is_deleting(shard))
+        .map(|shard| Action::Delete {
+            namespace: shard.metadata.namespace.clone().unwrap_or_default(),
+            name: shard.metadata.name.clone().unwrap_or_default(),
+        })
+        .collect()
+}
+
+fn name_of(instance: &InferenceInstance) -> &str {
+    instance.metadata.name.as_deref().unwrap_or_default()
+}
+
+fn is_deleting(shard: &Shard) -> bool {
+    shard.metadata.deletion_timestamp.is_some()
+}
+
+fn phase_of(shard: &Shard) -> ShardPhase {
+    shard.status.as_ref().and_then(|status| status.phase).unwrap_or(ShardPhase::Pending)
+}
+
+fn by_rank<'a>(shards: &[&'a Shard]) -> Vec<&'a Shard> {
+    let mut sorted = shards.to_vec();
+    sorted.sort_by_key(|shard| shard.spec.rank);
+    sorted
+}
+
+fn back_off_s(failures: u32) -> i64 {
+    let doublings = failures.saturating_sub(1).min(16);
+    (FIRST_DELAY_S << doublings).min(LONGEST_DELAY_S)
+}
+
+/// Times in resources have whole seconds.
+fn whole_seconds(time: Timestamp) -> Time {
+    Time(Timestamp::from_second(time.as_second()).unwrap_or(time))
+}
+
+/// The first whole second at least `delay_s` after `now`.
+fn after(now: Timestamp, delay_s: i64) -> Time {
+    let rounding = i64::from(now.subsec_nanosecond() > 0);
+    let second = now.as_second().saturating_add(delay_s).saturating_add(rounding);
+    Time(Timestamp::from_second(second).unwrap_or(Timestamp::MAX))
+}
+
+fn time_left(until: Option<&Time>, now: Timestamp) -> Option<Duration> {
+    let left = until?.0.duration_since(now);
+    Duration::try_from(left).ok().filter(|left| !left.is_zero())
+}
+
+fn earliest(a: Option<Duration>, b: Option<Duration>) -> Option<Duration> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    }
+}
