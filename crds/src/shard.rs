@@ -17,6 +17,8 @@ use crate::{ModelSource, Quantity, ShardingKind};
     plural = "shards",
     singular = "shard",
     namespaced,
+    selectable = ".spec.node",
+    selectable = ".spec.instance",
     status = "ShardStatus",
     derive = "PartialEq",
     printcolumn(name = "Instance", type_ = "string", json_path = ".spec.instance"),

@@ -1,0 +1,34 @@
+//! The Kubernetes API protocol over a [`Store`](exo_store::Store), as an axum Router.
+//!
+//! Owns: discovery, verbs, validation by CRD schema, selectors, watches, Table output,
+//! `metav1.Status` errors, garbage collection by owner reference. Never: TLS, what a resource
+//! means. It knows resources by their `CustomResourceDefinition` alone.
+
+mod auth;
+mod clock;
+mod discovery;
+mod error;
+mod jsonpath;
+mod metrics;
+mod object;
+mod request;
+mod resource;
+mod schema;
+mod selector;
+mod server;
+mod table;
+
+mod verbs;
+
+use axum::{Extension, Router};
+
+pub use auth::Identity;
+pub use resource::DefinitionError;
+pub use server::{ApiServer, ServerError, app};
+
+/// The router for a client in the same process: every request comes from `identity`.
+///
+/// Works as the service of `kube::Client::new(service, "default")`.
+pub fn in_process(router: Router, identity: Identity) -> Router {
+    router.layer(Extension(identity))
+}

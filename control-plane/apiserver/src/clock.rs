@@ -1,0 +1,75 @@
+//! The server's clock, and times as Kubernetes writes them.
+
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+/// Now, in whole seconds as `metav1.Time` has it.
+pub(crate) fn now() -> OffsetDateTime {
+    let now = OffsetDateTime::now_utc();
+    now.replace_nanosecond(0).unwrap_or(now)
+}
+
+/// `2006-01-02T15:04:05Z`.
+pub(crate) fn format(time: OffsetDateTime) -> String {
+    time.format(&Rfc3339).expect("a year of the clock has four digits")
+}
+
+/// `None` for a text that is not RFC 3339.
+pub(crate) fn parse(text: &str) -> Option<OffsetDateTime> {
+    OffsetDateTime::parse(text, &Rfc3339).ok()
+}
+
+/// An age as kubectl prints it: `45s`, `3m`, `5m12s`, `2d4h`.
+pub(crate) fn age(from: OffsetDateTime, now: OffsetDateTime) -> String {
+    let seconds = (now - from).whole_seconds();
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
+    let two = |big: i64, unit: &str, small: i64, small_unit: &str| {
+        if small == 0 { format!("{big}{unit}") } else { format!("{big}{unit}{small}{small_unit}") }
+    };
+    match seconds {
+        ..-1 => "<invalid>".to_owned(),
+        -1 => "0s".to_owned(),
+        0..120 => format!("{seconds}s"),
+        120..600 => two(minutes, "m", seconds % 60, "s"),
+        600..10_800 => format!("{minutes}m"),
+        10_800..28_800 => two(hours, "h", minutes % 60, "m"),
+        28_800..172_800 => format!("{hours}h"),
+        172_800..691_200 => two(days, "d", hours % 24, "h"),
+        691_200..63_072_000 => format!("{days}d"),
+        63_072_000..252_288_000 => two(days / 365, "y", days % 365, "d"),
+        _ => format!("{}y", days / 365),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn ages_read_as_in_kubectl() {
+        let now = parse("2026-11-22T12:00:00Z").unwrap();
+        for (seconds, expect) in [
+            (-5, "<invalid>"),
+            (-1, "0s"),
+            (0, "0s"),
+            (119, "119s"),
+            (120, "2m"),
+            (312, "5m12s"),
+            (600, "10m"),
+            (10_799, "179m"),
+            (10_800, "3h"),
+            (11_000, "3h3m"),
+            (28_800, "8h"),
+            (172_800, "2d"),
+            (190_000, "2d4h"),
+            (864_000, "10d"),
+            (63_072_000 + 86_400, "2y1d"),
+            (315_360_000, "10y"),
+        ] {
+            assert_eq!(age(now - Duration::seconds(seconds), now), expect, "{seconds}");
+        }
+        assert_eq!(format(now), "2026-11-22T12:00:00Z");
+        assert_eq!(parse("yesterday"), None);
+    }
+}

@@ -1,0 +1,241 @@
+//! What can go wrong with a request, and the `metav1.Status` that tells the client.
+//!
+//! One table: every refusal of this crate is a variant here, with its HTTP code and reason.
+
+use axum::{
+    body::Body,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use exo_store::{ReadError, StoreError};
+use serde_json::{Value, json};
+
+/// One thing wrong with an object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Cause {
+    /// A constant of Kubernetes: `FieldValueInvalid`, `FieldValueRequired`, …
+    pub(crate) reason: &'static str,
+    /// Without the field.
+    pub(crate) message: String,
+    /// Path such as `spec.nodes.min`.
+    pub(crate) field: String,
+}
+
+/// Which object a refusal is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Subject {
+    pub(crate) group: String,
+    pub(crate) kind: String,
+    pub(crate) plural: String,
+    pub(crate) name: String,
+}
+
+impl Subject {
+    fn resource(&self) -> String {
+        qualified(&self.plural, &self.group)
+    }
+}
+
+fn qualified(name: &str, group: &str) -> String {
+    if group.is_empty() { name.to_owned() } else { format!("{name}.{group}") }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ApiError {
+    #[error("the server could not find the requested resource")]
+    UnknownPath,
+    #[error("{} \"{}\" not found", .0.resource(), .0.name)]
+    NotFound(Subject),
+    #[error("{} \"{}\" already exists", .0.resource(), .0.name)]
+    AlreadyExists(Subject),
+    #[error("Operation cannot be fulfilled on {} \"{}\": {message}", subject.resource(), subject.name)]
+    Conflict { subject: Subject, message: String },
+    #[error("{}", invalid_message(subject, causes))]
+    Invalid { subject: Subject, causes: Vec<Cause> },
+    #[error("{0}")]
+    BadRequest(String),
+    /// A patch that can't be applied to the object as it is.
+    #[error("{0}")]
+    Unprocessable(String),
+    #[error("Unauthorized")]
+    Unauthorized,
+    #[error("the server does not allow this method on the requested resource")]
+    MethodNotAllowed,
+    #[error("only the following media types are accepted: {0}")]
+    NotAcceptable(&'static str),
+    #[error("the body of the request was in an unknown format - accepted media types include: {0}")]
+    UnsupportedMediaType(&'static str),
+    #[error("Request entity too large: limit is {0} bytes")]
+    TooLarge(usize),
+    #[error("{0}")]
+    Expired(String),
+    #[error("{0}")]
+    Unavailable(String),
+    #[error("{0}")]
+    Internal(String),
+}
+
+fn invalid_message(subject: &Subject, causes: &[Cause]) -> String {
+    let texts: Vec<String> =
+        causes.iter().map(|cause| format!("{}: {}", cause.field, cause.message)).collect();
+    let what = qualified(&subject.kind, &subject.group);
+    match texts.as_slice() {
+        [one] => format!("{what} \"{}\" is invalid: {one}", subject.name),
+        many => format!("{what} \"{}\" is invalid: [{}]", subject.name, many.join(", ")),
+    }
+}
+
+/// Clients that are told to come back wait this long.
+const RETRY_AFTER_S: u32 = 1;
+
+impl ApiError {
+    pub(crate) fn modified(subject: Subject) -> Self {
+        Self::Conflict {
+            subject,
+            message: "the object has been modified; please apply your changes to the latest \
+                      version and try again"
+                .to_owned(),
+        }
+    }
+
+    pub(crate) fn code(&self) -> StatusCode {
+        match self {
+            Self::UnknownPath | Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::AlreadyExists(_) | Self::Conflict { .. } => StatusCode::CONFLICT,
+            Self::Invalid { .. } | Self::Unprocessable(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::NotAcceptable(_) => StatusCode::NOT_ACCEPTABLE,
+            Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Expired(_) => StatusCode::GONE,
+            Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::UnknownPath | Self::NotFound(_) => "NotFound",
+            Self::AlreadyExists(_) => "AlreadyExists",
+            Self::Conflict { .. } => "Conflict",
+            Self::Invalid { .. } | Self::Unprocessable(_) => "Invalid",
+            Self::BadRequest(_) => "BadRequest",
+            Self::Unauthorized => "Unauthorized",
+            Self::MethodNotAllowed => "MethodNotAllowed",
+            Self::NotAcceptable(_) => "NotAcceptable",
+            Self::UnsupportedMediaType(_) => "UnsupportedMediaType",
+            Self::TooLarge(_) => "RequestEntityTooLarge",
+            Self::Expired(_) => "Expired",
+            Self::Unavailable(_) => "ServiceUnavailable",
+            Self::Internal(_) => "InternalError",
+        }
+    }
+
+    fn details(&self) -> Option<Value> {
+        match self {
+            Self::NotFound(s) | Self::AlreadyExists(s) | Self::Conflict { subject: s, .. } => {
+                Some(json!({"name": s.name, "group": s.group, "kind": s.plural}))
+            }
+            Self::Invalid { subject, causes } => {
+                let causes: Vec<Value> = causes
+                    .iter()
+                    .map(|c| json!({"reason": c.reason, "message": c.message, "field": c.field}))
+                    .collect();
+                Some(json!({
+                    "name": subject.name,
+                    "group": subject.group,
+                    "kind": subject.kind,
+                    "causes": causes,
+                }))
+            }
+            Self::Unavailable(_) => Some(json!({"retryAfterSeconds": RETRY_AFTER_S})),
+            _ => None,
+        }
+    }
+
+    /// The `metav1.Status` object.
+    pub(crate) fn status(&self) -> Value {
+        let mut status = json!({
+            "apiVersion": "v1",
+            "kind": "Status",
+            "metadata": {},
+            "status": "Failure",
+            "message": self.to_string(),
+            "reason": self.reason(),
+            "code": self.code().as_u16(),
+        });
+        if let Some(details) = self.details() {
+            status["details"] = details;
+        }
+        status
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Read(ReadError::Compacted { requested, compacted }) => {
+                Self::Expired(format!("too old resource version: {requested} ({compacted})"))
+            }
+            StoreError::Read(ReadError::Future { .. }) | StoreError::Invalid(_) => {
+                Self::BadRequest(error.to_string())
+            }
+            StoreError::NotLeader { .. }
+            | StoreError::Unknown(_)
+            | StoreError::Unavailable(_)
+            | StoreError::Closed => Self::Unavailable(error.to_string()),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = Response::new(Body::from(self.status().to_string()));
+        *response.status_mut() = self.code();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if matches!(self, Self::Unavailable(_)) {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
+        }
+        response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_names_object_and_field() {
+        let error = ApiError::Invalid {
+            subject: Subject {
+                group: "exo.dev".into(),
+                kind: "Shard".into(),
+                plural: "shards".into(),
+                name: "a".into(),
+            },
+            causes: vec![Cause {
+                reason: "FieldValueRequired",
+                message: "Required value".into(),
+                field: "spec.rank".into(),
+            }],
+        };
+        assert_eq!(
+            error.status(),
+            json!({
+                "apiVersion": "v1", "kind": "Status", "metadata": {}, "status": "Failure",
+                "message": "Shard.exo.dev \"a\" is invalid: spec.rank: Required value",
+                "reason": "Invalid", "code": 422,
+                "details": {
+                    "name": "a", "group": "exo.dev", "kind": "Shard",
+                    "causes": [{
+                        "reason": "FieldValueRequired", "message": "Required value",
+                        "field": "spec.rank"
+                    }]
+                }
+            })
+        );
+    }
+}

@@ -1,0 +1,97 @@
+//! Objects as JSON: their metadata, and their form in the store.
+
+use exo_store::Entry;
+use serde_json::{Map, Value};
+
+use crate::error::ApiError;
+
+pub(crate) fn text<'a>(object: &'a Value, field: &str) -> Option<&'a str> {
+    object.get("metadata")?.get(field)?.as_str()
+}
+
+pub(crate) fn name(object: &Value) -> &str {
+    text(object, "name").unwrap_or_default()
+}
+
+pub(crate) fn namespace(object: &Value) -> Option<&str> {
+    text(object, "namespace")
+}
+
+pub(crate) fn uid(object: &Value) -> Option<&str> {
+    text(object, "uid")
+}
+
+pub(crate) fn resource_version(object: &Value) -> Option<&str> {
+    text(object, "resourceVersion").filter(|v| !v.is_empty())
+}
+
+pub(crate) fn is_deleting(object: &Value) -> bool {
+    text(object, "deletionTimestamp").is_some()
+}
+
+pub(crate) fn generation(object: &Value) -> i64 {
+    let generation = object.pointer("/metadata/generation");
+    generation.and_then(Value::as_i64).unwrap_or(0)
+}
+
+pub(crate) fn finalizers(object: &Value) -> Vec<&str> {
+    let finalizers = object.pointer("/metadata/finalizers");
+    finalizers
+        .and_then(Value::as_array)
+        .map(|list| list.iter().filter_map(Value::as_str).collect())
+        .unwrap_or_default()
+}
+
+/// uids of the owners.
+pub(crate) fn owners(object: &Value) -> impl Iterator<Item = &str> {
+    let owners = object.pointer("/metadata/ownerReferences");
+    owners
+        .and_then(Value::as_array)
+        .map_or(&[][..], Vec::as_slice)
+        .iter()
+        .filter_map(|owner| owner.get("uid")?.as_str())
+}
+
+/// The metadata to change; made where there is none. `object` is a JSON object.
+pub(crate) fn metadata_mut(object: &mut Value) -> &mut Map<String, Value> {
+    let metadata = &mut object["metadata"];
+    if !metadata.is_object() {
+        *metadata = Value::Object(Map::new());
+    }
+    metadata.as_object_mut().expect("it was made an object just above")
+}
+
+/// Sets a field of the metadata, or removes it.
+pub(crate) fn set_metadata(object: &mut Value, field: &str, value: Option<Value>) {
+    let metadata = metadata_mut(object);
+    match value {
+        Some(value) => {
+            metadata.insert(field.to_owned(), value);
+        }
+        None => {
+            metadata.remove(field);
+        }
+    }
+}
+
+/// The object of an entry, with its resource version.
+pub(crate) fn decode(entry: &Entry) -> Result<Value, ApiError> {
+    decode_at(entry, entry.mod_revision)
+}
+
+/// The same at another resource version: a deleted object shows the revision of its deletion.
+pub(crate) fn decode_at(entry: &Entry, revision: u64) -> Result<Value, ApiError> {
+    let fields: Map<String, Value> = serde_json::from_str(&entry.value).map_err(|error| {
+        ApiError::Internal(format!("the stored object {} is damaged: {error}", entry.key))
+    })?;
+    let mut object = Value::Object(fields);
+    set_metadata(&mut object, "resourceVersion", Some(Value::String(revision.to_string())));
+    Ok(object)
+}
+
+/// The stored form: its place in the store's history is its resource version.
+pub(crate) fn encode(object: &Value) -> String {
+    let mut object = object.clone();
+    set_metadata(&mut object, "resourceVersion", None);
+    object.to_string()
+}

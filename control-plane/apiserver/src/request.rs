@@ -1,0 +1,223 @@
+//! What a request asks for: path, verb and parameters, read once.
+
+use std::collections::BTreeMap;
+
+use axum::http::Method;
+
+use crate::error::ApiError;
+
+/// Parameters of the query; the last one of a name counts.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Query(BTreeMap<String, String>);
+
+impl Query {
+    pub(crate) fn parse(query: Option<&str>) -> Self {
+        let pairs = query.unwrap_or_default().split('&');
+        Self(
+            pairs
+                .filter(|pair| !pair.is_empty())
+                .map(|pair| {
+                    let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+                    (decode(name, true), decode(value, true))
+                })
+                .collect(),
+        )
+    }
+
+    /// Absent and empty are the same.
+    pub(crate) fn get(&self, name: &str) -> Option<&str> {
+        let value = self.0.get(name).map(String::as_str);
+        value.filter(|v| !v.is_empty())
+    }
+
+    pub(crate) fn flag(&self, name: &str) -> Result<Option<bool>, ApiError> {
+        match self.0.get(name).map(String::as_str) {
+            None => Ok(None),
+            Some("true" | "1" | "") => Ok(Some(true)),
+            Some("false" | "0") => Ok(Some(false)),
+            Some(other) => Err(ApiError::BadRequest(format!(
+                "invalid value for {name}: `{other}` is not true or false"
+            ))),
+        }
+    }
+
+    pub(crate) fn number(&self, name: &str) -> Result<Option<u64>, ApiError> {
+        self.get(name)
+            .map(|text| {
+                text.parse().map_err(|_| {
+                    ApiError::BadRequest(format!(
+                        "invalid value for {name}: `{text}` is not a number"
+                    ))
+                })
+            })
+            .transpose()
+    }
+
+    /// Writes shall be tried, not made.
+    pub(crate) fn dry_run(&self) -> Result<bool, ApiError> {
+        match self.get("dryRun") {
+            None => Ok(false),
+            Some("All") => Ok(true),
+            Some(other) => Err(ApiError::BadRequest(format!(
+                "invalid value for dryRun: `{other}`; only All is supported"
+            ))),
+        }
+    }
+}
+
+/// Undoes percent-encoding; what is no valid UTF-8 afterwards is replaced.
+fn decode(text: &str, plus_is_space: bool) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let hex = |b: u8| char::from(b).to_digit(16);
+        rest = tail;
+        match (first, tail) {
+            (b'%', [high, low, after @ ..]) => {
+                if let (Some(high), Some(low)) = (hex(*high), hex(*low)) {
+                    bytes.extend(u8::try_from(high * 16 + low));
+                    rest = after;
+                } else {
+                    bytes.push(first);
+                }
+            }
+            (b'+', _) if plus_is_space => bytes.push(b' '),
+            _ => bytes.push(first),
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Where a path below `/apis/GROUP/VERSION` leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Target {
+    pub(crate) group: String,
+    pub(crate) version: String,
+    pub(crate) namespace: Option<String>,
+    pub(crate) plural: String,
+    pub(crate) name: Option<String>,
+    pub(crate) subresource: Option<String>,
+}
+
+impl Target {
+    /// `None` for a path of another shape.
+    pub(crate) fn parse(path: &str) -> Option<Self> {
+        let mut segments = path.strip_prefix("/apis/")?.split('/');
+        let group = segments.next()?;
+        let version = segments.next()?;
+        let rest: Vec<&str> = segments.collect();
+        let (namespace, rest) = match rest.as_slice() {
+            ["namespaces", namespace, rest @ ..] if !rest.is_empty() => (Some(*namespace), rest),
+            rest => (None, rest),
+        };
+        let (plural, name, subresource) = match rest {
+            [plural] => (plural, None, None),
+            [plural, name] => (plural, Some(name), None),
+            [plural, name, subresource] => (plural, Some(name), Some(subresource)),
+            _ => return None,
+        };
+        let all = [group, version, plural];
+        let parts = namespace.iter().chain(name).chain(subresource);
+        if all.iter().chain(parts).any(|part| part.is_empty()) {
+            return None;
+        }
+        let owned = |text: &str| decode(text, false);
+        Some(Self {
+            group: owned(group),
+            version: owned(version),
+            namespace: namespace.map(owned),
+            plural: owned(plural),
+            name: name.map(|n| owned(n)),
+            subresource: subresource.map(|s| owned(s)),
+        })
+    }
+}
+
+/// What to do with the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verb {
+    Get,
+    List,
+    Watch,
+    Create,
+    Update,
+    Patch,
+    Delete,
+    DeleteCollection,
+}
+
+impl Verb {
+    pub(crate) fn of(method: &Method, target: &Target, query: &Query) -> Result<Self, ApiError> {
+        let watch = query.flag("watch")? == Some(true);
+        let verb = match (method.as_str(), target.name.is_some()) {
+            ("GET", false) if watch => Self::Watch,
+            ("GET", false) => Self::List,
+            ("GET", true) => Self::Get,
+            ("POST", false) => Self::Create,
+            ("DELETE", false) => Self::DeleteCollection,
+            ("PUT", true) => Self::Update,
+            ("PATCH", true) => Self::Patch,
+            ("DELETE", true) if target.subresource.is_none() => Self::Delete,
+            _ => return Err(ApiError::MethodNotAllowed),
+        };
+        Ok(verb)
+    }
+
+    /// As metrics name it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Get => "GET",
+            Self::List => "LIST",
+            Self::Watch => "WATCH",
+            Self::Create => "POST",
+            Self::Update => "PUT",
+            Self::Patch => "PATCH",
+            Self::Delete => "DELETE",
+            Self::DeleteCollection => "DELETECOLLECTION",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_read_or_refused() {
+        let check =
+            |path: &str, expect: Option<(Option<&str>, &str, Option<&str>, Option<&str>)>| {
+                let target = Target::parse(path);
+                let found = target.as_ref().map(|t| {
+                    (
+                        t.namespace.as_deref(),
+                        t.plural.as_str(),
+                        t.name.as_deref(),
+                        t.subresource.as_deref(),
+                    )
+                });
+                assert_eq!(found, expect, "{path}");
+            };
+        check("/apis/g/v/nodes", Some((None, "nodes", None, None)));
+        check("/apis/g/v/nodes/a", Some((None, "nodes", Some("a"), None)));
+        check("/apis/g/v/nodes/a/status", Some((None, "nodes", Some("a"), Some("status"))));
+        check("/apis/g/v/namespaces/n/shards", Some((Some("n"), "shards", None, None)));
+        check("/apis/g/v/namespaces/n/shards/a", Some((Some("n"), "shards", Some("a"), None)));
+        check("/apis/g/v/nodes/a%2Fb", Some((None, "nodes", Some("a/b"), None)));
+        for bad in ["/apis/g/v", "/apis/g/v/", "/apis/g/v/nodes/", "/x", "/apis/g/v/a/b/c/d"] {
+            check(bad, None);
+        }
+    }
+
+    #[test]
+    fn parameters_are_decoded() {
+        let query = Query::parse(Some("a=x%3Dy%2Cz+w&watch=1&limit=5&n=%zz&b"));
+        assert_eq!(query.get("a"), Some("x=y,z w"));
+        assert_eq!(query.flag("watch").unwrap(), Some(true));
+        assert_eq!(query.flag("b").unwrap(), Some(true));
+        assert_eq!(query.number("limit").unwrap(), Some(5));
+        assert!(query.number("a").is_err());
+        assert!(query.flag("a").is_err());
+        assert_eq!(query.get("n"), Some("%zz"));
+        assert_eq!(query.get("absent"), None);
+    }
+}

@@ -1,0 +1,191 @@
+//! Resources as this server knows them: all it needs of a `CustomResourceDefinition`.
+
+use std::str::FromStr;
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceDefinition, CustomResourceDefinitionVersion,
+};
+use serde_json::Value;
+
+use crate::{
+    error::{ApiError, Subject},
+    jsonpath::{JsonPath, ParsePathError},
+    schema::{Schema, SchemaError},
+};
+
+/// A definition that can't be served.
+#[derive(Debug, thiserror::Error)]
+#[error("the definition of {resource}")]
+pub struct DefinitionError {
+    resource: String,
+    #[source]
+    source: Problem,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Problem {
+    #[error("no version is served and stored")]
+    NoVersion,
+    #[error("its version has no schema")]
+    NoSchema,
+    #[error(transparent)]
+    Path(#[from] ParsePathError),
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+}
+
+/// One column of the Table form.
+#[derive(Clone, Debug)]
+pub(crate) struct Column {
+    pub(crate) name: String,
+    pub(crate) kind: String,
+    pub(crate) format: String,
+    pub(crate) description: String,
+    /// Above 0: shown by `-o wide` only.
+    pub(crate) priority: i32,
+    pub(crate) path: JsonPath,
+}
+
+/// One kind of object.
+#[derive(Debug)]
+pub(crate) struct Resource {
+    pub(crate) group: String,
+    pub(crate) version: String,
+    pub(crate) kind: String,
+    pub(crate) list_kind: String,
+    pub(crate) plural: String,
+    pub(crate) singular: String,
+    pub(crate) short_names: Vec<String>,
+    pub(crate) categories: Vec<String>,
+    pub(crate) namespaced: bool,
+    /// There is a `status` subresource.
+    pub(crate) has_status: bool,
+    pub(crate) columns: Vec<Column>,
+    /// Field names of selectors, with where they lead.
+    pub(crate) selectable: Vec<(String, JsonPath)>,
+    pub(crate) schema: Schema,
+}
+
+impl Resource {
+    pub(crate) fn from_crd(crd: &CustomResourceDefinition) -> Result<Self, DefinitionError> {
+        Self::read(crd).map_err(|source| DefinitionError {
+            resource: format!("{}.{}", crd.spec.names.plural, crd.spec.group),
+            source,
+        })
+    }
+
+    fn read(crd: &CustomResourceDefinition) -> Result<Self, Problem> {
+        let spec = &crd.spec;
+        let names = &spec.names;
+        let version =
+            spec.versions.iter().find(|v| v.served && v.storage).ok_or(Problem::NoVersion)?;
+        let schema = version
+            .schema
+            .as_ref()
+            .and_then(|s| s.open_api_v3_schema.as_ref())
+            .ok_or(Problem::NoSchema)?;
+        let schema = serde_json::to_value(schema).map_err(SchemaError::Json)?;
+        let subresources = version.subresources.as_ref();
+        Ok(Self {
+            group: spec.group.clone(),
+            version: version.name.clone(),
+            kind: names.kind.clone(),
+            list_kind: match &names.list_kind {
+                Some(kind) => kind.clone(),
+                None => format!("{}List", names.kind),
+            },
+            plural: names.plural.clone(),
+            singular: match &names.singular {
+                Some(name) => name.clone(),
+                None => names.kind.to_lowercase(),
+            },
+            short_names: names.short_names.clone().unwrap_or_default(),
+            categories: names.categories.clone().unwrap_or_default(),
+            namespaced: spec.scope == "Namespaced",
+            has_status: subresources.is_some_and(|s| s.status.is_some()),
+            columns: columns(version)?,
+            selectable: selectable(version)?,
+            schema: Schema::compile(schema)?,
+        })
+    }
+
+    pub(crate) fn api_version(&self) -> String {
+        format!("{}/{}", self.group, self.version)
+    }
+
+    /// Key of one object in the store.
+    pub(crate) fn key(&self, namespace: Option<&str>, name: &str) -> String {
+        format!("{}{name}", self.prefix(namespace))
+    }
+
+    /// What the keys of all objects begin with: of one namespace, or of all.
+    pub(crate) fn prefix(&self, namespace: Option<&str>) -> String {
+        let Self { group, plural, .. } = self;
+        match namespace {
+            Some(namespace) => format!("{PREFIX}{group}/{plural}/{namespace}/"),
+            None => format!("{PREFIX}{group}/{plural}/"),
+        }
+    }
+
+    pub(crate) fn subject(&self, name: &str) -> Subject {
+        Subject {
+            group: self.group.clone(),
+            kind: self.kind.clone(),
+            plural: self.plural.clone(),
+            name: name.to_owned(),
+        }
+    }
+
+    pub(crate) fn not_found(&self, name: &str) -> ApiError {
+        ApiError::NotFound(self.subject(name))
+    }
+
+    /// Whether this is what an object says it is.
+    pub(crate) fn is_type_of(&self, object: &Value) -> bool {
+        object.get("kind").and_then(Value::as_str) == Some(&self.kind)
+            && object.get("apiVersion").and_then(Value::as_str) == Some(&self.api_version())
+    }
+}
+
+/// Everything of this server is below here.
+pub(crate) const PREFIX: &str = "/registry/";
+
+fn columns(version: &CustomResourceDefinitionVersion) -> Result<Vec<Column>, ParsePathError> {
+    let Some(defined) = &version.additional_printer_columns else {
+        return Ok(vec![Column {
+            name: "Age".to_owned(),
+            kind: "date".to_owned(),
+            format: String::new(),
+            description: String::new(),
+            priority: 0,
+            path: JsonPath::from_str(".metadata.creationTimestamp")?,
+        }]);
+    };
+    defined
+        .iter()
+        .map(|column| {
+            Ok(Column {
+                name: column.name.clone(),
+                kind: column.type_.clone(),
+                format: column.format.clone().unwrap_or_default(),
+                description: column.description.clone().unwrap_or_default(),
+                priority: column.priority.unwrap_or(0),
+                path: column.json_path.parse()?,
+            })
+        })
+        .collect()
+}
+
+fn selectable(
+    version: &CustomResourceDefinitionVersion,
+) -> Result<Vec<(String, JsonPath)>, ParsePathError> {
+    version
+        .selectable_fields
+        .iter()
+        .flatten()
+        .map(|field| {
+            let name = field.json_path.trim_start_matches('.').to_owned();
+            Ok((name, field.json_path.parse()?))
+        })
+        .collect()
+}

@@ -1,0 +1,414 @@
+//! A CRD's schema at work: unknown fields, defaults, validation.
+//!
+//! Structural schemas (OpenAPI 3.0 as CRDs write it) are walked by hand for unknown fields and
+//! defaults; the rest is translated to JSON Schema and left to `jsonschema`.
+
+use jsonschema::{Draft, ValidationError, Validator, error::ValidationErrorKind};
+use serde_json::{Map, Value, json};
+
+use crate::error::Cause;
+
+/// A schema that can't be compiled.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SchemaError {
+    #[error("writing the schema as JSON")]
+    Json(#[source] serde_json::Error),
+    #[error("the schema is invalid: {0}")]
+    Invalid(String),
+}
+
+#[derive(Debug)]
+pub(crate) struct Schema {
+    structural: Value,
+    validator: Validator,
+}
+
+/// Fields of the root that every object has.
+const ROOT_FIELDS: [&str; 3] = ["apiVersion", "kind", "metadata"];
+/// More causes than a person reads are cut off.
+const MAX_CAUSES: usize = 32;
+
+impl Schema {
+    pub(crate) fn compile(structural: Value) -> Result<Self, SchemaError> {
+        let validator = jsonschema::options()
+            .with_draft(Draft::Draft202012)
+            .should_validate_formats(true)
+            .should_ignore_unknown_formats(true)
+            .build(&translate(&structural))
+            .map_err(|error| SchemaError::Invalid(error.to_string()))?;
+        Ok(Self { structural, validator })
+    }
+
+    /// The schema as the definition has it.
+    pub(crate) fn structural(&self) -> &Value {
+        &self.structural
+    }
+
+    /// Removes fields that the schema doesn't know and returns their paths.
+    pub(crate) fn prune(&self, object: &mut Value) -> Vec<String> {
+        let mut unknown = Vec::new();
+        prune(&self.structural, object, "", &mut unknown);
+        unknown
+    }
+
+    /// Fills in what is absent and has a default.
+    pub(crate) fn default(&self, object: &mut Value) {
+        default(&self.structural, object);
+    }
+
+    /// Everything that is wrong, in the order of the fields.
+    pub(crate) fn validate(&self, object: &Value) -> Vec<Cause> {
+        let mut causes: Vec<Cause> = self
+            .validator
+            .iter_errors(object)
+            .take(MAX_CAUSES)
+            .map(|error| cause(&error))
+            .collect();
+        causes.sort_by(|a, b| a.field.cmp(&b.field));
+        causes
+    }
+}
+
+fn keeps_unknown(schema: &Value) -> bool {
+    schema.get("x-kubernetes-preserve-unknown-fields") == Some(&Value::Bool(true))
+}
+
+fn prune(schema: &Value, value: &mut Value, path: &str, unknown: &mut Vec<String>) {
+    match value {
+        Value::Array(items) => {
+            let Some(schema) = schema.get("items") else {
+                return;
+            };
+            for (index, item) in items.iter_mut().enumerate() {
+                prune(schema, item, &format!("{path}[{index}]"), unknown);
+            }
+        }
+        Value::Object(fields) => {
+            let properties = schema.get("properties");
+            let additional = schema.get("additionalProperties");
+            let at_root = path.is_empty();
+            fields.retain(|name, value| {
+                if at_root && ROOT_FIELDS.contains(&name.as_str()) {
+                    return true;
+                }
+                let path = if at_root { name.clone() } else { format!("{path}.{name}") };
+                let known =
+                    properties.and_then(|p| p.get(name)).or(additional.filter(|a| a.is_object()));
+                if let Some(schema) = known {
+                    prune(schema, value, &path, unknown);
+                    return true;
+                }
+                let keep = additional == Some(&Value::Bool(true)) || keeps_unknown(schema);
+                if !keep {
+                    unknown.push(path);
+                }
+                keep
+            });
+        }
+        _ => {}
+    }
+}
+
+fn default(schema: &Value, value: &mut Value) {
+    match value {
+        Value::Array(items) => {
+            if let Some(schema) = schema.get("items") {
+                for item in items {
+                    default(schema, item);
+                }
+            }
+        }
+        Value::Object(fields) => {
+            let properties = schema.get("properties").and_then(Value::as_object);
+            for (name, schema) in properties.into_iter().flatten() {
+                let nullable = schema.get("nullable") == Some(&Value::Bool(true));
+                if let Some(preset) = schema.get("default") {
+                    let field = fields.entry(name.clone()).or_insert_with(|| preset.clone());
+                    if field.is_null() && !nullable {
+                        *field = preset.clone();
+                    }
+                }
+                if let Some(field) = fields.get_mut(name) {
+                    default(schema, field);
+                }
+            }
+            if let Some(schema) = schema.get("additionalProperties").filter(|s| s.is_object()) {
+                let known = |name: &String| properties.is_some_and(|p| p.contains_key(name));
+                for (_, field) in fields.iter_mut().filter(|(name, _)| !known(name)) {
+                    default(schema, field);
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+/// From a CRD's dialect to JSON Schema 2020-12.
+fn translate(schema: &Value) -> Value {
+    let Some(fields) = schema.as_object() else {
+        return schema.clone();
+    };
+    let flag = |name: &str| fields.get(name) == Some(&Value::Bool(true));
+    let mut out = Map::new();
+    for (name, value) in fields {
+        let translated = match name.as_str() {
+            "nullable" | "default" | "example" | "description" | "externalDocs" => continue,
+            _ if name.starts_with("x-") => continue,
+            "properties" | "patternProperties" => {
+                let fields = value.as_object().into_iter().flatten();
+                fields.map(|(n, s)| (n.clone(), translate(s))).collect()
+            }
+            "items" | "additionalProperties" | "not" => translate(value),
+            "allOf" | "anyOf" | "oneOf" => {
+                let schemas = value.as_array().into_iter().flatten();
+                schemas.map(translate).collect()
+            }
+            // OpenAPI 3.0 writes these as flags beside the limit.
+            "exclusiveMinimum" | "exclusiveMaximum" if value.is_boolean() => continue,
+            "minimum" if flag("exclusiveMinimum") => {
+                out.insert("exclusiveMinimum".to_owned(), value.clone());
+                continue;
+            }
+            "maximum" if flag("exclusiveMaximum") => {
+                out.insert("exclusiveMaximum".to_owned(), value.clone());
+                continue;
+            }
+            _ => value.clone(),
+        };
+        out.insert(name.clone(), translated);
+    }
+    if flag("x-kubernetes-int-or-string") {
+        out.insert("type".to_owned(), json!(["integer", "string"]));
+    }
+    if flag("nullable") {
+        allow_null(&mut out);
+    }
+    Value::Object(out)
+}
+
+fn allow_null(schema: &mut Map<String, Value>) {
+    match schema.get_mut("type") {
+        Some(Value::Array(types)) => types.push(json!("null")),
+        Some(one) => *one = json!([one.clone(), "null"]),
+        None => {}
+    }
+    if let Some(Value::Array(values)) = schema.get_mut("enum")
+        && !values.contains(&Value::Null)
+    {
+        values.push(Value::Null);
+    }
+}
+
+/// As Kubernetes words it.
+fn cause(error: &ValidationError<'_>) -> Cause {
+    let field = dotted(error.instance_path().as_str());
+    let instance = error.instance();
+    match error.kind() {
+        ValidationErrorKind::Required { property } => {
+            let name = property.as_str().unwrap_or_default();
+            Cause {
+                reason: "FieldValueRequired",
+                message: "Required value".to_owned(),
+                field: join(&field, name),
+            }
+        }
+        ValidationErrorKind::Type { .. } => {
+            let expected = expected_types(&error.to_string());
+            let got = shown(instance, true);
+            Cause {
+                reason: "FieldValueTypeInvalid",
+                message: format!("Invalid value: {got}: {field} must be of type {expected}"),
+                field,
+            }
+        }
+        ValidationErrorKind::Enum { options } => {
+            let options = options.as_array().map_or(&[][..], Vec::as_slice);
+            let options: Vec<String> =
+                options.iter().filter(|o| !o.is_null()).map(Value::to_string).collect();
+            Cause {
+                reason: "FieldValueNotSupported",
+                message: format!(
+                    "Unsupported value: {}: supported values: {}",
+                    shown(instance, false),
+                    options.join(", ")
+                ),
+                field,
+            }
+        }
+        _ => Cause {
+            reason: "FieldValueInvalid",
+            message: format!("Invalid value: {}: {error}", shown(instance, false)),
+            field,
+        },
+    }
+}
+
+/// The types at the end of jsonschema's message: `… is not of type "integer"` or `of types "a", "b"`.
+fn expected_types(message: &str) -> String {
+    let types = message.rsplit_once(" of type").map_or(message, |(_, t)| t);
+    let types = types.strip_prefix('s').unwrap_or(types);
+    types.trim().replace('"', "").replace(", null", "").replace("null, ", "")
+}
+
+/// A value within a message: whole if it is short, else its type.
+fn shown(value: &Value, type_only: bool) -> String {
+    let kind = match value {
+        Value::Null => "null",
+        Value::Bool(_) => "\"boolean\"",
+        Value::Number(_) => "\"number\"",
+        Value::String(_) => "\"string\"",
+        Value::Array(_) => "\"array\"",
+        Value::Object(_) => "\"object\"",
+    };
+    match value {
+        Value::Array(_) | Value::Object(_) => kind.to_owned(),
+        _ if type_only => kind.to_owned(),
+        _ => value.to_string(),
+    }
+}
+
+/// `/spec/nodes/0/min` → `spec.nodes[0].min`.
+fn dotted(pointer: &str) -> String {
+    let mut path = String::new();
+    for segment in pointer.split('/').skip(1) {
+        let segment = segment.replace("~1", "/").replace("~0", "~");
+        if !path.is_empty() && segment.bytes().all(|b| b.is_ascii_digit()) {
+            path = format!("{path}[{segment}]");
+        } else {
+            path = join(&path, &segment);
+        }
+    }
+    path
+}
+
+fn join(path: &str, name: &str) -> String {
+    if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn schema() -> Schema {
+        Schema::compile(json!({
+            "type": "object",
+            "required": ["spec"],
+            "properties": {
+                "spec": {
+                    "type": "object",
+                    "required": ["model"],
+                    "properties": {
+                        "model": {"type": "string", "minLength": 1},
+                        "replicas": {"type": "integer", "default": 1, "minimum": 0.0},
+                        "limit": {"type": "number", "minimum": 0, "exclusiveMinimum": true},
+                        "mode": {"type": "string", "enum": ["A", "B"], "nullable": true},
+                        "when": {"type": "string", "format": "date-time"},
+                        "nodes": {
+                            "type": "object", "default": {},
+                            "properties": {"min": {"type": "integer", "default": 2}}
+                        },
+                        "list": {"type": "array", "items": {
+                            "type": "object",
+                            "properties": {"a": {"type": "integer", "default": 3}}
+                        }},
+                        "map": {"type": "object", "additionalProperties": {"type": "string"}},
+                        "free": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
+                        "port": {"x-kubernetes-int-or-string": true}
+                    }
+                }
+            }
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn unknown_fields_go_and_are_named() {
+        let mut object = json!({
+            "apiVersion": "v", "kind": "k", "metadata": {"x": 1},
+            "other": 1,
+            "spec": {
+                "model": "m", "modle": "m",
+                "nodes": {"mim": 1},
+                "list": [{"a": 1}, {"b": 1}],
+                "map": {"any": "x"},
+                "free": {"any": {"thing": 1}}
+            }
+        });
+        let unknown = schema().prune(&mut object);
+        assert_eq!(unknown, ["other", "spec.list[1].b", "spec.modle", "spec.nodes.mim"]);
+        assert_eq!(
+            object,
+            json!({
+                "apiVersion": "v", "kind": "k", "metadata": {"x": 1},
+                "spec": {
+                    "model": "m", "nodes": {}, "list": [{"a": 1}, {}],
+                    "map": {"any": "x"}, "free": {"any": {"thing": 1}}
+                }
+            })
+        );
+    }
+
+    #[test]
+    fn defaults_reach_into_what_they_add() {
+        let mut object = json!({"spec": {"replicas": null, "list": [{}, {"a": 5}]}});
+        schema().default(&mut object);
+        assert_eq!(
+            object,
+            json!({"spec": {
+                "replicas": 1, "nodes": {"min": 2}, "list": [{"a": 3}, {"a": 5}]
+            }})
+        );
+    }
+
+    #[test]
+    fn each_fault_names_its_field() {
+        let check = |spec: Value, expect: &[(&str, &str, &str)]| {
+            let causes = schema().validate(&json!({"spec": spec}));
+            let found: Vec<_> =
+                causes.iter().map(|c| (c.field.as_str(), c.reason, c.message.as_str())).collect();
+            assert_eq!(found, expect);
+        };
+        check(json!({"model": "m", "mode": null, "port": "http"}), &[]);
+        check(json!({}), &[("spec.model", "FieldValueRequired", "Required value")]);
+        check(
+            json!({"model": "m", "replicas": "two", "nodes": {"min": "x"}}),
+            &[
+                (
+                    "spec.nodes.min",
+                    "FieldValueTypeInvalid",
+                    "Invalid value: \"string\": spec.nodes.min must be of type integer",
+                ),
+                (
+                    "spec.replicas",
+                    "FieldValueTypeInvalid",
+                    "Invalid value: \"string\": spec.replicas must be of type integer",
+                ),
+            ],
+        );
+        check(
+            json!({"model": "m", "mode": "C"}),
+            &[(
+                "spec.mode",
+                "FieldValueNotSupported",
+                "Unsupported value: \"C\": supported values: \"A\", \"B\"",
+            )],
+        );
+        check(
+            json!({"model": "m", "replicas": -1}),
+            &[(
+                "spec.replicas",
+                "FieldValueInvalid",
+                "Invalid value: -1: -1 is less than the minimum of 0.0",
+            )],
+        );
+        let fields = |spec: Value| -> Vec<String> {
+            let causes = schema().validate(&json!({"spec": spec}));
+            causes.into_iter().map(|c| c.field).collect()
+        };
+        assert_eq!(fields(json!({"model": "m", "limit": 0})), ["spec.limit"]);
+        assert_eq!(fields(json!({"model": "m", "when": "noon"})), ["spec.when"]);
+        assert_eq!(fields(json!({"model": "m", "list": [{"a": "x"}]})), ["spec.list[0].a"]);
+        assert_eq!(fields(json!({"model": "m", "map": {"k": 1}})), ["spec.map.k"]);
+        assert_eq!(fields(json!({"model": "m", "port": true})), ["spec.port"]);
+    }
+}

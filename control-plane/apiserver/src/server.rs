@@ -1,0 +1,300 @@
+//! The server: its resources, and the way of a request to the verb that answers it.
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    middleware,
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use bytes::Bytes;
+use exo_store::Store;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use serde_json::{Value, json};
+
+use crate::{
+    auth, discovery,
+    error::ApiError,
+    metrics::Metrics,
+    request::{Query, Target, Verb},
+    resource::{DefinitionError, Resource},
+    table::Form,
+    verbs,
+};
+
+/// Larger bodies are refused, as in Kubernetes.
+const MAX_BODY_BYTES: usize = 3 << 20;
+
+/// Resources served from a store. Clones share it.
+#[derive(Clone)]
+pub struct ApiServer(Arc<Inner>);
+
+struct Inner {
+    store: Store,
+    resources: Vec<Arc<Resource>>,
+    metrics: Metrics,
+}
+
+/// Why a server can't be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error(transparent)]
+    Definition(#[from] DefinitionError),
+    #[error("registering metrics")]
+    Metrics(#[source] prometheus::Error),
+}
+
+impl ApiServer {
+    /// A server of what `crds` define; its metrics go to `registry`.
+    pub fn new(
+        store: Store,
+        crds: &[CustomResourceDefinition],
+        registry: &prometheus::Registry,
+    ) -> Result<Self, ServerError> {
+        let resources = crds
+            .iter()
+            .map(|crd| Resource::from_crd(crd).map(Arc::new))
+            .collect::<Result<_, _>>()?;
+        let metrics = Metrics::register(registry).map_err(ServerError::Metrics)?;
+        Ok(Self(Arc::new(Inner { store, resources, metrics })))
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.0.store
+    }
+
+    pub(crate) fn resources(&self) -> &[Arc<Resource>] {
+        &self.0.resources
+    }
+
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.0.metrics
+    }
+
+    fn resource(&self, target: &Target) -> Option<&Arc<Resource>> {
+        self.0.resources.iter().find(|r| {
+            r.plural == target.plural && r.group == target.group && r.version == target.version
+        })
+    }
+}
+
+/// The router. Who terminates the connection puts an [`Identity`](crate::Identity) into each
+/// request's extensions; without one, all but health and version is refused.
+pub fn app(server: ApiServer) -> Router {
+    Router::new()
+        .route("/healthz", get(healthy))
+        .route("/livez", get(healthy))
+        .route("/readyz", get(ready))
+        .route("/version", get(discovery::version))
+        .route("/api", get(discovery::core_versions))
+        .route("/api/v1", get(discovery::core_resources))
+        .route("/apis", get(discovery::groups))
+        .route("/apis/{group}", get(discovery::group))
+        .route("/apis/{group}/{version}", get(discovery::resources))
+        .fallback(resource_request)
+        .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed })
+        .layer(middleware::from_fn(auth::require_identity))
+        .with_state(server)
+}
+
+async fn healthy() -> &'static str {
+    "ok"
+}
+
+/// Ready while the store answers.
+async fn ready(State(server): State<ApiServer>) -> Response {
+    match server.store().get("/").await {
+        Ok(_) => "ok".into_response(),
+        Err(error) => {
+            (StatusCode::SERVICE_UNAVAILABLE, format!("the store doesn't answer: {error}"))
+                .into_response()
+        }
+    }
+}
+
+/// A request on a resource, all read.
+pub(crate) struct Call {
+    pub(crate) server: ApiServer,
+    pub(crate) resource: Arc<Resource>,
+    pub(crate) namespace: Option<String>,
+    /// Empty for a collection.
+    pub(crate) name: String,
+    pub(crate) subresource: Option<Subresource>,
+    pub(crate) query: Query,
+    pub(crate) form: Form,
+    pub(crate) content_type: Option<String>,
+    pub(crate) body: Bytes,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Subresource {
+    Status,
+}
+
+async fn resource_request(State(server): State<ApiServer>, request: Request) -> Response {
+    let Some(target) = Target::parse(request.uri().path()) else {
+        return ApiError::UnknownPath.into_response();
+    };
+    let query = Query::parse(request.uri().query());
+    let verb = match Verb::of(request.method(), &target, &query) {
+        Ok(verb) => verb,
+        Err(error) => return error.into_response(),
+    };
+    let timer = server.metrics().start(verb);
+    let result = Box::pin(dispatch(server.clone(), verb, target, query, request)).await;
+    let response = result.unwrap_or_else(IntoResponse::into_response);
+    // Only resources that exist become labels: a client can't make up new series.
+    if let Some(resource) = response.extensions().get::<Arc<Resource>>() {
+        timer.observe(&resource.plural, response.status());
+    }
+    response
+}
+
+async fn dispatch(
+    server: ApiServer,
+    verb: Verb,
+    target: Target,
+    query: Query,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let resource = server.resource(&target).ok_or(ApiError::UnknownPath)?;
+    let resource = Arc::clone(resource);
+    let result = Box::pin(answer(server, &resource, verb, target, query, request)).await;
+    let mut response = result.unwrap_or_else(IntoResponse::into_response);
+    response.extensions_mut().insert(resource);
+    Ok(response)
+}
+
+async fn answer(
+    server: ApiServer,
+    resource: &Arc<Resource>,
+    verb: Verb,
+    target: Target,
+    query: Query,
+    request: Request,
+) -> Result<Response, ApiError> {
+    check_scope(resource, verb, &target)?;
+    let subresource = match target.subresource.as_deref() {
+        None => None,
+        Some("status") if resource.has_status => Some(Subresource::Status),
+        Some(_) => return Err(ApiError::UnknownPath),
+    };
+    let (parts, body) = request.into_parts();
+    let text = |name| header_text(&parts.headers, name);
+    let form = Form::negotiate(text(header::ACCEPT), query.get("includeObject"))?;
+    let content_type = text(header::CONTENT_TYPE)
+        .map(|t| t.split(';').next().unwrap_or(t).trim().to_ascii_lowercase());
+    let call = Call {
+        resource: Arc::clone(resource),
+        namespace: target.namespace,
+        name: target.name.unwrap_or_default(),
+        subresource,
+        query,
+        form,
+        content_type,
+        body: read_body(body).await?,
+        server,
+    };
+    match verb {
+        Verb::Get => verbs::get(&call).await,
+        Verb::List => verbs::list(&call).await,
+        Verb::Watch => verbs::watch(call).await,
+        Verb::Create => verbs::create(&call).await,
+        Verb::Update => verbs::update(&call).await,
+        Verb::Patch => verbs::patch(&call).await,
+        Verb::Delete => verbs::delete(&call).await,
+        Verb::DeleteCollection => verbs::delete_collection(&call).await,
+    }
+}
+
+/// Namespaced objects are reached through their namespace; only reading spans all of them.
+fn check_scope(resource: &Resource, verb: Verb, target: &Target) -> Result<(), ApiError> {
+    match (resource.namespaced, &target.namespace) {
+        (false, Some(_)) => Err(ApiError::UnknownPath),
+        (true, None) => match verb {
+            Verb::List | Verb::Watch => Ok(()),
+            Verb::Create | Verb::DeleteCollection => Err(ApiError::MethodNotAllowed),
+            Verb::Get | Verb::Update | Verb::Patch | Verb::Delete => Err(ApiError::UnknownPath),
+        },
+        (true, Some(_)) | (false, None) => Ok(()),
+    }
+}
+
+fn header_text(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
+    headers.get(name)?.to_str().ok()
+}
+
+async fn read_body(body: Body) -> Result<Bytes, ApiError> {
+    use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+    match Limited::new(body, MAX_BODY_BYTES).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(ApiError::TooLarge(MAX_BODY_BYTES)),
+        Err(error) => Err(ApiError::BadRequest(format!("reading the body: {error}"))),
+    }
+}
+
+impl Call {
+    /// Key of the named object.
+    pub(crate) fn key(&self) -> String {
+        self.resource.key(self.namespace.as_deref(), &self.name)
+    }
+
+    pub(crate) fn not_found(&self) -> ApiError {
+        self.resource.not_found(&self.name)
+    }
+
+    /// The body as a JSON object.
+    pub(crate) fn body_object(&self) -> Result<Value, ApiError> {
+        match self.content_type.as_deref() {
+            None | Some("application/json") => {}
+            Some("application/yaml") => return self.yaml_object(),
+            Some(_) => {
+                return Err(ApiError::UnsupportedMediaType("application/json, application/yaml"));
+            }
+        }
+        let value: Value = serde_json::from_slice(&self.body)
+            .map_err(|error| ApiError::BadRequest(format!("the body is not JSON: {error}")))?;
+        require_object(value)
+    }
+
+    fn yaml_object(&self) -> Result<Value, ApiError> {
+        let bad =
+            |problem: String| ApiError::BadRequest(format!("the body is not YAML: {problem}"));
+        let text = std::str::from_utf8(&self.body).map_err(|e| bad(e.to_string()))?;
+        let documents = exo_crds::yaml::documents(text).map_err(|e| bad(e.to_string()))?;
+        match <[Value; 1]>::try_from(documents) {
+            Ok([value]) => require_object(value),
+            Err(_) => Err(bad("exactly one document is expected".to_owned())),
+        }
+    }
+
+    /// An object in the form that was asked for.
+    pub(crate) fn respond(&self, code: StatusCode, object: Value, warnings: &[String]) -> Response {
+        let body = self.form.object(&self.resource, object, crate::clock::now());
+        let mut response = json_response(code, &body);
+        for warning in warnings {
+            // Text that can't stand in a header is left out; the warning is only a courtesy.
+            if let Ok(value) = HeaderValue::from_str(&format!("299 - {}", json!(warning))) {
+                response.headers_mut().append(header::WARNING, value);
+            }
+        }
+        response
+    }
+}
+
+fn require_object(value: Value) -> Result<Value, ApiError> {
+    if value.is_object() {
+        Ok(value)
+    } else {
+        Err(ApiError::BadRequest("the body is not an object".to_owned()))
+    }
+}
+
+pub(crate) fn json_response(code: StatusCode, body: &Value) -> Response {
+    let headers = [(header::CONTENT_TYPE, "application/json")];
+    (code, headers, body.to_string()).into_response()
+}

@@ -1,0 +1,263 @@
+//! Objects in the forms that a client can ask for: whole, as a Table, or metadata only.
+
+use serde_json::{Map, Value, json};
+use time::OffsetDateTime;
+
+use crate::{
+    clock,
+    error::ApiError,
+    object,
+    resource::{Column, Resource},
+};
+
+/// How objects are written into the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    Whole,
+    Table(RowObject),
+    MetadataOnly,
+}
+
+/// What a Table's row carries of its object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RowObject {
+    None,
+    Metadata,
+    Whole,
+}
+
+const ACCEPTED: &str = "application/json, application/json;as=Table;v=v1;g=meta.k8s.io, \
+                        application/json;as=PartialObjectMetadata;v=v1;g=meta.k8s.io";
+
+impl Form {
+    /// From the `Accept` header and the `includeObject` parameter.
+    pub(crate) fn negotiate(
+        accept: Option<&str>,
+        include_object: Option<&str>,
+    ) -> Result<Self, ApiError> {
+        let row = match include_object {
+            None | Some("" | "Metadata") => RowObject::Metadata,
+            Some("None") => RowObject::None,
+            Some("Object") => RowObject::Whole,
+            Some(other) => {
+                return Err(ApiError::BadRequest(format!(
+                    "invalid value for includeObject: {other}"
+                )));
+            }
+        };
+        let Some(accept) = accept.filter(|a| !a.trim().is_empty()) else {
+            return Ok(Self::Whole);
+        };
+        accept
+            .split(',')
+            .find_map(|range| Self::of_media_range(range, row))
+            .ok_or(ApiError::NotAcceptable(ACCEPTED))
+    }
+
+    fn of_media_range(range: &str, row: RowObject) -> Option<Self> {
+        let mut parts = range.split(';').map(str::trim);
+        if !matches!(parts.next()?, "application/json" | "*/*" | "application/*") {
+            return None;
+        }
+        let mut form = Self::Whole;
+        for parameter in parts {
+            match parameter.split_once('=') {
+                Some(("as", "Table")) => form = Self::Table(row),
+                Some(("as", "PartialObjectMetadata" | "PartialObjectMetadataList")) => {
+                    form = Self::MetadataOnly;
+                }
+                Some(("as", _)) => return None,
+                Some(("g", group)) if group != "meta.k8s.io" => return None,
+                Some(("v", version)) if !matches!(version, "v1" | "v1beta1") => return None,
+                // Quality values and charsets change nothing here.
+                _ => {}
+            }
+        }
+        Some(form)
+    }
+
+    /// One object.
+    pub(crate) fn object(self, resource: &Resource, object: Value, now: OffsetDateTime) -> Value {
+        match self {
+            Self::Whole => object,
+            Self::MetadataOnly => partial(&object),
+            Self::Table(row) => {
+                let version = object::resource_version(&object).unwrap_or_default();
+                let metadata = json!({"resourceVersion": version});
+                table(resource, &[object], &metadata, row, true, now)
+            }
+        }
+    }
+
+    /// One object of a watch; columns are described with the first one only.
+    pub(crate) fn watched(
+        self,
+        resource: &Resource,
+        object: Value,
+        first: bool,
+        now: OffsetDateTime,
+    ) -> Value {
+        match self {
+            Self::Whole | Self::MetadataOnly => self.object(resource, object, now),
+            Self::Table(row) => {
+                let version = object::resource_version(&object).unwrap_or_default();
+                let metadata = json!({"resourceVersion": version});
+                table(resource, &[object], &metadata, row, first, now)
+            }
+        }
+    }
+
+    /// A bookmark's object: nothing but a resource version.
+    pub(crate) fn bookmark(self, resource: &Resource, metadata: &Value) -> Value {
+        match self {
+            Self::Whole => json!({
+                "apiVersion": resource.api_version(), "kind": resource.kind, "metadata": metadata,
+            }),
+            Self::MetadataOnly => json!({
+                "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata",
+                "metadata": metadata,
+            }),
+            Self::Table(_) => json!({
+                "apiVersion": "meta.k8s.io/v1", "kind": "Table", "metadata": metadata,
+                "columnDefinitions": [],
+                "rows": [{"cells": [], "object": {
+                    "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata",
+                    "metadata": metadata,
+                }}],
+            }),
+        }
+    }
+
+    /// A list with its own metadata.
+    pub(crate) fn list(
+        self,
+        resource: &Resource,
+        objects: Vec<Value>,
+        metadata: &Value,
+        now: OffsetDateTime,
+    ) -> Value {
+        match self {
+            Self::Whole => json!({
+                "apiVersion": resource.api_version(),
+                "kind": resource.list_kind,
+                "metadata": metadata,
+                "items": objects,
+            }),
+            Self::MetadataOnly => json!({
+                "apiVersion": "meta.k8s.io/v1",
+                "kind": "PartialObjectMetadataList",
+                "metadata": metadata,
+                "items": objects.iter().map(partial).collect::<Vec<_>>(),
+            }),
+            Self::Table(row) => table(resource, &objects, metadata, row, true, now),
+        }
+    }
+}
+
+fn partial(object: &Value) -> Value {
+    json!({
+        "apiVersion": "meta.k8s.io/v1",
+        "kind": "PartialObjectMetadata",
+        "metadata": object.get("metadata").cloned().unwrap_or_else(|| json!({})),
+    })
+}
+
+fn table(
+    resource: &Resource,
+    objects: &[Value],
+    metadata: &Value,
+    row: RowObject,
+    describe_columns: bool,
+    now: OffsetDateTime,
+) -> Value {
+    let rows: Vec<Value> = objects
+        .iter()
+        .map(|object| {
+            let mut cells = vec![json!(object::name(object))];
+            cells.extend(resource.columns.iter().map(|c| cell(c, object, now)));
+            let mut fields = Map::new();
+            fields.insert("cells".to_owned(), Value::Array(cells));
+            match row {
+                RowObject::None => {}
+                RowObject::Metadata => {
+                    fields.insert("object".to_owned(), partial(object));
+                }
+                RowObject::Whole => {
+                    fields.insert("object".to_owned(), object.clone());
+                }
+            }
+            Value::Object(fields)
+        })
+        .collect();
+    let columns = if describe_columns { column_definitions(resource) } else { Vec::new() };
+    json!({
+        "apiVersion": "meta.k8s.io/v1",
+        "kind": "Table",
+        "metadata": metadata,
+        "columnDefinitions": columns,
+        "rows": rows,
+    })
+}
+
+fn column_definitions(resource: &Resource) -> Vec<Value> {
+    let name = json!({
+        "name": "Name", "type": "string", "format": "name", "priority": 0,
+        "description": "Name of the object, unique within its namespace.",
+    });
+    let further = resource.columns.iter().map(|column| {
+        json!({
+            "name": column.name, "type": column.kind, "format": column.format,
+            "description": column.description, "priority": column.priority,
+        })
+    });
+    std::iter::once(name).chain(further).collect()
+}
+
+/// `null`, which clients print as `<none>`, where the object has nothing of the column's type.
+fn cell(column: &Column, object: &Value, now: OffsetDateTime) -> Value {
+    let Some(value) = column.path.first(object) else {
+        return Value::Null;
+    };
+    match column.kind.as_str() {
+        "integer" if value.is_i64() || value.is_u64() => value.clone(),
+        "number" if value.is_number() => value.clone(),
+        "boolean" if value.is_boolean() => value.clone(),
+        "date" => {
+            let date = value.as_str().and_then(clock::parse);
+            Value::String(date.map_or("<unknown>".to_owned(), |date| clock::age(date, now)))
+        }
+        "string" => match value {
+            Value::String(_) | Value::Null => value.clone(),
+            other => Value::String(other.to_string()),
+        },
+        _ => Value::Null,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms_follow_the_accept_header() {
+        let check = |accept: &str, expect: Result<Form, ApiError>| {
+            assert_eq!(Form::negotiate(Some(accept), None), expect, "{accept}");
+        };
+        let table = Form::Table(RowObject::Metadata);
+        check("application/json", Ok(Form::Whole));
+        check("*/*", Ok(Form::Whole));
+        check("application/vnd.kubernetes.protobuf,application/json", Ok(Form::Whole));
+        check("application/json;as=Table;v=v1;g=meta.k8s.io,application/json", Ok(table));
+        check(
+            "application/json;as=Table;v=v9;g=meta.k8s.io, application/json;q=0.5",
+            Ok(Form::Whole),
+        );
+        check(
+            "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1",
+            Ok(Form::MetadataOnly),
+        );
+        check("text/html", Err(ApiError::NotAcceptable(ACCEPTED)));
+        assert_eq!(Form::negotiate(None, Some("Object")), Ok(Form::Whole));
+        assert!(Form::negotiate(None, Some("All")).is_err());
+    }
+}

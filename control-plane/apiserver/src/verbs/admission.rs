@@ -1,0 +1,355 @@
+//! What is done to an object before it is stored: checks, defaults, and the fields that only the
+//! server writes.
+
+use serde_json::{Value, json};
+
+use crate::{
+    clock,
+    error::{ApiError, Cause},
+    object,
+    resource::Resource,
+    server::{Call, Subresource},
+};
+
+/// What to do about fields that the schema doesn't know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FieldValidation {
+    Strict,
+    Warn,
+    Ignore,
+}
+
+impl FieldValidation {
+    fn of(call: &Call) -> Result<Self, ApiError> {
+        match call.query.get("fieldValidation") {
+            Some("Strict") => Ok(Self::Strict),
+            None | Some("Warn") => Ok(Self::Warn),
+            Some("Ignore") => Ok(Self::Ignore),
+            Some(other) => {
+                Err(ApiError::BadRequest(format!("invalid value for fieldValidation: `{other}`")))
+            }
+        }
+    }
+}
+
+/// Fields of the metadata that clients have no say in.
+const SERVER_FIELDS: [&str; 5] =
+    ["uid", "creationTimestamp", "generation", "deletionTimestamp", "deletionGracePeriodSeconds"];
+/// As in Kubernetes: keys and values of all annotations together.
+const MAX_ANNOTATION_BYTES: usize = 256 << 10;
+
+/// Prunes, defaults and validates `object`; returns warnings about what was pruned.
+pub(super) fn admit(call: &Call, object: &mut Value) -> Result<Vec<String>, ApiError> {
+    let resource = &call.resource;
+    let validation = FieldValidation::of(call)?;
+    object::set_metadata(object, "managedFields", None);
+    object::set_metadata(object, "selfLink", None);
+    let unknown: Vec<String> = resource
+        .schema
+        .prune(object)
+        .into_iter()
+        .map(|path| format!("unknown field \"{path}\""))
+        .collect();
+    if validation == FieldValidation::Strict && !unknown.is_empty() {
+        let kind = &resource.kind;
+        let version = &resource.version;
+        return Err(ApiError::BadRequest(format!(
+            "{kind} in version \"{version}\" cannot be handled as a {kind}: strict decoding \
+             error: {}",
+            unknown.join(", ")
+        )));
+    }
+    resource.schema.default(object);
+    let mut causes = metadata_causes(object);
+    causes.extend(resource.schema.validate(object));
+    if !causes.is_empty() {
+        return Err(ApiError::Invalid { subject: resource.subject(object::name(object)), causes });
+    }
+    Ok(if validation == FieldValidation::Warn { unknown } else { Vec::new() })
+}
+
+/// The object is of this resource, and where the path says.
+pub(super) fn check_identity(call: &Call, object: &mut Value) -> Result<(), ApiError> {
+    let resource = &call.resource;
+    if !resource.is_type_of(object) {
+        let text = |field: &str| object.get(field).and_then(Value::as_str).unwrap_or_default();
+        return Err(ApiError::BadRequest(format!(
+            "the object is a {:?} of {:?}; {} of {} is expected here",
+            text("kind"),
+            text("apiVersion"),
+            resource.kind,
+            resource.api_version()
+        )));
+    }
+    let namespace = object::namespace(object).filter(|n| !n.is_empty());
+    match (&call.namespace, namespace) {
+        (Some(expected), None) => {
+            let expected = json!(expected);
+            object::set_metadata(object, "namespace", Some(expected));
+        }
+        (Some(expected), Some(found)) if expected != found => {
+            return Err(ApiError::BadRequest(format!(
+                "the namespace of the provided object does not match the namespace sent on the \
+                 request: {found} and {expected}"
+            )));
+        }
+        (Some(_), Some(_)) => {}
+        (None, _) => object::set_metadata(object, "namespace", None),
+    }
+    Ok(())
+}
+
+/// A new object's server-written fields.
+pub(super) fn stamp_new(resource: &Resource, object: &mut Value) {
+    for field in SERVER_FIELDS {
+        object::set_metadata(object, field, None);
+    }
+    if resource.has_status
+        && let Some(fields) = object.as_object_mut()
+    {
+        fields.remove("status");
+    }
+    let uid = uuid::Uuid::new_v4().to_string();
+    object::set_metadata(object, "uid", Some(json!(uid)));
+    let now = clock::format(clock::now());
+    object::set_metadata(object, "creationTimestamp", Some(json!(now)));
+    object::set_metadata(object, "generation", Some(json!(1)));
+}
+
+/// Puts together what an update may change: `wanted` is what the client wants, and becomes what
+/// will be stored once it is admitted.
+pub(super) fn merge_update(call: &Call, current: &Value, wanted: &mut Value) {
+    let status_only = call.subresource == Some(Subresource::Status);
+    if status_only {
+        let status = wanted.get("status").cloned();
+        let version = object::resource_version(wanted).map(|v| json!(v));
+        *wanted = current.clone();
+        object::set_metadata(wanted, "resourceVersion", version);
+        set_field(wanted, "status", status);
+        return;
+    }
+    if call.resource.has_status {
+        set_field(wanted, "status", current.get("status").cloned());
+    }
+    for field in SERVER_FIELDS {
+        let value = current.pointer(&format!("/metadata/{field}")).cloned();
+        object::set_metadata(wanted, field, value);
+    }
+}
+
+fn set_field(object: &mut Value, field: &str, value: Option<Value>) {
+    let Some(fields) = object.as_object_mut() else {
+        return;
+    };
+    match value {
+        Some(value) => {
+            fields.insert(field.to_owned(), value);
+        }
+        None => {
+            fields.remove(field);
+        }
+    }
+}
+
+/// Counts a change of anything but metadata and status.
+pub(super) fn bump_generation(current: &Value, wanted: &mut Value) {
+    let desired = |object: &Value| {
+        let mut fields = object.as_object().cloned().unwrap_or_default();
+        fields.remove("metadata");
+        fields.remove("status");
+        fields
+    };
+    if desired(current) != desired(wanted) {
+        let generation = json!(object::generation(current) + 1);
+        object::set_metadata(wanted, "generation", Some(generation));
+    }
+}
+
+/// What is wrong with the metadata.
+fn metadata_causes(object: &Value) -> Vec<Cause> {
+    let mut causes = Vec::new();
+    name_causes(object, &mut causes);
+    for field in ["labels", "annotations"] {
+        string_map_causes(object, field, &mut causes);
+    }
+    let annotations = object.pointer("/metadata/annotations");
+    let bytes: usize = annotations
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+        .map(|(k, v)| k.len() + v.as_str().map_or(0, str::len))
+        .sum();
+    if bytes > MAX_ANNOTATION_BYTES {
+        causes.push(invalid(
+            "metadata.annotations",
+            format!("Too long: may not be more than {MAX_ANNOTATION_BYTES} bytes"),
+        ));
+    }
+    if let Some(finalizers) = object.pointer("/metadata/finalizers") {
+        let fine = |f: &Value| f.as_str().is_some_and(|f| !f.is_empty() && f.len() <= 253);
+        if !finalizers.as_array().is_some_and(|f| f.iter().all(fine)) && !finalizers.is_null() {
+            causes.push(invalid(
+                "metadata.finalizers",
+                "Invalid value: must be a list of names".to_owned(),
+            ));
+        }
+    }
+    owner_causes(object, &mut causes);
+    causes
+}
+
+fn owner_causes(object: &Value, causes: &mut Vec<Cause>) {
+    let owners = match object.pointer("/metadata/ownerReferences") {
+        None | Some(Value::Null) => return,
+        Some(Value::Array(owners)) => owners.as_slice(),
+        Some(_) => {
+            causes.push(invalid(
+                "metadata.ownerReferences",
+                "Invalid value: must be a list".to_owned(),
+            ));
+            return;
+        }
+    };
+    for (index, owner) in owners.iter().enumerate() {
+        for field in ["apiVersion", "kind", "name", "uid"] {
+            let text = owner.get(field).and_then(Value::as_str);
+            if text.is_none_or(str::is_empty) {
+                causes.push(Cause {
+                    reason: "FieldValueRequired",
+                    message: "Required value".to_owned(),
+                    field: format!("metadata.ownerReferences[{index}].{field}"),
+                });
+            }
+        }
+    }
+}
+
+fn name_causes(object: &Value, causes: &mut Vec<Cause>) {
+    let name = object::name(object);
+    if name.is_empty() {
+        causes.push(Cause {
+            reason: "FieldValueRequired",
+            message: "Required value: name or generateName is required".to_owned(),
+            field: "metadata.name".to_owned(),
+        });
+    } else if !is_dns_subdomain(name) {
+        causes.push(invalid(
+            "metadata.name",
+            format!(
+                "Invalid value: {}: a lowercase RFC 1123 subdomain must consist of lower case \
+                 alphanumeric characters, '-' or '.', and must start and end with an alphanumeric \
+                 character",
+                json!(name)
+            ),
+        ));
+    }
+    if let Some(namespace) = object::namespace(object)
+        && !(is_dns_subdomain(namespace) && namespace.len() <= 63 && !namespace.contains('.'))
+    {
+        causes.push(invalid(
+            "metadata.namespace",
+            format!(
+                "Invalid value: {}: a lowercase RFC 1123 label must consist of lower case \
+                 alphanumeric characters or '-', and must start and end with an alphanumeric \
+                 character",
+                json!(namespace)
+            ),
+        ));
+    }
+}
+
+fn string_map_causes(object: &Value, field: &str, causes: &mut Vec<Cause>) {
+    match object.pointer(&format!("/metadata/{field}")) {
+        None | Some(Value::Null) => {}
+        Some(Value::Object(map)) => {
+            for (key, value) in map {
+                let label = field == "labels";
+                let fine = match value.as_str() {
+                    Some(value) if label => is_label_key(key) && is_label_value(value),
+                    Some(_) => is_label_key(key),
+                    None => false,
+                };
+                if !fine {
+                    causes.push(invalid(
+                        &format!("metadata.{field}"),
+                        format!("Invalid value: {}: {value}", json!(key)),
+                    ));
+                }
+            }
+        }
+        Some(_) => causes.push(invalid(
+            &format!("metadata.{field}"),
+            "Invalid value: must be a map of strings".to_owned(),
+        )),
+    }
+}
+
+fn invalid(field: &str, message: String) -> Cause {
+    Cause { reason: "FieldValueInvalid", message, field: field.to_owned() }
+}
+
+fn is_dns_subdomain(text: &str) -> bool {
+    let label = |part: &str| {
+        let inner = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
+        !part.is_empty()
+            && part.bytes().all(inner)
+            && !part.starts_with('-')
+            && !part.ends_with('-')
+    };
+    text.len() <= 253 && text.split('.').all(label)
+}
+
+fn is_label_key(key: &str) -> bool {
+    let (prefix, name) = match key.split_once('/') {
+        Some((prefix, name)) => (Some(prefix), name),
+        None => (None, key),
+    };
+    prefix.is_none_or(is_dns_subdomain) && !name.is_empty() && is_label_value(name)
+}
+
+fn is_label_value(value: &str) -> bool {
+    let inner = |c: u8| c.is_ascii_alphanumeric() || b"-_.".contains(&c);
+    let outer = |c: Option<&u8>| c.is_none_or(u8::is_ascii_alphanumeric);
+    let bytes = value.as_bytes();
+    bytes.len() <= 63
+        && bytes.iter().all(|c| inner(*c))
+        && outer(bytes.first())
+        && outer(bytes.last())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_is_checked_field_by_field() {
+        let check = |metadata: Value, expect: &[&str]| {
+            let causes = metadata_causes(&json!({"metadata": metadata}));
+            let fields: Vec<_> = causes.iter().map(|c| c.field.as_str()).collect();
+            assert_eq!(fields, expect, "{metadata}");
+        };
+        check(json!({"name": "a-1.b", "namespace": "n"}), &[]);
+        check(json!({}), &["metadata.name"]);
+        for bad in ["A", "-a", "a-", "a_b", "a..b", "a/b", &"a".repeat(254)] {
+            check(json!({"name": bad}), &["metadata.name"]);
+        }
+        check(json!({"name": "a", "namespace": "a.b"}), &["metadata.namespace"]);
+        check(
+            json!({"name": "a", "labels": {"x.y/z": "V_1", "empty": ""}, "annotations": null}),
+            &[],
+        );
+        check(json!({"name": "a", "labels": {"x": "a b"}}), &["metadata.labels"]);
+        check(json!({"name": "a", "labels": {"x/y/z": "a"}}), &["metadata.labels"]);
+        check(json!({"name": "a", "labels": {"x": 1}}), &["metadata.labels"]);
+        check(json!({"name": "a", "annotations": {"x": "any text"}}), &[]);
+        check(
+            json!({"name": "a", "annotations": {"x": "y".repeat(MAX_ANNOTATION_BYTES)}}),
+            &["metadata.annotations"],
+        );
+        check(json!({"name": "a", "finalizers": [1]}), &["metadata.finalizers"]);
+        check(
+            json!({"name": "a", "ownerReferences": [{"apiVersion": "v", "kind": "k", "name": "n"}]}),
+            &["metadata.ownerReferences[0].uid"],
+        );
+    }
+}

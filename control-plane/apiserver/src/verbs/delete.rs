@@ -1,0 +1,195 @@
+//! delete and deletecollection.
+
+use axum::{http::StatusCode, response::Response};
+use exo_store::{Store, Txn, TxnOutcome};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::read;
+use crate::{
+    clock,
+    error::ApiError,
+    object,
+    resource::Resource,
+    server::{Call, json_response},
+};
+
+/// Tries against concurrent writers; each one looks anew.
+const MAX_TRIES: usize = 16;
+
+/// The part of `metav1.DeleteOptions` that changes something here.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Options {
+    #[serde(default)]
+    preconditions: Option<Preconditions>,
+    #[serde(default)]
+    propagation_policy: Option<String>,
+    #[serde(default)]
+    dry_run: Option<Vec<String>>,
+}
+
+/// What must hold of the object.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Preconditions {
+    #[serde(default)]
+    pub(crate) uid: Option<String>,
+    #[serde(default)]
+    pub(crate) resource_version: Option<String>,
+}
+
+/// What became of an object.
+pub(crate) enum Removed {
+    /// It is gone; as it was last.
+    Gone(Value),
+    /// It waits for its finalizers.
+    Marked(Value),
+}
+
+pub(crate) async fn delete(call: &Call) -> Result<Response, ApiError> {
+    let options = options(call)?;
+    let preconditions = options.preconditions.unwrap_or_default();
+    let dry_run = call.query.dry_run()? || options.dry_run.is_some_and(|d| !d.is_empty());
+    let store = call.server.store();
+    if dry_run {
+        let entry = store.get(&call.key()).await?;
+        let entry = entry.ok_or_else(|| call.not_found())?;
+        let object = object::decode(&entry)?;
+        check(&call.resource, &object, &preconditions)?;
+        return Ok(gone(call, &object));
+    }
+    let removed = remove(store, &call.resource, &call.key(), &preconditions).await?;
+    match removed.ok_or_else(|| call.not_found())? {
+        Removed::Gone(object) => Ok(gone(call, &object)),
+        Removed::Marked(object) => Ok(call.respond(StatusCode::OK, object, &[])),
+    }
+}
+
+fn gone(call: &Call, object: &Value) -> Response {
+    let body = json!({
+        "apiVersion": "v1",
+        "kind": "Status",
+        "metadata": {},
+        "status": "Success",
+        "details": {
+            "name": object::name(object),
+            "group": call.resource.group,
+            "kind": call.resource.plural,
+            "uid": object::uid(object).unwrap_or_default(),
+        },
+    });
+    json_response(StatusCode::OK, &body)
+}
+
+fn options(call: &Call) -> Result<Options, ApiError> {
+    let mut options: Options = if call.body.is_empty() {
+        Options::default()
+    } else {
+        serde_json::from_value(call.body_object()?)
+            .map_err(|error| ApiError::BadRequest(format!("bad DeleteOptions: {error}")))?
+    };
+    if let Some(policy) = call.query.get("propagationPolicy") {
+        options.propagation_policy = Some(policy.to_owned());
+    }
+    match options.propagation_policy.as_deref() {
+        // Dependents are always deleted in the background.
+        None | Some("Background" | "Foreground" | "Orphan") => Ok(options),
+        Some(other) => {
+            Err(ApiError::BadRequest(format!("invalid value for propagationPolicy: `{other}`")))
+        }
+    }
+}
+
+/// Deletes what `key` holds, or marks it while finalizers hold it; `None` if there is nothing.
+pub(crate) async fn remove(
+    store: &Store,
+    resource: &Resource,
+    key: &str,
+    preconditions: &Preconditions,
+) -> Result<Option<Removed>, ApiError> {
+    for _ in 0..MAX_TRIES {
+        let Some(entry) = store.get(key).await? else {
+            return Ok(None);
+        };
+        let mut object = object::decode(&entry)?;
+        check(resource, &object, preconditions)?;
+        let held = !object::finalizers(&object).is_empty();
+        if held && object::is_deleting(&object) {
+            return Ok(Some(Removed::Marked(object)));
+        }
+        let txn = if held {
+            mark(&mut object);
+            Txn::replace(key, entry.mod_revision, object::encode(&object))
+        } else {
+            Txn::delete(key, entry.mod_revision)
+        };
+        if let TxnOutcome::Committed { revision } = store.txn(txn).await? {
+            let version = json!(revision.to_string());
+            object::set_metadata(&mut object, "resourceVersion", Some(version));
+            return Ok(Some(if held { Removed::Marked(object) } else { Removed::Gone(object) }));
+        }
+    }
+    Err(ApiError::modified(resource.subject(name_of(key))))
+}
+
+fn name_of(key: &str) -> &str {
+    key.rsplit('/').next().unwrap_or(key)
+}
+
+/// The object is to go once nothing holds it.
+fn mark(object: &mut Value) {
+    let now = json!(clock::format(clock::now()));
+    object::set_metadata(object, "deletionTimestamp", Some(now));
+    object::set_metadata(object, "deletionGracePeriodSeconds", Some(json!(0)));
+    let generation = json!(object::generation(object) + 1);
+    object::set_metadata(object, "generation", Some(generation));
+}
+
+fn check(
+    resource: &Resource,
+    object: &Value,
+    preconditions: &Preconditions,
+) -> Result<(), ApiError> {
+    let conflict = |what: &str, wanted: &str, found: Option<&str>| ApiError::Conflict {
+        subject: resource.subject(object::name(object)),
+        message: format!(
+            "Precondition failed: {what} in precondition: {wanted}, {what} in object meta: {}",
+            found.unwrap_or_default()
+        ),
+    };
+    let uid = object::uid(object);
+    if let Some(wanted) = preconditions.uid.as_deref().filter(|w| Some(*w) != uid) {
+        return Err(conflict("UID", wanted, uid));
+    }
+    let version = object::resource_version(object);
+    let wanted = preconditions.resource_version.as_deref();
+    if let Some(wanted) = wanted.filter(|w| Some(*w) != version) {
+        return Err(conflict("ResourceVersion", wanted, version));
+    }
+    Ok(())
+}
+
+pub(crate) async fn delete_collection(call: &Call) -> Result<Response, ApiError> {
+    let options = options(call)?;
+    let dry_run = call.query.dry_run()? || options.dry_run.is_some_and(|d| !d.is_empty());
+    let (objects, revision) = read::matching(call).await?;
+    if !dry_run {
+        for object in &objects {
+            let namespace = object::namespace(object);
+            let key = call.resource.key(namespace, object::name(object));
+            // Another one of the same name, made meanwhile, is not meant.
+            let preconditions = Preconditions {
+                uid: object::uid(object).map(str::to_owned),
+                resource_version: None,
+            };
+            match remove(call.server.store(), &call.resource, &key, &preconditions).await {
+                Ok(_) | Err(ApiError::Conflict { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    let metadata = json!({"resourceVersion": revision.to_string()});
+    let body = call.form.list(&call.resource, objects, &metadata, clock::now());
+    Ok(json_response(StatusCode::OK, &body))
+}

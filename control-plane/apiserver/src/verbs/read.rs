@@ -1,0 +1,153 @@
+//! get and list.
+
+use axum::{http::StatusCode, response::Response};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use exo_store::{ListQuery, ReadError, StoreError};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{
+    clock,
+    error::ApiError,
+    object,
+    selector::Selector,
+    server::{Call, json_response},
+};
+
+/// Entries read from the store at once while filtering.
+const PAGE: usize = 1000;
+
+pub(crate) async fn get(call: &Call) -> Result<Response, ApiError> {
+    let entry = call.server.store().get(&call.key()).await?;
+    let entry = entry.ok_or_else(|| call.not_found())?;
+    Ok(call.respond(StatusCode::OK, object::decode(&entry)?, &[]))
+}
+
+pub(crate) async fn list(call: &Call) -> Result<Response, ApiError> {
+    let page = read_page(call).await?;
+    let mut metadata = json!({"resourceVersion": page.revision.to_string()});
+    if let Some(token) = page.next {
+        metadata["continue"] = json!(token.encode());
+    }
+    let body = call.form.list(&call.resource, page.objects, &metadata, clock::now());
+    Ok(json_response(StatusCode::OK, &body))
+}
+
+/// Where a list goes on; opaque to clients.
+#[derive(Serialize, Deserialize)]
+struct Continue {
+    revision: u64,
+    /// Last key that was handed out.
+    after: String,
+}
+
+impl Continue {
+    fn encode(&self) -> String {
+        URL_SAFE_NO_PAD.encode(json!(self).to_string())
+    }
+
+    fn decode(token: &str, prefix: &str) -> Result<Self, ApiError> {
+        let bytes = URL_SAFE_NO_PAD.decode(token).ok();
+        bytes
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            .filter(|token: &Self| token.after.starts_with(prefix))
+            .ok_or_else(|| ApiError::BadRequest("continue key is not valid".to_owned()))
+    }
+}
+
+struct Page {
+    objects: Vec<Value>,
+    revision: u64,
+    next: Option<Continue>,
+}
+
+/// What the collection's keys begin with: narrowed to one key where the selector names one.
+pub(crate) fn prefix(call: &Call, selector: &Selector) -> String {
+    let prefix = call.resource.prefix(call.namespace.as_deref());
+    let one_scope = call.namespace.is_some() || !call.resource.namespaced;
+    match selector.name() {
+        Some(name) if one_scope => prefix + name,
+        _ => prefix,
+    }
+}
+
+pub(crate) fn selector(call: &Call) -> Result<Selector, ApiError> {
+    Selector::parse(
+        call.query.get("labelSelector"),
+        call.query.get("fieldSelector"),
+        &call.resource,
+    )
+}
+
+async fn read_page(call: &Call) -> Result<Page, ApiError> {
+    let selector = selector(call)?;
+    let prefix = prefix(call, &selector);
+    let limit = call.query.number("limit")?.unwrap_or(0);
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    let (mut revision, mut after) = match call.query.get("continue") {
+        Some(token) => {
+            let token = Continue::decode(token, &prefix)?;
+            (Some(token.revision), Some(token.after))
+        }
+        None => (exact_revision(call)?, None),
+    };
+    let mut objects = Vec::new();
+    loop {
+        let listing = call
+            .server
+            .store()
+            .list(&ListQuery { prefix: prefix.clone(), after: after.take(), limit: PAGE, revision })
+            .await
+            .map_err(expired)?;
+        revision = Some(listing.revision);
+        for entry in &listing.entries {
+            if limit > 0 && objects.len() == limit {
+                let next = Continue {
+                    revision: listing.revision,
+                    after: after.take().unwrap_or_default(),
+                };
+                return Ok(Page { objects, revision: listing.revision, next: Some(next) });
+            }
+            let object = object::decode(entry)?;
+            if selector.matches(&call.resource, &object) {
+                objects.push(object);
+            }
+            after = Some(entry.key.to_string());
+        }
+        if !listing.more {
+            return Ok(Page { objects, revision: listing.revision, next: None });
+        }
+    }
+}
+
+/// The revision that a list must show. Without `Exact`, the newest state is never too old.
+fn exact_revision(call: &Call) -> Result<Option<u64>, ApiError> {
+    let version = call.query.number("resourceVersion")?;
+    match (call.query.get("resourceVersionMatch"), version) {
+        (None | Some("NotOlderThan"), _) => Ok(None),
+        (Some("Exact"), Some(version)) if version > 0 => Ok(Some(version)),
+        (Some("Exact"), _) => Err(ApiError::BadRequest(
+            "resourceVersionMatch Exact needs a resourceVersion above 0".to_owned(),
+        )),
+        (Some(other), _) => {
+            Err(ApiError::BadRequest(format!("invalid value for resourceVersionMatch: `{other}`")))
+        }
+    }
+}
+
+fn expired(error: StoreError) -> ApiError {
+    match error {
+        StoreError::Read(ReadError::Compacted { .. }) => ApiError::Expired(
+            "The provided continue parameter or resourceVersion is too old to display a \
+             consistent list result. Start a new list without it."
+                .to_owned(),
+        ),
+        other => other.into(),
+    }
+}
+
+/// All objects that the call's selector matches, for verbs that act on each.
+pub(crate) async fn matching(call: &Call) -> Result<(Vec<Value>, u64), ApiError> {
+    let page = read_page(call).await?;
+    Ok((page.objects, page.revision))
+}

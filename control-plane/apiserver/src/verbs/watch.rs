@@ -1,0 +1,233 @@
+//! watch: a stream of events, one JSON document per line.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use async_stream::stream;
+use axum::{
+    body::Body,
+    http::{StatusCode, header},
+    response::{IntoResponse as _, Response},
+};
+use bytes::Bytes;
+use exo_store::{Batch, Event, ListQuery, StoreError, Watch};
+use prometheus::IntGauge;
+use serde_json::{Value, json};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
+
+use super::read;
+use crate::{
+    clock, error::ApiError, object, resource::Resource, selector::Selector, server::Call,
+    table::Form,
+};
+
+/// Watches end after this long where the client names no time, so that connections balance anew.
+const DEFAULT_TIMEOUT_S: u64 = 30 * 60;
+/// Bookmarks keep an idle client's position fresh.
+const BOOKMARK_PERIOD: Duration = Duration::from_secs(30);
+/// Marks the bookmark after the initial events.
+const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
+
+/// Where a watch begins.
+struct Start {
+    /// Events after this revision.
+    revision: u64,
+    /// Objects that are told first.
+    initial: Vec<Value>,
+    /// A bookmark ends the initial objects.
+    mark_initial: bool,
+}
+
+/// Writes the events of one watch.
+struct Writer {
+    resource: Arc<Resource>,
+    selector: Selector,
+    form: Form,
+    columns_told: bool,
+}
+
+pub(crate) async fn watch(call: Call) -> Result<Response, ApiError> {
+    let selector = read::selector(&call)?;
+    let prefix = read::prefix(&call, &selector);
+    let bookmarks = call.query.flag("allowWatchBookmarks")? == Some(true);
+    let timeout_s = call.query.number("timeoutSeconds")?;
+    let timeout_s = timeout_s.filter(|s| *s > 0).unwrap_or(DEFAULT_TIMEOUT_S);
+    // A day is for ever; larger numbers would only overflow the clock.
+    let deadline = Instant::now() + Duration::from_secs(timeout_s.min(86_400));
+    let start = start(&call, &prefix).await?;
+    let changes = call.server.store().watch(&prefix, start.revision);
+    let gauge = &call.server.metrics().watches;
+    let gauge = gauge.with_label_values(&[&call.resource.plural]);
+    let writer = Writer { resource: call.resource, selector, form: call.form, columns_told: false };
+    let stream = events(writer, start, changes, bookmarks, deadline, Counted::new(gauge));
+    let headers = [(header::CONTENT_TYPE, "application/json")];
+    Ok((StatusCode::OK, headers, Body::from_stream(stream)).into_response())
+}
+
+async fn start(call: &Call, prefix: &str) -> Result<Start, ApiError> {
+    let query = &call.query;
+    let version = query.number("resourceVersion")?;
+    let send_initial = query.flag("sendInitialEvents")?;
+    let version_match = query.get("resourceVersionMatch");
+    match (send_initial, version_match) {
+        (Some(true), Some("NotOlderThan")) | (Some(false) | None, _) => {}
+        (Some(true), _) => {
+            return Err(ApiError::BadRequest(
+                "sendInitialEvents requires resourceVersionMatch NotOlderThan".to_owned(),
+            ));
+        }
+    }
+    let from_now = version.is_none_or(|v| v == 0);
+    let wants_initial = send_initial.unwrap_or(from_now);
+    if let (false, Some(revision)) = (wants_initial || from_now, version) {
+        return Ok(Start { revision, initial: Vec::new(), mark_initial: false });
+    }
+    let listing = call
+        .server
+        .store()
+        .list(&ListQuery {
+            prefix: prefix.to_owned(),
+            // Without initial events only the revision is of interest.
+            limit: usize::from(!wants_initial),
+            ..ListQuery::default()
+        })
+        .await?;
+    let initial = if wants_initial {
+        let objects = listing.entries.iter().map(object::decode);
+        objects.collect::<Result<_, _>>()?
+    } else {
+        Vec::new()
+    };
+    Ok(Start { revision: listing.revision, initial, mark_initial: send_initial == Some(true) })
+}
+
+fn events(
+    mut writer: Writer,
+    start: Start,
+    mut changes: Watch,
+    bookmarks: bool,
+    deadline: Instant,
+    counted: Counted,
+) -> impl futures::Stream<Item = Result<Bytes, Infallible>> {
+    stream! {
+        let _counted = counted;
+        for object in start.initial {
+            if writer.selector.matches(&writer.resource, &object) {
+                yield Ok(writer.line("ADDED", object));
+            }
+        }
+        if start.mark_initial && bookmarks {
+            yield Ok(writer.bookmark(start.revision, true));
+        }
+        let mut ticks = interval_at(Instant::now() + BOOKMARK_PERIOD, BOOKMARK_PERIOD);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                // Cancel safe: the cursor moves only with a returned batch.
+                batch = changes.next() => match writer.batch(batch) {
+                    Ok(Some(lines)) => yield Ok(lines),
+                    Ok(None) => {}
+                    Err(Some(last)) => {
+                        yield Ok(last);
+                        return;
+                    }
+                    Err(None) => return,
+                },
+                // Cancel safe: a tick that is not taken comes again.
+                _ = ticks.tick(), if bookmarks => {
+                    yield Ok(writer.bookmark(changes.revision(), false));
+                }
+                () = sleep_until(deadline) => {
+                    if bookmarks {
+                        yield Ok(writer.bookmark(changes.revision(), false));
+                    }
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl Writer {
+    /// The lines of a batch, `None` if nothing of it is selected. On an error the stream ends,
+    /// with a last line where there is something to tell.
+    fn batch(&mut self, batch: Result<Batch, StoreError>) -> Result<Option<Bytes>, Option<Bytes>> {
+        let batch = match batch {
+            Ok(batch) => batch,
+            Err(StoreError::Closed) => return Err(None),
+            Err(error) => return Err(Some(error_line(&error.into()))),
+        };
+        let mut lines = Vec::new();
+        for event in &batch.events {
+            match self.event(event) {
+                Ok(Some(line)) => lines.extend_from_slice(&line),
+                Ok(None) => {}
+                Err(error) => {
+                    lines.extend_from_slice(&error_line(&error));
+                    return Err(Some(lines.into()));
+                }
+            }
+        }
+        Ok((!lines.is_empty()).then(|| lines.into()))
+    }
+
+    /// What an event is to this watch: objects come and go by the selector too.
+    fn event(&mut self, event: &Event) -> Result<Option<Bytes>, ApiError> {
+        let selected = |entry: Option<_>| -> Result<Option<Value>, ApiError> {
+            let object = entry.map(|e| object::decode_at(e, event.revision)).transpose()?;
+            Ok(object.filter(|o| self.selector.matches(&self.resource, o)))
+        };
+        let current = selected(event.current.as_ref())?;
+        let needs_previous = current.is_none() || !self.selector.is_empty();
+        let previous = if needs_previous {
+            selected(event.previous.as_ref())?.map(Some)
+        } else {
+            event.previous.as_ref().map(|_| None)
+        };
+        Ok(match (previous, current) {
+            (None, Some(object)) => Some(self.line("ADDED", object)),
+            (Some(_), Some(object)) => Some(self.line("MODIFIED", object)),
+            (Some(Some(object)), None) => Some(self.line("DELETED", object)),
+            (None | Some(None), None) => None,
+        })
+    }
+
+    fn line(&mut self, kind: &str, object: Value) -> Bytes {
+        let first = !std::mem::replace(&mut self.columns_told, true);
+        let object = self.form.watched(&self.resource, object, first, clock::now());
+        line(kind, &object)
+    }
+
+    fn bookmark(&self, revision: u64, initial_end: bool) -> Bytes {
+        let mut metadata = json!({"resourceVersion": revision.to_string()});
+        if initial_end {
+            metadata["annotations"] = json!({INITIAL_EVENTS_END: "true"});
+        }
+        line("BOOKMARK", &self.form.bookmark(&self.resource, &metadata))
+    }
+}
+
+fn error_line(error: &ApiError) -> Bytes {
+    line("ERROR", &error.status())
+}
+
+fn line(kind: &str, object: &Value) -> Bytes {
+    let mut text = json!({"type": kind, "object": object}).to_string();
+    text.push('\n');
+    text.into()
+}
+
+/// Counts a watch for as long as it lives.
+struct Counted(IntGauge);
+
+impl Counted {
+    fn new(gauge: IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
