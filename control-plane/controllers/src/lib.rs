@@ -1,0 +1,27 @@
+//! Controllers: observe through the Kubernetes API, let `exo-plan` decide, write what it says.
+//!
+//! Owns: reading what a decision needs, the order and safety of its writes, when to look again.
+//! Never: policy (that is `exo-plan`), anything but the Kubernetes API.
+//!
+//! # Guarantees
+//! - Only the leader writes: leadership is checked before every single write.
+//! - Everything is read anew from the API for each decision; watches only say when to look.
+//! - A status that says nothing new is not written.
+
+mod instance;
+mod node;
+mod trigger;
+mod write;
+
+use kube::Client;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+/// Runs all controllers until `shutdown` is cancelled. They act while `leadership` is true and stay
+/// silent otherwise.
+pub async fn run(client: Client, leadership: watch::Receiver<bool>, shutdown: CancellationToken) {
+    tokio::join!(
+        instance::run(client.clone(), leadership.clone(), shutdown.clone()),
+        node::run(client, leadership, shutdown),
+    );
+}

@@ -1,0 +1,164 @@
+//! Instance controller: looks after the shards of every InferenceInstance.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use exo_crds::{InferenceInstance, Model, Node, Shard};
+use exo_plan::{Decision, Observed, reconcile};
+use futures::StreamExt as _;
+use k8s_openapi::jiff::Timestamp;
+use kube::{
+    Api, Client, ResourceExt as _,
+    api::{ListParams, PostParams},
+    runtime::{
+        Controller,
+        controller::{Action, Config},
+        watcher,
+    },
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    trigger,
+    write::{WriteError, carry_out},
+};
+
+/// Looks at everything this often even if no watch said anything.
+const RESYNC: Duration = Duration::from_secs(60);
+/// After a failed call.
+const RETRY: Duration = Duration::from_secs(1);
+/// After somebody else wrote first.
+const RETRY_CONFLICT: Duration = Duration::from_millis(50);
+
+struct Context {
+    client: Client,
+    leadership: watch::Receiver<bool>,
+}
+
+impl Context {
+    fn leads(&self) -> bool {
+        *self.leadership.borrow()
+    }
+}
+
+pub(crate) async fn run(
+    client: Client,
+    leadership: watch::Receiver<bool>,
+    shutdown: CancellationToken,
+) {
+    let nodes = trigger::changes(Api::<Node>::all(client.clone()), |node| {
+        let status = node.status.clone().unwrap_or_default();
+        // Neither heartbeats nor memory, which never stand still.
+        let ready = status.conditions.into_iter().find(|c| c.type_ == "Ready");
+        (
+            node.spec.clone(),
+            node.metadata.labels.clone(),
+            ready.map(|ready| (ready.status, ready.message)),
+            status.transports,
+            status.addresses,
+            status.memory.is_some(),
+        )
+    });
+    let models =
+        trigger::changes(Api::<Model>::all(client.clone()), |model: &Model| model.spec.clone());
+    let context = Arc::new(Context { client: client.clone(), leadership: leadership.clone() });
+    // One decision at a time: each must see the memory that the one before has promised away.
+    Controller::new(Api::<InferenceInstance>::all(client.clone()), watcher::Config::default())
+        .owns(Api::<Shard>::all(client), watcher::Config::default())
+        .reconcile_all_on(nodes)
+        .reconcile_all_on(models)
+        .reconcile_all_on(trigger::elections(leadership))
+        .with_config(Config::default().concurrency(1))
+        .graceful_shutdown_on(shutdown.cancelled_owned())
+        .run(look, after_error, context)
+        .for_each(|result| async move {
+            if let Err(error) = result {
+                tracing::debug!(%error, "instance controller");
+            }
+        })
+        .await;
+}
+
+async fn look(
+    instance: Arc<InferenceInstance>,
+    context: Arc<Context>,
+) -> Result<Action, WriteError> {
+    if !context.leads() {
+        return Ok(Action::await_change());
+    }
+    let namespace = instance.namespace().unwrap_or_default();
+    let name = instance.name_any();
+    let api: Api<InferenceInstance> = Api::namespaced(context.client.clone(), &namespace);
+    let Some(instance) =
+        api.get_opt(&name).await.map_err(|e| WriteError::new(format!("reading {name}"), e))?
+    else {
+        return Ok(Action::await_change());
+    };
+    let decision = decide(&context.client, &instance).await?;
+    act(&context, &api, instance, &decision).await?;
+    let after = decision.requeue_after.unwrap_or(RESYNC).min(RESYNC);
+    Ok(Action::requeue(after))
+}
+
+async fn decide(client: &Client, instance: &InferenceInstance) -> Result<Decision, WriteError> {
+    let all = ListParams::default();
+    let (nodes, models, shards) = (
+        Api::<Node>::all(client.clone()),
+        Api::<Model>::all(client.clone()),
+        Api::<Shard>::all(client.clone()),
+    );
+    let (nodes, models, shards) =
+        tokio::try_join!(nodes.list(&all), models.list(&all), shards.list(&all))
+            .map_err(|e| WriteError::new("reading nodes, models and shards", e))?;
+    let models: BTreeMap<String, Model> =
+        models.items.into_iter().map(|model| (model.name_any(), model)).collect();
+    Ok(reconcile(&Observed {
+        instance,
+        models: &models,
+        nodes: &nodes.items,
+        shards: &shards.items,
+        now: Timestamp::now(),
+    }))
+}
+
+/// Writes the status first, on condition that the instance is still what was looked at: so an epoch
+/// number is taken by one leader only.
+async fn act(
+    context: &Context,
+    api: &Api<InferenceInstance>,
+    mut instance: InferenceInstance,
+    decision: &Decision,
+) -> Result<(), WriteError> {
+    let name = instance.name_any();
+    let namespace = instance.namespace().unwrap_or_default();
+    if instance.status.as_ref() != Some(&decision.status) && context.leads() {
+        let phase = |status: &exo_crds::InferenceInstanceStatus| status.phase;
+        let before = instance.status.as_ref().and_then(phase);
+        if before != decision.status.phase {
+            tracing::info!(instance = name, phase = ?decision.status.phase, "instance");
+        }
+        instance.status = Some(decision.status.clone());
+        api.replace_status(&name, &PostParams::default(), &instance)
+            .await
+            .map_err(|e| WriteError::new(format!("writing the status of {name}"), e))?;
+    }
+    for action in &decision.actions {
+        if !context.leads() {
+            return Ok(());
+        }
+        carry_out(&context.client, &namespace, action).await?;
+    }
+    Ok(())
+}
+
+fn after_error(
+    instance: Arc<InferenceInstance>,
+    error: &WriteError,
+    _context: Arc<Context>,
+) -> Action {
+    if error.is_conflict() {
+        return Action::requeue(RETRY_CONFLICT);
+    }
+    tracing::warn!(instance = instance.name_any(), %error, cause = %error.source, "will try again");
+    Action::requeue(RETRY)
+}
