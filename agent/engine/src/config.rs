@@ -14,9 +14,17 @@ use crate::nn::Affine;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("can't read {}", path.display())]
-    Io { path: PathBuf, #[source] source: io::Error },
+    Io {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("{} is not valid", path.display())]
-    Json { path: PathBuf, #[source] source: serde_json::Error },
+    Json {
+        path: PathBuf,
+        #[source]
+        source: serde_json::Error,
+    },
     #[error("config.json: model_type '{0}' is not supported (supported: {supported})", supported = crate::models::SUPPORTED.join(", "))]
     ModelType(String),
     #[error("config.json: {field}: {reason}")]
@@ -98,12 +106,8 @@ fn token_ids(value: Option<&Value>) -> Result<Vec<u32>, ConfigError> {
     };
     match value {
         None | Some(Value::Null) => Ok(Vec::new()),
-        Some(list @ Value::Array(_)) => {
-            serde_json::from_value(list.clone()).map_err(|_| bad(list))
-        }
-        Some(one) => {
-            serde_json::from_value(one.clone()).map(|id| vec![id]).map_err(|_| bad(one))
-        }
+        Some(list @ Value::Array(_)) => serde_json::from_value(list.clone()).map_err(|_| bad(list)),
+        Some(one) => serde_json::from_value(one.clone()).map(|id| vec![id]).map_err(|_| bad(one)),
     }
 }
 

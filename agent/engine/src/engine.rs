@@ -14,7 +14,6 @@ use crate::cache::KvCache;
 use crate::config::{Config, ConfigError};
 use crate::distributed::{Group, GroupError};
 use crate::loader::{self, Checkpoint, LoadError, LoadProgress};
-use crate::mlx::slice;
 use crate::models::{Args, Model};
 use crate::pipeline::{self, Pipeline};
 use crate::sample::{self, Draw, Sampling, StepOutput};
@@ -280,13 +279,15 @@ impl Engine {
     ) -> Result<Option<StepOutput>, EngineError> {
         let ready = sequence.lookahead.take();
         let drawn = match (ready, draw) {
-            (Some(ready), Some(draw)) if tokens == [ready.token] && draw == ready.draw => ready.drawn,
+            (Some(ready), Some(draw)) if tokens == [ready.token] && draw == ready.draw => {
+                ready.drawn
+            }
             (ready, draw) => {
                 if ready.is_some() {
                     sequence.caches.iter_mut().for_each(|cache| cache.truncate(1));
                 }
                 let hidden = self.model.embed(&ids(tokens))?;
-                let hidden = self.model.forward(hidden, &mut sequence.caches)?;
+                let hidden = self.model.forward(hidden, 1, &mut sequence.caches)?;
                 let Some(draw) = draw else {
                     eval(sequence.caches.iter().flat_map(KvCache::arrays))?;
                     return Ok(None);
@@ -299,7 +300,7 @@ impl Engine {
         let next = draw.map_or(0, |draw| draw + 1);
         let begun = if sequence.position + tokens.len() < self.info.max_context {
             let hidden = self.model.embed(&drawn.token.reshape(&[1, 1])?)?;
-            let hidden = self.model.forward(hidden, &mut sequence.caches)?;
+            let hidden = self.model.forward(hidden, 1, &mut sequence.caches)?;
             let begun = self.draw(&hidden, &sequence.sampling, next)?;
             async_eval([&begun.token, &begun.report])?;
             Some(begun)
@@ -324,7 +325,8 @@ impl Engine {
         } else {
             pipeline.receive_hidden(tokens.len() as i32)?
         };
-        let hidden = self.model.forward(hidden, &mut sequence.caches)?;
+        let wanted = if pipeline.is_last() { 1 } else { tokens.len() as i32 };
+        let hidden = self.model.forward(hidden, wanted, &mut sequence.caches)?;
         if !pipeline.is_last() {
             wait(&[&pipeline.send_hidden(&hidden)?], "send")?;
         } else if let Some(draw) = draw {
@@ -346,14 +348,9 @@ impl Engine {
         Ok(Some(read_report(&report)?))
     }
 
-    /// Draws from the last position of `hidden`.
+    /// Draws from the hidden state of one position.
     fn draw(&self, hidden: &Array, sampling: &Sampling, draw: u64) -> Result<Draw, Exception> {
-        let (positions, width) = (hidden.dim(1), hidden.dim(2));
-        let logits = if positions > 1 {
-            self.model.head(&slice(hidden, &[0, positions - 1, 0], &[1, positions, width])?)?
-        } else {
-            self.model.head(hidden)?
-        };
+        let logits = self.model.head(hidden)?;
         sample::draw(&logits.reshape(&[1, -1])?, sampling, draw)
     }
 
@@ -370,6 +367,13 @@ impl Engine {
             mlx_rs::memory::clear_cache()?;
         }
         Ok(())
+    }
+}
+
+impl Drop for Engine {
+    /// Begun steps are waited for: a process that ends while MLX works ends in a crash.
+    fn drop(&mut self) {
+        crate::mlx::synchronize();
     }
 }
 

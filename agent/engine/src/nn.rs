@@ -30,7 +30,9 @@ impl Packed {
 
 enum Matrix {
     /// Transposed once here, so that using it adds no graph node.
-    Dense { transposed: Array },
+    Dense {
+        transposed: Array,
+    },
     Packed(Packed),
 }
 

@@ -4,7 +4,7 @@ use mlx_rs::Array;
 use mlx_rs::error::Exception;
 use mlx_rs::ops::indexing::{argmax_axis, take_along_axis};
 use mlx_rs::ops::{
-    argpartition_axis, concatenate, cumsum, minimum, softmax_axis, sort_axis, select,
+    argpartition_axis, concatenate, cumsum, minimum, select, softmax_axis, sort_axis,
 };
 use mlx_rs::{Dtype, random};
 use serde::{Deserialize, Serialize};

@@ -151,7 +151,8 @@ fn even_share(layers: usize, rank: usize, size: usize) -> anyhow::Result<Range<u
 }
 
 fn prompt_tokens(args: &Args, tokenizer: Option<&Tokenizer>) -> anyhow::Result<Vec<u32>> {
-    let tokens = match (&args.prompt.prompt_ids, &args.prompt.prompt, &args.prompt.chat, tokenizer) {
+    let tokens = match (&args.prompt.prompt_ids, &args.prompt.prompt, &args.prompt.chat, tokenizer)
+    {
         (Some(ids), ..) => ids.clone(),
         (_, Some(text), _, Some(tokenizer)) => tokenizer.encode_with_special(text)?,
         (_, _, Some(text), Some(tokenizer)) => {

@@ -129,8 +129,8 @@ impl Checkpoint {
 }
 
 fn read_index(path: &Path) -> Result<Index, LoadError> {
-    let text = std::fs::read(path)
-        .map_err(|source| LoadError::Io { path: path.to_owned(), source })?;
+    let text =
+        std::fs::read(path).map_err(|source| LoadError::Io { path: path.to_owned(), source })?;
     serde_json::from_slice(&text)
         .map_err(|e| LoadError::BadIndex { path: path.to_owned(), reason: e.to_string() })
 }

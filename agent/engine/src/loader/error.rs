@@ -10,7 +10,11 @@ const NAMES_SHOWN: usize = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     #[error("can't read {}", path.display())]
-    Io { path: PathBuf, #[source] source: io::Error },
+    Io {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("{} holds no model.safetensors and no model.safetensors.index.json", dir.display())]
     NoWeights { dir: PathBuf },
     #[error("{}: bad header: {reason}", path.display())]

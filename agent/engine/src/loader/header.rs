@@ -113,7 +113,8 @@ fn parse(path: &Path, json: &[u8], length: u64) -> Result<Vec<(String, Entry)>, 
     let mut entries = Vec::new();
     for (name, value) in header.0 {
         let RawValue::Tensor(raw) = value else { continue };
-        let entry = entry(&raw, data).map_err(|reason| bad(format!("tensor '{name}': {reason}")))?;
+        let entry =
+            entry(&raw, data).map_err(|reason| bad(format!("tensor '{name}': {reason}")))?;
         entries.push((name, entry));
     }
     entries.sort_by(|a, b| (a.1.start, a.1.length, &a.0).cmp(&(b.1.start, b.1.length, &b.0)));
@@ -192,8 +193,16 @@ mod tests {
         let overlap = r#""b":{"dtype":"U8","shape":[4],"data_offsets":[12,16]}"#;
         check(&format!("{{{one},{overlap}}}"), 16, "tensor 'b' starts at byte");
         check(r#"{"a":{"dtype":"F4","shape":[],"data_offsets":[0,4]}}"#, 4, "type F4");
-        check(r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,4]}}"#, 4, "does not have the size");
-        check(r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[4,3]}}"#, 4, "does not have the size");
+        check(
+            r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,4]}}"#,
+            4,
+            "does not have the size",
+        );
+        check(
+            r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[4,3]}}"#,
+            4,
+            "does not have the size",
+        );
         let huge = u64::MAX;
         check(
             &format!(r#"{{"a":{{"dtype":"U8","shape":[{huge},{huge}],"data_offsets":[0,1]}}}}"#),
@@ -201,7 +210,10 @@ mod tests {
             "too large",
         );
         check(
-            &format!(r#"{{"a":{{"dtype":"U8","shape":[1],"data_offsets":[{},{huge}]}}}}"#, huge - 1),
+            &format!(
+                r#"{{"a":{{"dtype":"U8","shape":[1],"data_offsets":[{},{huge}]}}}}"#,
+                huge - 1
+            ),
             1,
             "out of range",
         );

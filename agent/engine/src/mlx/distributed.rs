@@ -68,7 +68,11 @@ pub enum GroupError {
     #[error("the '{backend}' group could not be formed: {reason}")]
     Init { backend: &'static str, reason: String },
     #[error("{operation} failed")]
-    Collective { operation: &'static str, #[source] source: Exception },
+    Collective {
+        operation: &'static str,
+        #[source]
+        source: Exception,
+    },
 }
 
 struct Handle(mlx_sys::mlx_distributed_group);
@@ -227,6 +231,18 @@ impl Group {
                 )
             }
         })
+    }
+
+    /// The first rank's number on every rank; what the others give is not looked at. Blocks.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn share_u32(&self, number: u32) -> Result<u32, GroupError> {
+        let own = if self.rank == 0 { number } else { 0 };
+        let sum = self.all_sum(&Array::from_slice(&[own], &[1]))?;
+        let source = |source| GroupError::Collective { operation: "all_sum", source };
+        sum.eval().map_err(source)?;
+        sum.as_slice::<u32>().first().copied().ok_or_else(|| source(Exception::custom("no value")))
     }
 
     fn call(

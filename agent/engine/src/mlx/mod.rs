@@ -40,6 +40,13 @@ pub(crate) fn init() {
     });
 }
 
+/// Waits until everything that was submitted to the default stream is done.
+pub(crate) fn synchronize() {
+    let stream = mlx_rs::Stream::thread_local_or_default();
+    // SAFETY: the stream is live. The result says only whether the work failed, which its arrays say as well.
+    unsafe { mlx_sys::mlx_synchronize(stream.as_ptr()) };
+}
+
 /// The message of the last failed call on this thread.
 fn take_error() -> String {
     LAST_ERROR.with_borrow_mut(Option::take).unwrap_or_else(|| "no reason given".to_owned())

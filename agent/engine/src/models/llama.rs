@@ -13,6 +13,7 @@ use super::{Facts, Part};
 use crate::cache::KvCache;
 use crate::config::ConfigError;
 use crate::loader::{Home, Kind, Module, Weights};
+use crate::mlx::slice;
 use crate::nn::{Embedding, Frequencies, Linear, Rope};
 
 /// Fields of `config.json`; defaults are those that published checkpoints rely on.
@@ -112,7 +113,8 @@ impl Args {
     pub(super) fn modules(&self) -> Vec<Module> {
         let raw = &self.raw;
         let (width, inner) = (raw.hidden_size, raw.intermediate_size);
-        let (heads, kv_heads) = (raw.num_attention_heads * self.head_dim, self.kv_heads * self.head_dim);
+        let (heads, kv_heads) =
+            (raw.num_attention_heads * self.head_dim, self.kv_heads * self.head_dim);
         let tied = raw.tie_word_embeddings;
         let mut modules = Vec::new();
         let mut add = |path: String, kind, home| modules.push(Module { path, kind, home });
@@ -174,7 +176,9 @@ impl Scaling {
         let bad = |reason: String| ConfigError::Value { field: "rope_scaling", reason };
         let number = |name: &str, default: Option<f32>| {
             let value = fields.get(name).and_then(Value::as_f64).map(|v| v as f32).or(default);
-            value.filter(|v| *v > 0.0).ok_or_else(|| bad(format!("'{name}' must be a positive number")))
+            value
+                .filter(|v| *v > 0.0)
+                .ok_or_else(|| bad(format!("'{name}' must be a positive number")))
         };
         let kind = fields.get("type").or_else(|| fields.get("rope_type")).and_then(Value::as_str);
         match kind.unwrap_or("default") {
@@ -194,7 +198,8 @@ impl Scaling {
     /// and blends between the two limits.
     fn periods(&self, theta: f32, dims: i32) -> Vec<f32> {
         let plain = (0..dims / 2).map(|i| theta.powf((2 * i) as f32 / dims as f32));
-        let &Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } = self else {
+        let &Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } = self
+        else {
             return plain.collect();
         };
         let scaled = plain.map(|period| {
@@ -237,26 +242,31 @@ impl Attention {
         }
     }
 
-    fn forward(&self, x: &Array, rope: &Rope, cache: &mut KvCache) -> Result<Array, Exception> {
-        let positions = x.dim(1);
+    /// `x` `[1, positions, width]` to outputs of the last `wanted` positions; keys and values are kept of all.
+    fn forward(
+        &self,
+        x: &Array,
+        wanted: i32,
+        rope: &Rope,
+        cache: &mut KvCache,
+    ) -> Result<Array, Exception> {
         let split = |projected: Array, heads: i32| {
-            projected
-                .reshape(&[1, positions, heads, self.head_dim])?
-                .transpose_axes(&[0, 2, 1, 3])
+            let shape = [1, projected.dim(1), heads, self.head_dim];
+            projected.reshape(&shape)?.transpose_axes(&[0, 2, 1, 3])
         };
-        let queries = split(self.q_proj.forward(x)?, self.heads)?;
+        let queries = split(self.q_proj.forward(&last(x, wanted)?)?, self.heads)?;
         let keys = split(self.k_proj.forward(x)?, self.kv_heads)?;
         let values = split(self.v_proj.forward(x)?, self.kv_heads)?;
 
         let offset = cache.len();
-        let queries = rope.forward(&queries, offset)?;
+        let queries = rope.forward(&queries, offset + x.dim(1) - wanted)?;
         let keys = rope.forward(&keys, offset)?;
         let (keys, values) = cache.extend(&keys, &values)?;
 
         let scale = (self.head_dim as f32).powf(-0.5);
-        let mask = (positions > 1).then_some(ScaledDotProductAttentionMask::Causal);
+        let mask = (wanted > 1).then_some(ScaledDotProductAttentionMask::Causal);
         let output = scaled_dot_product_attention(&queries, &keys, &values, scale, mask, None)?;
-        let output = output.transpose_axes(&[0, 2, 1, 3])?.reshape(&[1, positions, -1])?;
+        let output = output.transpose_axes(&[0, 2, 1, 3])?.reshape(&[1, wanted, -1])?;
         self.o_proj.forward(&output)
     }
 }
@@ -304,9 +314,17 @@ impl Block {
         }
     }
 
-    fn forward(&self, x: &Array, rope: &Rope, cache: &mut KvCache) -> Result<Array, Exception> {
+    /// As [`Attention::forward`].
+    fn forward(
+        &self,
+        x: &Array,
+        wanted: i32,
+        rope: &Rope,
+        cache: &mut KvCache,
+    ) -> Result<Array, Exception> {
         let normed = rms_norm(x, Some(&self.input_layernorm), self.eps)?;
-        let x = x.add(self.self_attn.forward(&normed, rope, cache)?)?;
+        let attended = self.self_attn.forward(&normed, wanted, rope, cache)?;
+        let x = last(x, wanted)?.add(attended)?;
         let normed = rms_norm(&x, Some(&self.post_attention_layernorm), self.eps)?;
         x.add(self.mlp.forward(&normed)?)
     }
@@ -345,10 +363,18 @@ impl Model {
         self.embed_tokens.as_ref().expect("called on the first rank").forward(tokens)
     }
 
-    pub(super) fn forward(&self, mut x: Array, caches: &mut [KvCache]) -> Result<Array, Exception> {
+    pub(super) fn forward(
+        &self,
+        mut x: Array,
+        wanted: i32,
+        caches: &mut [KvCache],
+    ) -> Result<Array, Exception> {
         assert_eq!(self.layers.len(), caches.len(), "one cache per layer");
-        for (layer, cache) in self.layers.iter().zip(caches) {
-            x = layer.forward(&x, &self.rope, cache)?;
+        let count = self.layers.len();
+        for (i, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
+            // Later layers attend to every position; behind the last one only those that are wanted matter.
+            let wanted = if i + 1 == count { wanted } else { x.dim(1) };
+            x = layer.forward(&x, wanted, &self.rope, cache)?;
         }
         Ok(x)
     }
@@ -362,6 +388,15 @@ impl Model {
             (Head::Tied, None) => unreachable!("a tied embedding is at both ends"),
         }
     }
+}
+
+/// The last `wanted` positions of `[1, positions, features]`.
+fn last(x: &Array, wanted: i32) -> Result<Array, Exception> {
+    let (positions, width) = (x.dim(1), x.dim(2));
+    if wanted == positions {
+        return Ok(x.clone());
+    }
+    slice(x, &[0, positions - wanted, 0], &[1, positions, width])
 }
 
 #[cfg(test)]
@@ -397,7 +432,8 @@ mod tests {
     fn llama3_scaling_leaves_short_waves_and_slows_long_ones() {
         let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192});
-        let args = parse(&json!({"head_dim": 128, "rope_theta": 500000.0, "rope_scaling": scaling}));
+        let args =
+            parse(&json!({"head_dim": 128, "rope_theta": 500000.0, "rope_scaling": scaling}));
         let args = args.unwrap();
         let plain = Scaling::None.periods(args.theta, 128);
         let scaled = args.scaling.periods(args.theta, 128);

@@ -95,10 +95,16 @@ impl Model {
         }
     }
 
-    /// Hidden states through this rank's layers; `caches` has one entry per layer.
-    pub(crate) fn forward(&self, hidden: Array, caches: &mut [KvCache]) -> Result<Array, Exception> {
+    /// Hidden states through this rank's layers; `caches` has one entry per layer. The result is that of the last
+    /// `wanted` positions.
+    pub(crate) fn forward(
+        &self,
+        hidden: Array,
+        wanted: i32,
+        caches: &mut [KvCache],
+    ) -> Result<Array, Exception> {
         match self {
-            Self::Llama(model) => model.forward(hidden, caches),
+            Self::Llama(model) => model.forward(hidden, wanted, caches),
         }
     }
 
