@@ -1,6 +1,7 @@
 //! One process is one rank of a model. Owns the command line; the work is in the modules.
 
 mod generate;
+mod serve;
 
 use std::process::ExitCode;
 
@@ -17,11 +18,14 @@ struct Cli {
 enum Command {
     /// Continue a prompt and print the answer.
     Generate(generate::Args),
+    /// Serve one rank of a shard, as an agent starts it.
+    Serve(serve::Args),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
+        Command::Serve(args) => serve::run(&args),
     };
     match result {
         Ok(code) => code,

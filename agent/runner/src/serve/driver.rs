@@ -1,0 +1,454 @@
+//! Rank 0's loop: takes requests, runs what the scheduler says on all ranks, hands out events.
+//! Lives on the engine's thread; never blocks on a client.
+
+use std::{
+    collections::HashMap,
+    sync::mpsc::{Receiver, TryRecvError},
+    time::Instant,
+};
+
+use exo_crds::generate::{ErrorCode, GenerateEvent};
+use exo_engine::{Sampling, SeqId, Step, StepOutput};
+use tokio::sync::{OwnedSemaphorePermit, mpsc::Sender};
+use tracing::{debug, warn};
+
+use super::{
+    answer::{Answer, Ending},
+    metrics::Metrics,
+    report::Failure,
+    scheduler::{Action, Job, Limits, Scheduler},
+};
+
+/// Runs steps on all ranks. The seam between the loop and MLX.
+pub(crate) trait Executor {
+    fn open(&mut self, seq: SeqId, sampling: &Sampling) -> Result<(), Failure>;
+    fn step(&mut self, step: &Step) -> Result<Stepped, Failure>;
+    fn close(&mut self, seq: SeqId) -> Result<(), Failure>;
+}
+
+/// What came of a step.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Stepped {
+    /// What was drawn, if the step draws.
+    Done(Option<StepOutput>),
+    /// All ranks refused it alike and are as they were before.
+    Refused(String),
+}
+
+/// What the HTTP side wants.
+#[derive(Debug)]
+pub(crate) enum Order {
+    Submit(Box<Submission>),
+    /// The client is gone.
+    Cancel(SeqId),
+}
+
+/// A request that was accepted; its `Start` event is on its way.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    pub(crate) job: Job,
+    pub(crate) sampling: Sampling,
+    pub(crate) answer: Answer,
+    /// Has room for all events of the answer.
+    pub(crate) events: Sender<GenerateEvent>,
+    pub(crate) accepted: Instant,
+    /// The request's place in the queue, free again when it is over.
+    pub(crate) permit: OwnedSemaphorePermit,
+}
+
+#[derive(Debug)]
+struct Running {
+    sampling: Sampling,
+    answer: Answer,
+    events: Sender<GenerateEvent>,
+    accepted: Instant,
+    _permit: OwnedSemaphorePermit,
+    first_token: Option<Instant>,
+    tokens_of_run: u32,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Driver<E> {
+    scheduler: Scheduler,
+    running: HashMap<SeqId, Running>,
+    executor: E,
+    metrics: Metrics,
+}
+
+impl<E: Executor> Driver<E> {
+    pub(crate) fn new(limits: Limits, executor: E, metrics: Metrics) -> Self {
+        Self { scheduler: Scheduler::new(limits), running: HashMap::new(), executor, metrics }
+    }
+
+    /// Serves until nobody can send orders any more, or until a rank fails. Blocks on `orders` when
+    /// there is nothing to do.
+    pub(crate) fn run(&mut self, orders: &Receiver<Order>) -> Result<(), Failure> {
+        loop {
+            loop {
+                match orders.try_recv() {
+                    Ok(order) => self.take(order),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) if self.running.is_empty() => return Ok(()),
+                    Err(TryRecvError::Disconnected) => break,
+                }
+            }
+            if self.turn()? {
+                continue;
+            }
+            match orders.recv() {
+                Ok(order) => self.take(order),
+                Err(_) => return Ok(()),
+            }
+        }
+    }
+
+    fn take(&mut self, order: Order) {
+        match order {
+            Order::Submit(submission) => {
+                let Submission { job, sampling, answer, events, accepted, permit } = *submission;
+                self.metrics.requests.inc();
+                let running = Running {
+                    sampling,
+                    answer,
+                    events,
+                    accepted,
+                    _permit: permit,
+                    first_token: None,
+                    tokens_of_run: 0,
+                };
+                self.running.insert(job.seq, running);
+                self.scheduler.submit(job);
+            }
+            Order::Cancel(seq) => self.cancel(seq),
+        }
+        self.count();
+    }
+
+    /// Does one thing; false when there is nothing to do.
+    fn turn(&mut self) -> Result<bool, Failure> {
+        let Some(action) = self.scheduler.next() else {
+            return Ok(false);
+        };
+        match action {
+            Action::Open { seq } => {
+                if let Some(running) = self.running.get(&seq) {
+                    self.executor.open(seq, &running.sampling)?;
+                }
+            }
+            Action::Close { seq } => self.executor.close(seq)?,
+            Action::Step(step) => self.step(&step)?,
+        }
+        self.count();
+        Ok(true)
+    }
+
+    fn step(&mut self, step: &Step) -> Result<(), Failure> {
+        let seq = step.seq();
+        let begun = Instant::now();
+        let stepped = self.executor.step(step)?;
+        match step {
+            Step::Prefill { tokens, .. } => self.metrics.prompt_tokens.inc_by(tokens.len() as u64),
+            Step::Decode { .. } => {
+                self.metrics.decode_step.observe(begun.elapsed().as_secs_f64());
+            }
+        }
+        match stepped {
+            Stepped::Done(Some(output)) => self.drew(seq, &output),
+            Stepped::Done(None) => {}
+            Stepped::Refused(message) => self.break_off(seq, message),
+        }
+        Ok(())
+    }
+
+    fn drew(&mut self, seq: SeqId, output: &StepOutput) {
+        self.metrics.completion_tokens.inc();
+        self.scheduler.drew(seq, output.token);
+        let Some(running) = self.running.get_mut(&seq) else { return };
+        if running.first_token.is_none() {
+            running.first_token = Some(Instant::now());
+            self.metrics.time_to_first_token.observe(running.accepted.elapsed().as_secs_f64());
+        }
+        running.tokens_of_run += 1;
+        let pushed = match running.answer.push(output) {
+            Ok(pushed) => pushed,
+            Err(error) => return self.break_off(seq, error.to_string()),
+        };
+        if let Some(event) = pushed.event
+            && running.events.try_send(event).is_err()
+        {
+            return self.cancel(seq);
+        }
+        if let Some(ending) = pushed.ending {
+            let end = end_event(&ending, running);
+            self.finish(seq, end);
+        }
+    }
+
+    /// Ends one request whose tokens can't be made or read; the others go on.
+    fn break_off(&mut self, seq: SeqId, message: String) {
+        warn!(seq, message, "a request was broken off");
+        let code = ErrorCode::InvalidRequest;
+        self.finish(seq, GenerateEvent::Error { code, message });
+    }
+
+    fn finish(&mut self, seq: SeqId, last: GenerateEvent) {
+        self.scheduler.finish(seq);
+        if let Some(running) = self.running.remove(&seq) {
+            // A client that left needs no ending.
+            let _ = running.events.try_send(last);
+        }
+    }
+
+    fn cancel(&mut self, seq: SeqId) {
+        self.scheduler.finish(seq);
+        if self.running.remove(&seq).is_some() {
+            debug!(seq, "the client is gone");
+        }
+    }
+
+    fn count(&self) {
+        let (live, waiting) = self.scheduler.counts();
+        self.metrics.active_sequences.set(live as i64);
+        self.metrics.waiting_requests.set(waiting as i64);
+    }
+}
+
+fn end_event(ending: &Ending, running: &Running) -> GenerateEvent {
+    let first = running.first_token.unwrap_or(running.accepted);
+    let decode_s = first.elapsed().as_secs_f64();
+    let decoded = f64::from(running.tokens_of_run.saturating_sub(1));
+    GenerateEvent::End {
+        finish_reason: ending.reason,
+        text: ending.text.clone(),
+        completion_tokens: ending.tokens,
+        time_to_first_token_s: (first - running.accepted).as_secs_f64(),
+        decode_tokens_per_s: if decoded > 0.0 && decode_s > 0.0 { decoded / decode_s } else { 0.0 },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, mpsc};
+
+    use exo_crds::generate::FinishReason;
+    use tokio::sync::{Semaphore, mpsc as events};
+
+    use super::{super::answer::AnswerSpec, super::samples, *};
+
+    /// Answers with the prompt, one token after the other, and then ends.
+    #[derive(Debug, Default)]
+    struct Echo {
+        fed: HashMap<SeqId, Vec<u32>>,
+        log: Vec<String>,
+    }
+
+    impl Executor for Echo {
+        fn open(&mut self, seq: SeqId, _: &Sampling) -> Result<(), Failure> {
+            self.log.push(format!("open {seq}"));
+            assert!(self.fed.insert(seq, Vec::new()).is_none());
+            Ok(())
+        }
+
+        fn step(&mut self, step: &Step) -> Result<Stepped, Failure> {
+            let fed = self.fed.get_mut(&step.seq()).expect("open");
+            let draw = match step {
+                Step::Prefill { tokens, sample, draw, .. } => {
+                    self.log.push(format!("prefill {}", step.seq()));
+                    fed.extend(tokens);
+                    if fed[0] == u32::from(b'!') {
+                        return Ok(Stepped::Refused("no exclamations".to_owned()));
+                    }
+                    sample.then_some(*draw)
+                }
+                Step::Decode { draw, .. } => {
+                    self.log.push(format!("decode {}", step.seq()));
+                    Some(*draw)
+                }
+            };
+            Ok(Stepped::Done(draw.map(|draw| StepOutput {
+                token: *fed.get(draw as usize).unwrap_or(&samples::EOS[0]),
+                logprob: None,
+                top: Vec::new(),
+            })))
+        }
+
+        fn close(&mut self, seq: SeqId) -> Result<(), Failure> {
+            self.log.push(format!("close {seq}"));
+            assert!(self.fed.remove(&seq).is_some());
+            Ok(())
+        }
+    }
+
+    struct Bench {
+        driver: Driver<Echo>,
+        places: Arc<Semaphore>,
+        next: SeqId,
+    }
+
+    impl Bench {
+        fn new(live_max: usize) -> Self {
+            let limits = Limits { live_max, chunk_tokens: 4 };
+            let driver = Driver::new(limits, Echo::default(), Metrics::new());
+            Self { driver, places: Arc::new(Semaphore::new(10)), next: 0 }
+        }
+
+        fn submission(&mut self, prompt: &str) -> (Submission, events::Receiver<GenerateEvent>) {
+            let spec = AnswerSpec {
+                before: Vec::new(),
+                generated: Vec::new(),
+                tokens_max: 6,
+                stops: vec!["STOP".to_owned()],
+                logprobs: false,
+            };
+            let (answer, _) =
+                Answer::new(samples::tokenizer(), samples::EOS.into(), &spec).unwrap();
+            let (events, receiver) = events::channel(9);
+            self.next += 1;
+            let prompt = prompt.bytes().map(u32::from).collect();
+            let submission = Submission {
+                job: Job { seq: self.next, prompt, draws: 0 },
+                sampling: Sampling { temperature: 0.0, top_p: 1.0, seed: 0, logprobs: None },
+                answer,
+                events,
+                accepted: Instant::now(),
+                permit: self.places.clone().try_acquire_owned().unwrap(),
+            };
+            (submission, receiver)
+        }
+
+        fn submit(&mut self, prompt: &str) -> events::Receiver<GenerateEvent> {
+            let (submission, receiver) = self.submission(prompt);
+            self.driver.take(Order::Submit(Box::new(submission)));
+            receiver
+        }
+
+        fn run(&mut self) {
+            while self.driver.turn().unwrap() {}
+        }
+
+        fn log(&self) -> Vec<&str> {
+            self.driver.executor.log.iter().map(String::as_str).collect()
+        }
+    }
+
+    /// All text, and how it ended.
+    fn outcome(receiver: &mut events::Receiver<GenerateEvent>) -> (String, Option<GenerateEvent>) {
+        let mut all = String::new();
+        while let Ok(event) = receiver.try_recv() {
+            match event {
+                GenerateEvent::Token { text, .. } => all += &text,
+                last => return (all, Some(last)),
+            }
+        }
+        (all, None)
+    }
+
+    fn check_end(receiver: &mut events::Receiver<GenerateEvent>, expect: &str, why: FinishReason) {
+        let (mut text, last) = outcome(receiver);
+        let Some(GenerateEvent::End { finish_reason, text: rest, completion_tokens, .. }) = last
+        else {
+            panic!("no ending but {last:?}")
+        };
+        text += &rest;
+        assert_eq!((text.as_str(), finish_reason), (expect, why));
+        assert!(completion_tokens <= 6);
+    }
+
+    #[test]
+    fn answers_stream_side_by_side() {
+        let mut bench = Bench::new(2);
+        let (mut a, mut b, mut c) =
+            (bench.submit("abc"), bench.submit("lengthy"), bench.submit("x"));
+        assert_eq!(bench.driver.metrics.waiting_requests.get(), 3);
+        bench.run();
+        check_end(&mut a, "abc", FinishReason::Stop);
+        check_end(&mut b, "length", FinishReason::Length);
+        check_end(&mut c, "x", FinishReason::Stop);
+        assert_eq!(
+            bench.log()[..11],
+            [
+                "open 1",
+                "open 2",
+                "prefill 1",
+                "prefill 2",
+                "decode 1",
+                "prefill 2",
+                "decode 1",
+                "decode 1",
+                "close 1",
+                "open 3",
+                "decode 2",
+            ]
+        );
+        assert_eq!(bench.places.available_permits(), 10);
+        assert!(bench.driver.executor.fed.is_empty());
+        let metrics = &bench.driver.metrics;
+        assert_eq!((metrics.requests.get(), metrics.active_sequences.get()), (3, 0));
+        assert_eq!(metrics.prompt_tokens.get(), 11);
+        let text = String::from_utf8(metrics.render()).unwrap();
+        assert!(text.contains("exo_runner_tokens_total{kind=\"completion\"} 12"), "{text}");
+    }
+
+    #[test]
+    fn a_stop_text_ends_it() {
+        let mut bench = Bench::new(1);
+        let mut a = bench.submit("aSTOPb");
+        bench.run();
+        check_end(&mut a, "a", FinishReason::Stop);
+    }
+
+    #[test]
+    fn nothing_is_made_for_clients_that_left() {
+        let mut bench = Bench::new(1);
+        let (a, b) = (bench.submit("abcdef"), bench.submit("b"));
+        let mut c = bench.submit("c");
+        for _ in 0..3 {
+            bench.driver.turn().unwrap();
+        }
+        drop((a, b));
+        bench.driver.take(Order::Cancel(2));
+        bench.run();
+        // One step finds the first client gone; the second was told of.
+        assert_eq!(
+            bench.log(),
+            [
+                "open 1",
+                "prefill 1",
+                "prefill 1",
+                "decode 1",
+                "close 1",
+                "open 3",
+                "prefill 3",
+                "decode 3",
+                "close 3",
+            ]
+        );
+        check_end(&mut c, "c", FinishReason::Stop);
+        assert_eq!(bench.places.available_permits(), 10);
+    }
+
+    #[test]
+    fn a_refused_step_ends_its_request_alone() {
+        let mut bench = Bench::new(2);
+        let (mut a, mut b) = (bench.submit("!a"), bench.submit("b"));
+        bench.run();
+        let error = GenerateEvent::Error {
+            code: ErrorCode::InvalidRequest,
+            message: "no exclamations".to_owned(),
+        };
+        assert_eq!(outcome(&mut a), (String::new(), Some(error)));
+        check_end(&mut b, "b", FinishReason::Stop);
+    }
+
+    #[test]
+    fn the_loop_ends_when_orders_do() {
+        let mut bench = Bench::new(1);
+        let (orders, receiver) = mpsc::channel();
+        let (submission, mut a) = bench.submission("abc");
+        orders.send(Order::Submit(Box::new(submission))).unwrap();
+        drop(orders);
+        bench.driver.run(&receiver).unwrap();
+        check_end(&mut a, "abc", FinishReason::Stop);
+    }
+}
