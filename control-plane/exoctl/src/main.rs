@@ -1,1 +1,50 @@
-fn main() {}
+//! `exoctl`: the command line of the control plane, for people who know kubectl.
+//!
+//! Owns: how commands read and print. It is a Kubernetes client like any other; every rule about
+//! resources lives in the API server. Links no MLX.
+
+mod cli;
+mod commands;
+mod config;
+mod error;
+mod jsonpath;
+mod kinds;
+mod schema;
+mod server;
+mod table;
+
+use std::{
+    io::{self, BufWriter, Write as _},
+    process::ExitCode,
+};
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    let args = cli::Args::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error.into()),
+    };
+    let mut out = BufWriter::new(io::stdout().lock());
+    let result = runtime.block_on(commands::run(args, &mut out)).and_then(|()| Ok(out.flush()?));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // `exoctl get … | head` is no failure.
+        Err(error) if error::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // What was printed before the failure still counts.
+            let _ = out.flush();
+            fail(&error)
+        }
+    }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    let mut err = io::stderr().lock();
+    for line in error::lines(error) {
+        // Nobody is left to tell when stderr is gone.
+        let _ = writeln!(err, "error: {line}");
+    }
+    ExitCode::FAILURE
+}

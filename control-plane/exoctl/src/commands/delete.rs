@@ -1,0 +1,118 @@
+//! `exoctl delete`.
+
+use std::{io::Write, time::Duration};
+
+use anyhow::bail;
+use http::Method;
+use tokio::time::Instant;
+
+use super::{
+    documents,
+    select::{self, nothing_found},
+    wait,
+};
+use crate::{
+    cli::{Delete, Goal, Select},
+    error::{Collector, refused},
+    kinds::Kind,
+    server::Server,
+};
+
+/// An object to delete.
+#[derive(Debug)]
+struct Doomed<'s> {
+    kind: &'s Kind,
+    namespace: String,
+    name: String,
+}
+
+pub(super) async fn run(args: &Delete, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
+    let mut failures = Collector::default();
+    let mut deleted = Vec::new();
+    for doomed in find(args, server).await? {
+        let path = doomed.kind.path(Some(&doomed.namespace), Some(&doomed.name));
+        let query = [("propagationPolicy", "Background")];
+        let result = match server.send(Method::DELETE, &path, &query, None).await {
+            Err(error) if args.ignore_not_found && is_not_found(&error) => continue,
+            result => result,
+        };
+        if failures.note(result)?.is_some() {
+            let what = doomed.kind.named("");
+            writeln!(out, "{} \"{}\" deleted", what.trim_end_matches('/'), doomed.name)?;
+            out.flush()?;
+            deleted.push(doomed);
+        }
+    }
+    if args.wait {
+        let deadline = Instant::now() + args.timeout;
+        for doomed in deleted {
+            failures.note(gone(server, &doomed, deadline, args.timeout).await)?;
+        }
+    }
+    failures.finish()
+}
+
+async fn find<'s>(args: &Delete, server: &'s Server) -> anyhow::Result<Vec<Doomed<'s>>> {
+    let Some(words) = &args.kind else {
+        return in_files(args, server).await;
+    };
+    let mut all = Vec::new();
+    for selected in select::read(server, words, &args.names).await? {
+        let kind = selected.kind;
+        let mut names = selected.names;
+        if names.is_empty() {
+            if !args.all && args.labels.is_none() {
+                bail!("say which: names, -l SELECTOR or --all");
+            }
+            let select = Select { labels: args.labels.clone(), ..Select::default() };
+            let items = select::list(server, kind, &select).await?;
+            names.extend(
+                items.iter().filter_map(|i| Some(i["metadata"]["name"].as_str()?.to_owned())),
+            );
+            if names.is_empty() {
+                eprintln!("{}", nothing_found(kind, &select, server));
+            }
+        }
+        all.extend(names.into_iter().map(|name| Doomed {
+            kind,
+            namespace: server.namespace().to_owned(),
+            name,
+        }));
+    }
+    Ok(all)
+}
+
+/// Last document first: what was applied after something may need it.
+async fn in_files<'s>(args: &Delete, server: &'s Server) -> anyhow::Result<Vec<Doomed<'s>>> {
+    let mut all = Vec::new();
+    for document in documents::read(&args.files)?.into_iter().rev() {
+        let (source, object) = (document.source, document.object);
+        let text = |value: &serde_json::Value| value.as_str().map(str::to_owned);
+        let (Some(api_version), Some(kind), Some(name)) =
+            (text(&object["apiVersion"]), text(&object["kind"]), text(&object["metadata"]["name"]))
+        else {
+            bail!("{source}: apiVersion, kind and metadata.name are required");
+        };
+        all.push(Doomed {
+            kind: server.kinds().await?.find_exact(&api_version, &kind)?,
+            namespace: server.namespace_of(&object)?,
+            name,
+        });
+    }
+    Ok(all)
+}
+
+fn is_not_found(error: &anyhow::Error) -> bool {
+    refused(error).is_some_and(|refusal| refusal.is_not_found())
+}
+
+async fn gone(
+    server: &Server,
+    doomed: &Doomed<'_>,
+    deadline: Instant,
+    timeout: Duration,
+) -> anyhow::Result<()> {
+    let target =
+        wait::Target { kind: doomed.kind, namespace: &doomed.namespace, name: &doomed.name };
+    wait::wait_for(server, &target, &Goal::Delete, deadline, timeout).await
+}

@@ -1,0 +1,116 @@
+//! Which objects a command is about: `KIND`, `KIND NAME…`, `KIND/NAME…`, `KIND,KIND`.
+
+use anyhow::bail;
+use serde_json::Value;
+
+use crate::{
+    cli::Select,
+    kinds::Kind,
+    server::{Form, Server},
+};
+
+/// One kind and the names asked for; all of them when there are none.
+#[derive(Clone, Debug)]
+pub(super) struct Selected<'s> {
+    pub(super) kind: &'s Kind,
+    pub(super) names: Vec<String>,
+}
+
+/// Reads the words after a command, kinds in the order in which they came.
+pub(super) async fn read<'s>(
+    server: &'s Server,
+    first: &str,
+    rest: &[String],
+) -> anyhow::Result<Vec<Selected<'s>>> {
+    let mut selected: Vec<Selected<'_>> = Vec::new();
+    if first.contains('/') {
+        for word in std::iter::once(first).chain(rest.iter().map(String::as_str)) {
+            let Some((kind, name)) = word.split_once('/') else {
+                bail!("`{word}` must be KIND/NAME like the others");
+            };
+            let kind = server.kinds().await?.find(kind)?;
+            let name = checked(name)?;
+            match selected.iter_mut().find(|s| s.kind == kind) {
+                Some(same) => same.names.push(name),
+                None => selected.push(Selected { kind, names: vec![name] }),
+            }
+        }
+        return Ok(selected);
+    }
+    for word in first.split(',') {
+        selected.push(Selected {
+            kind: server.kinds().await?.find(word)?,
+            names: rest.iter().map(|name| checked(name)).collect::<Result<_, _>>()?,
+        });
+    }
+    Ok(selected)
+}
+
+/// Names end up in URLs; a wrong one must not reach another path.
+fn checked(name: &str) -> anyhow::Result<String> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_' | ':');
+    match !name.is_empty() && name != "." && name != ".." && name.chars().all(allowed) {
+        true => Ok(name.to_owned()),
+        false => bail!("`{name}` is not a name"),
+    }
+}
+
+impl Select {
+    /// The namespace that a list is about; `None` for all.
+    pub(super) fn namespace<'s>(&self, server: &'s Server) -> Option<&'s str> {
+        (!self.all_namespaces).then(|| server.namespace())
+    }
+
+    pub(super) fn query(&self) -> Vec<(&str, &str)> {
+        let labels = self.labels.as_deref().map(|l| ("labelSelector", l));
+        let fields = self.fields.as_deref().map(|f| ("fieldSelector", f));
+        labels.into_iter().chain(fields).collect()
+    }
+}
+
+/// Objects of a list in full; items of lists don't say what they are, so that is added.
+pub(super) async fn list(
+    server: &Server,
+    kind: &Kind,
+    select: &Select,
+) -> anyhow::Result<Vec<Value>> {
+    let path = kind.path(select.namespace(server), None);
+    let mut list: Value = server.get(&path, &select.query(), Form::Json).await?;
+    Ok(take_items(&mut list, kind))
+}
+
+/// The items of a list, each with its `apiVersion` and `kind`.
+pub(super) fn take_items(list: &mut Value, kind: &Kind) -> Vec<Value> {
+    let mut items = match list["items"].take() {
+        Value::Array(items) => items,
+        _ => Vec::new(),
+    };
+    for item in items.iter_mut().filter(|item| item.is_object()) {
+        item["apiVersion"] = kind.api.api_version.as_str().into();
+        item["kind"] = kind.api.kind.as_str().into();
+    }
+    items
+}
+
+/// What a command says when there is nothing to show.
+pub(super) fn nothing_found(kind: &Kind, select: &Select, server: &Server) -> String {
+    match select.namespace(server).filter(|_| kind.namespaced) {
+        Some(namespace) => format!("No resources found in {namespace} namespace."),
+        None => "No resources found".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_can_not_leave_their_path() {
+        for good in ["llama-0-a1-0", "studio.local", "a_b:c"] {
+            assert!(checked(good).is_ok(), "{good}");
+        }
+        for bad in ["", "a/b", "..", "a b", "a?x=1", "é", "a%2fb"] {
+            assert!(checked(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! `exoctl wait`, and the waiting of `apply` and `delete`.
+
+use std::{io::Write, time::Duration};
+
+use anyhow::bail;
+use futures::{StreamExt as _, pin_mut};
+use kube::runtime::{WatchStreamExt as _, watcher::watch_object};
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::select;
+use crate::{
+    cli::{Goal, Wait},
+    error::Collector,
+    jsonpath::plain,
+    kinds::Kind,
+    server::Server,
+};
+
+/// What is waited for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Target<'a> {
+    pub(super) kind: &'a Kind,
+    pub(super) namespace: &'a str,
+    pub(super) name: &'a str,
+}
+
+pub(super) async fn run(args: &Wait, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
+    let Some((first, rest)) = args.objects.split_first() else {
+        bail!("say what to wait for: KIND/NAME");
+    };
+    let deadline = Instant::now() + args.timeout;
+    let mut failures = Collector::default();
+    for selected in select::read(server, first, rest).await? {
+        if selected.names.is_empty() {
+            bail!("say which {}: KIND/NAME", selected.kind.api.plural);
+        }
+        for name in &selected.names {
+            let target = Target { kind: selected.kind, namespace: server.namespace(), name };
+            let waited = wait_for(server, &target, &args.goal, deadline, args.timeout).await;
+            if failures.note(waited)?.is_some() {
+                let met = match args.goal {
+                    Goal::Delete => "deleted",
+                    Goal::Condition { .. } | Goal::Path { .. } => "condition met",
+                };
+                writeln!(out, "{} {met}", selected.kind.named(name))?;
+                out.flush()?;
+            }
+        }
+    }
+    failures.finish()
+}
+
+/// Returns once the goal is reached. An object that doesn't exist yet is waited for as well.
+/// Changes on the way are told on stderr. `timeout` is only for the message.
+pub(super) async fn wait_for(
+    server: &Server,
+    target: &Target<'_>,
+    goal: &Goal,
+    deadline: Instant,
+    timeout: Duration,
+) -> anyhow::Result<()> {
+    // An error that repeats itself (no permission, no server) is seen at once here; watches only
+    // retry.
+    let path = target.kind.path(Some(target.namespace), Some(target.name));
+    let first = server.get_if_exists(&path).await?;
+    let uid = first.as_ref().map(|object| object["metadata"]["uid"].clone());
+    let objects = watch_object(server.api(target.kind, target.namespace), target.name);
+    let objects = objects.default_backoff();
+    pin_mut!(objects);
+    let mut teller = Teller::default();
+    let mut state = State::of(goal, first.as_ref(), uid.as_ref());
+    loop {
+        match &state {
+            State::Reached => return Ok(()),
+            State::NotYet(now) => teller.tell(target, goal, now),
+        }
+        match tokio::time::timeout_at(deadline, objects.next()).await {
+            Ok(Some(Ok(object))) => {
+                let object = object.and_then(|object| serde_json::to_value(object).ok());
+                state = State::of(goal, object.as_ref(), uid.as_ref());
+            }
+            // The connection may come back before the deadline.
+            Ok(Some(Err(_))) => {}
+            Ok(None) => bail!("the watch of {} ended", target.kind.named(target.name)),
+            Err(_) => {
+                let State::NotYet(now) = state else { return Ok(()) };
+                bail!(
+                    "timed out after {timeout:?} waiting for {} of {}: {now}",
+                    describe(goal),
+                    target.kind.named(target.name)
+                );
+            }
+        }
+    }
+}
+
+/// How far a goal is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum State {
+    Reached,
+    /// With what is the matter.
+    NotYet(String),
+}
+
+impl State {
+    /// `uid`: the object that was there at first; another one of its name doesn't keep a deleted
+    /// one alive.
+    fn of(goal: &Goal, object: Option<&Value>, uid: Option<&Value>) -> Self {
+        let Some(object) = object else {
+            return match goal {
+                Goal::Delete => Self::Reached,
+                Goal::Condition { .. } | Goal::Path { .. } => {
+                    Self::NotYet("it does not exist".to_owned())
+                }
+            };
+        };
+        match goal {
+            Goal::Delete => match uid == Some(&object["metadata"]["uid"]) {
+                false => Self::Reached,
+                true => Self::NotYet(match object["metadata"]["finalizers"].as_array() {
+                    Some(finalizers) if !finalizers.is_empty() => {
+                        let names: Vec<_> = finalizers.iter().map(plain).collect();
+                        format!("it still has finalizers: {}", names.join(", "))
+                    }
+                    _ => "it still exists".to_owned(),
+                }),
+            },
+            Goal::Condition { kind, status } => Self::of_condition(object, kind, status),
+            Goal::Path { path, value } => match (path.find(object).map(plain), value) {
+                (Some(_), None) => Self::Reached,
+                (Some(found), Some(wanted)) if found == *wanted => Self::Reached,
+                (Some(found), _) => Self::NotYet(format!("the value is {found}")),
+                (None, _) => Self::NotYet("the field is not set".to_owned()),
+            },
+        }
+    }
+
+    fn of_condition(object: &Value, kind: &str, wanted: &str) -> Self {
+        let conditions = object["status"]["conditions"].as_array();
+        let is_it = |c: &&Value| c["type"].as_str().is_some_and(|t| t.eq_ignore_ascii_case(kind));
+        let Some(condition) = conditions.and_then(|c| c.iter().find(is_it)) else {
+            return Self::NotYet("the condition is not set".to_owned());
+        };
+        let text = |field: &str| condition[field].as_str().unwrap_or_default();
+        // A verdict on an older spec says nothing about this one.
+        let generation = object["metadata"]["generation"].as_i64();
+        let observed = condition["observedGeneration"]
+            .as_i64()
+            .or_else(|| object["status"]["observedGeneration"].as_i64());
+        if let (Some(generation), Some(observed)) = (generation, observed)
+            && observed < generation
+        {
+            return Self::NotYet("the newest change has not been looked at".to_owned());
+        }
+        if text("status").eq_ignore_ascii_case(wanted) {
+            return Self::Reached;
+        }
+        let reason = match text("reason") {
+            "" => String::new(),
+            reason => format!(" ({reason})"),
+        };
+        let message = match text("message") {
+            "" => String::new(),
+            message => format!(": {message}"),
+        };
+        Self::NotYet(format!("it is {}{reason}{message}", text("status")))
+    }
+}
+
+fn describe(goal: &Goal) -> String {
+    match goal {
+        Goal::Delete => "the deletion".to_owned(),
+        Goal::Condition { kind, status } if status == "True" => format!("condition {kind}"),
+        Goal::Condition { kind, status } => format!("condition {kind}={status}"),
+        Goal::Path { value: Some(value), .. } => format!("the value {value}"),
+        Goal::Path { value: None, .. } => "the field".to_owned(),
+    }
+}
+
+/// Tells each new state once.
+#[derive(Debug, Default)]
+struct Teller {
+    last: Option<String>,
+}
+
+impl Teller {
+    fn tell(&mut self, target: &Target<'_>, goal: &Goal, now: &str) {
+        // Deletions are quick and their states are dull.
+        if *goal != Goal::Delete && self.last.as_deref() != Some(now) {
+            eprintln!("{}: {now}", target.kind.named(target.name));
+            self.last = Some(now.to_owned());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn not_yet(text: &str) -> State {
+        State::NotYet(text.to_owned())
+    }
+
+    #[test]
+    fn conditions() {
+        let ready = Goal::Condition { kind: "ready".into(), status: "True".into() };
+        let check = |object: Value, expect: State| {
+            assert_eq!(State::of(&ready, Some(&object), None), expect, "{object}");
+        };
+        let with = |status: &str, observed: u32| {
+            json!({"metadata": {"generation": 2}, "status": {"conditions": [{"type": "Ready",
+                "status": status, "reason": "NoCapacity", "message": "no node has 19Gi free",
+                "observedGeneration": observed}]}})
+        };
+        check(with("True", 2), State::Reached);
+        check(with("False", 2), not_yet("it is False (NoCapacity): no node has 19Gi free"));
+        check(with("True", 1), not_yet("the newest change has not been looked at"));
+        check(json!({}), not_yet("the condition is not set"));
+        assert_eq!(State::of(&ready, None, None), not_yet("it does not exist"));
+    }
+
+    #[test]
+    fn deletion() {
+        let state = |object: Option<Value>, uid: Option<Value>| {
+            State::of(&Goal::Delete, object.as_ref(), uid.as_ref())
+        };
+        let object = |uid: &str| Some(json!({"metadata": {"uid": uid, "finalizers": ["a/b"]}}));
+        assert_eq!(state(None, Some(json!("1"))), State::Reached);
+        assert_eq!(state(object("2"), Some(json!("1"))), State::Reached);
+        assert_eq!(state(object("1"), Some(json!("1"))), not_yet("it still has finalizers: a/b"));
+    }
+
+    #[test]
+    fn paths() {
+        let goal = |value: Option<&str>| Goal::Path {
+            path: "{.status.phase}".parse().unwrap(),
+            value: value.map(str::to_owned),
+        };
+        let object = json!({"status": {"phase": "Starting"}});
+        let state = |value: Option<&str>| State::of(&goal(value), Some(&object), None);
+        assert_eq!(state(None), State::Reached);
+        assert_eq!(state(Some("Starting")), State::Reached);
+        assert_eq!(state(Some("Ready")), not_yet("the value is Starting"));
+        assert_eq!(State::of(&goal(None), Some(&json!({})), None), not_yet("the field is not set"));
+    }
+}

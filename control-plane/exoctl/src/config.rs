@@ -1,0 +1,79 @@
+//! Finds the server: `--kubeconfig`, `$KUBECONFIG`, then the file that the local `exo` wrote.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+
+use crate::cli::Global;
+
+/// Where a system service keeps its data.
+const SYSTEM_HOME: &str = "/var/lib/exo";
+
+/// Reads the configuration that `global` and the environment lead to.
+pub(crate) async fn load(global: &Global) -> anyhow::Result<kube::Config> {
+    let (kubeconfig, from) = find(global)?;
+    let options =
+        KubeConfigOptions { context: global.context.clone(), ..KubeConfigOptions::default() };
+    let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &options)
+        .await
+        .with_context(|| format!("using {from}"))?;
+    // A server on the LAN answers at once or not at all.
+    config.connect_timeout = Some(std::time::Duration::from_secs(5));
+    Ok(config)
+}
+
+/// The kubeconfig, and what to call it in messages.
+fn find(global: &Global) -> anyhow::Result<(Kubeconfig, String)> {
+    if let Some(path) = &global.kubeconfig {
+        return read(path);
+    }
+    if let Some(kubeconfig) = Kubeconfig::from_env().context("reading $KUBECONFIG")? {
+        return Ok((kubeconfig, "$KUBECONFIG".to_owned()));
+    }
+    let homes = homes(std::env::var_os("EXO_HOME").map(PathBuf::from), std::env::home_dir());
+    let files: Vec<_> = homes.iter().map(|home| home.join("kubeconfig")).collect();
+    match files.iter().find(|file| file.exists()) {
+        Some(file) => read(file),
+        None => {
+            let places: Vec<_> = files.iter().map(|f| f.display().to_string()).collect();
+            bail!(
+                "no server is known: give --kubeconfig, set KUBECONFIG, or start `exo` on this \
+                 machine (looked for {})",
+                places.join(" and ")
+            );
+        }
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<(Kubeconfig, String)> {
+    let kubeconfig =
+        Kubeconfig::read_from(path).with_context(|| format!("reading {}", path.display()))?;
+    Ok((kubeconfig, path.display().to_string()))
+}
+
+/// Data directories of the local `exo`, the likelier one first.
+fn homes(exo_home: Option<PathBuf>, home: Option<PathBuf>) -> Vec<PathBuf> {
+    match (exo_home, home) {
+        (Some(exo_home), _) => vec![exo_home],
+        (None, Some(home)) => vec![home.join(".exo"), SYSTEM_HOME.into()],
+        (None, None) => vec![SYSTEM_HOME.into()],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exo_home_replaces_the_other_places() {
+        let path = |p: &str| Some(PathBuf::from(p));
+        let check = |a, b, expect: &[&str]| {
+            let expect: Vec<PathBuf> = expect.iter().map(PathBuf::from).collect();
+            assert_eq!(homes(a, b), expect);
+        };
+        check(path("/data"), path("/home/ann"), &["/data"]);
+        check(None, path("/home/ann"), &["/home/ann/.exo", "/var/lib/exo"]);
+        check(None, None, &["/var/lib/exo"]);
+    }
+}
