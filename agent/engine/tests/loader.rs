@@ -1,5 +1,7 @@
 //! What the loader refuses, and that it names what is wrong.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! Steps on one rank: however a sequence is fed, it draws the same tokens.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{LAYERS, VOCAB, config, tensors, write};

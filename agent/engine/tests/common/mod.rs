@@ -1,32 +1,32 @@
 //! A small random Llama folder, written by hand so that tests can break it.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::fs;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
-pub const LAYERS: usize = 3;
-pub const VOCAB: usize = 64;
+pub(crate) const LAYERS: usize = 3;
+pub(crate) const VOCAB: usize = 64;
 const WIDTH: usize = 32;
 const INNER: usize = 48;
 
 /// Name, shape and float32 values.
 #[derive(Clone, Debug)]
-pub struct Tensor {
-    pub name: String,
-    pub shape: Vec<usize>,
-    pub values: Vec<f32>,
+pub(crate) struct Tensor {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) values: Vec<f32>,
 }
 
-pub fn config() -> Value {
+pub(crate) fn config() -> Value {
     json!({"model_type": "llama", "hidden_size": WIDTH, "num_hidden_layers": LAYERS,
         "intermediate_size": INNER, "num_attention_heads": 4, "num_key_value_heads": 2,
         "rms_norm_eps": 1e-5, "vocab_size": VOCAB, "max_position_embeddings": 600,
         "tie_word_embeddings": false, "eos_token_id": 1})
 }
 
-pub fn tensors() -> Vec<Tensor> {
+pub(crate) fn tensors() -> Vec<Tensor> {
     let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![VOCAB, WIDTH])];
     for layer in 0..LAYERS {
         for (name, shape) in [
@@ -63,7 +63,7 @@ fn uniform(state: &mut u64) -> f32 {
     (*state >> 40) as f32 / (1 << 23) as f32 - 1.0
 }
 
-pub fn safetensors(tensors: &[Tensor]) -> Vec<u8> {
+pub(crate) fn safetensors(tensors: &[Tensor]) -> Vec<u8> {
     let (mut members, mut data) = (Vec::new(), Vec::new());
     for tensor in tensors {
         let start = data.len();
@@ -78,13 +78,13 @@ pub fn safetensors(tensors: &[Tensor]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat()
 }
 
-pub fn write(dir: &Path, config: &Value, tensors: &[Tensor]) {
+pub(crate) fn write(dir: &Path, config: &Value, tensors: &[Tensor]) {
     fs::write(dir.join("config.json"), config.to_string()).unwrap();
     fs::write(dir.join("model.safetensors"), safetensors(tensors)).unwrap();
 }
 
 /// The tensors over two files with an index; the second holds the last layer and the head.
-pub fn write_indexed(dir: &Path, config: &Value, tensors: &[Tensor]) {
+pub(crate) fn write_indexed(dir: &Path, config: &Value, tensors: &[Tensor]) {
     fs::write(dir.join("config.json"), config.to_string()).unwrap();
     let last = format!("model.layers.{}.", LAYERS - 1);
     let late = |t: &Tensor| t.name.starts_with(&last) || t.name.contains("norm.weight");
