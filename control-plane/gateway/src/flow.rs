@@ -42,6 +42,8 @@ pub(crate) struct Flow {
     /// No replica that failed this request is tried again before.
     rest_until: Instant,
     attempt: Option<Attempt>,
+    /// The client waits for an answer to go on.
+    broken: bool,
     over: bool,
 }
 
@@ -72,6 +74,7 @@ impl Flow {
             failures: BTreeMap::new(),
             rest_until: arrived,
             attempt: None,
+            broken: false,
             over: false,
         }
     }
@@ -134,6 +137,7 @@ impl Flow {
             GenerateEvent::Token { .. } => {
                 let first = self.progress.request().generated.is_empty();
                 metrics.token(first.then(|| self.arrived.elapsed()));
+                self.broken = false;
             }
             GenerateEvent::End { .. } => self.over = true,
             GenerateEvent::Start { .. } | GenerateEvent::Error { .. } => {}
@@ -162,14 +166,14 @@ impl Flow {
                 other => ApiError::bad_runner(other.to_string()),
             });
         }
-        if self.progress.started() {
+        // The time to find another replica counts from the last token, however often that fails.
+        if self.progress.started() && !std::mem::replace(&mut self.broken, true) {
             self.deadline = Instant::now() + self.shared.limits.resume_wait;
-            self.shared.metrics.resumes.inc();
-            let (id, tokens) =
-                (&self.progress.request().id, self.progress.request().generated.len());
+            let request = self.progress.request();
+            let (id, tokens) = (&request.id, request.generated.len());
             tracing::warn!(id, tokens, %broken, "an answer broke off and will be resumed");
         } else {
-            tracing::debug!(id = self.progress.request().id, %broken, "a replica can't take a request");
+            tracing::debug!(id = self.progress.request().id, %broken, "a replica can't go on");
         }
         Ok(())
     }
@@ -245,6 +249,9 @@ impl Flow {
         };
         match opened {
             Ok(events) => {
+                if self.broken {
+                    self.shared.metrics.resumes.inc();
+                }
                 self.attempt = Some(Attempt { replica, events, index, _lease: lease });
                 Ok(())
             }

@@ -1,0 +1,232 @@
+//! Clients that leave, runners that break, replicas that come and go.
+
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use exo_crds::generate::{ErrorCode, GenerateEvent};
+use exo_gateway::Limits;
+use serde_json::{Value, json};
+
+use crate::{
+    cluster::{Cluster, PATIENCE, chunks, end, hello, start, text_of, token},
+    runner::Runner,
+};
+
+#[tokio::test]
+async fn a_client_that_leaves_stops_the_runner() {
+    let mut runner = Runner::start().await;
+    let cluster = Cluster::start().await;
+    cluster.serving(&runner).await;
+
+    let answer = cluster.ask(&hello(true));
+    let mut arrived = runner.next().await;
+    arrived.send_all([start(), token(1, "Hi")]).await;
+    let mut response = answer.await.unwrap();
+    response.chunk().await.unwrap().expect("the stream has begun");
+    drop(response);
+    tokio::time::timeout(PATIENCE, arrived.closed()).await.expect("the stream's end is noticed");
+
+    let answer = cluster.ask(&hello(false));
+    let mut arrived = runner.next().await;
+    arrived.send_all([start(), token(1, "Hi")]).await;
+    answer.abort();
+    tokio::time::timeout(PATIENCE, arrived.closed()).await.expect("the other kind as well");
+
+    let gone = "exo_gateway_requests_total{code=\"499\",route=\"/v1/chat/completions\"}";
+    cluster.wait_for_metric(gone, 2.0).await;
+    cluster.wait_for_metric("exo_gateway_in_flight", 1.0).await;
+}
+
+#[tokio::test]
+async fn a_broken_answer_goes_on_with_the_next_replica() {
+    let (mut first, mut second) = (Runner::start().await, Runner::start().await);
+    let cluster = Cluster::start().await;
+    cluster.create_instance().await;
+    cluster.set_ready(&[(0, 1, &first), (1, 1, &second)]).await;
+
+    let answer = cluster.ask(&hello(true));
+    let mut arrived = first.next().await;
+    let original = arrived.request.clone();
+    arrived.send_all([start(), token(7, "one "), token(8, "")]).await;
+    arrived.cut().await;
+
+    let mut resumed = second.next().await;
+    assert_eq!(resumed.request.generated, [7, 8]);
+    let mut same = resumed.request.clone();
+    same.generated.clear();
+    assert_eq!(same, original, "prompt, parameters and seed stay");
+    resumed.send_all([start(), token(9, "two"), end(3)]).await;
+    resumed.end();
+
+    let chunks = chunks(&answer.await.unwrap().text().await.unwrap());
+    assert_eq!(text_of(&chunks), "one two");
+    let roles = chunks.iter().filter(|c| c["choices"][0]["delta"]["role"].is_string());
+    assert_eq!(roles.count(), 1, "one beginning");
+    assert_eq!(chunks.last().unwrap(), "[DONE]");
+    cluster.wait_for_metric("exo_gateway_resumes_total", 1.0).await;
+}
+
+#[tokio::test]
+async fn a_broken_answer_waits_for_the_next_epoch() {
+    let mut old = Runner::start().await;
+    let cluster = Cluster::start().await;
+    cluster.serving(&old).await;
+    let answer = cluster.ask(&hello(false));
+    let mut arrived = old.next().await;
+    arrived.send_all([start(), token(7, "one ")]).await;
+    old.stop_listening();
+    let stopping =
+        GenerateEvent::Error { code: ErrorCode::Unavailable, message: "a rank was lost".into() };
+    arrived.send(stopping).await;
+    arrived.end();
+    cluster.set_status(json!({"readyReplicas": 0, "replicas": []})).await;
+
+    let mut new = Runner::start().await;
+    cluster.set_ready(&[(0, 2, &new)]).await;
+    let mut resumed = new.next().await;
+    assert_eq!(resumed.request.generated, [7]);
+    resumed.send_all([start(), token(8, "two"), end(2)]).await;
+    let object: Value = answer.await.unwrap().json().await.unwrap();
+    assert_eq!(object["choices"][0]["message"]["content"], "one two");
+    assert_eq!(object["usage"]["completion_tokens"], 2);
+}
+
+#[tokio::test]
+async fn a_silent_runner_whose_replica_was_withdrawn_is_left() {
+    let mut old = Runner::start().await;
+    let cluster = Cluster::start().await;
+    cluster.serving(&old).await;
+    let answer = cluster.ask(&hello(false));
+    let mut arrived = old.next().await;
+    arrived.send_all([start(), token(7, "one ")]).await;
+    // The machine loses its power: no connection is closed, nothing comes any more.
+    let mut new = Runner::start().await;
+    cluster.set_ready(&[(0, 2, &new)]).await;
+    let mut resumed = new.next().await;
+    assert_eq!(resumed.request.generated, [7]);
+    tokio::time::timeout(PATIENCE, arrived.closed()).await.expect("the old connection is closed");
+    resumed.send_all([start(), end(1)]).await;
+    assert_eq!(answer.await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn a_request_that_breaks_runners_is_given_up() {
+    let mut runner = Runner::start().await;
+    let cluster = Cluster::start().await;
+    cluster.serving(&runner).await;
+    let answer = cluster.ask(&hello(true));
+    for attempt in 0..3 {
+        let mut arrived = runner.next().await;
+        assert_eq!(arrived.request.generated.len(), usize::from(attempt > 0));
+        arrived.send(start()).await;
+        if attempt == 0 {
+            arrived.send(token(7, "one")).await;
+        }
+        arrived.cut().await;
+    }
+    let chunks = chunks(&answer.await.unwrap().text().await.unwrap());
+    let last = chunks.last().unwrap();
+    assert_eq!(last["error"]["code"], "runner_failed", "{last}");
+    assert_eq!(text_of(&chunks), "one");
+    assert_eq!(*runner.seen.lock().unwrap(), 3);
+    let failed = "exo_gateway_requests_total{code=\"502\",route=\"/v1/chat/completions\"}";
+    cluster.wait_for_metric(failed, 1.0).await;
+}
+
+#[tokio::test]
+async fn a_request_waits_for_a_replica_as_for_a_cold_start() {
+    let mut runner = Runner::start().await;
+    let cluster = Cluster::start().await;
+    cluster.create_instance().await;
+    // Until the gateway knows the instance, it is unknown.
+    let known = async { while cluster.get("/v1/models/chat").await.status() != 200 {} };
+    tokio::time::timeout(PATIENCE, known).await.unwrap();
+    let answer = cluster.ask(&hello(false));
+    cluster.wait_for_metric("exo_gateway_in_flight", 2.0).await;
+    cluster.set_ready(&[(0, 1, &runner)]).await;
+    let mut arrived = runner.next().await;
+    arrived.send_all([start(), end(0)]).await;
+    assert_eq!(answer.await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn waiting_ends_with_503_and_the_reason() {
+    let limits = Limits { ready_wait: Duration::from_millis(100), ..Limits::default() };
+    let cluster = Cluster::start_with(limits).await;
+    cluster.create_instance().await;
+    cluster
+        .set_status(json!({"readyReplicas": 0, "conditions": [{"type": "Ready",
+            "status": "False", "reason": "NoCapacity", "message": "no node has 19Gi free",
+            "lastTransitionTime": "2026-01-02T03:04:05Z"}]}))
+        .await;
+    let known = async { while cluster.get("/v1/models/chat").await.status() != 200 {} };
+    tokio::time::timeout(PATIENCE, known).await.unwrap();
+    for stream in [false, true] {
+        let response = cluster.post(&hello(stream)).send().await.unwrap();
+        assert_eq!(response.status(), 503);
+        assert!(response.headers().contains_key("retry-after"));
+        let error: Value = response.json().await.unwrap();
+        assert_eq!(error["error"]["type"], "server_error");
+        let message = error["error"]["message"].as_str().unwrap();
+        assert!(message.contains("no node has 19Gi free"), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn a_full_replica_is_left_for_another_one() {
+    let (mut first, mut second) = (Runner::start().await, Runner::start().await);
+    let cluster = Cluster::start().await;
+    cluster.create_instance().await;
+    cluster.set_ready(&[(0, 1, &first), (1, 1, &second)]).await;
+    let answer = cluster.ask(&hello(false));
+    let full = GenerateEvent::Error {
+        code: ErrorCode::Unavailable,
+        message: "256 requests are waiting already".into(),
+    };
+    first.next().await.refuse(StatusCode::SERVICE_UNAVAILABLE, full);
+    let mut arrived = second.next().await;
+    arrived.send_all([start(), end(0)]).await;
+    assert_eq!(answer.await.unwrap().status(), 200);
+    cluster.wait_for_metric("exo_gateway_resumes_total", 0.0).await;
+}
+
+#[tokio::test]
+async fn an_instance_that_is_deleted_ends_what_can_not_go_on() {
+    let mut runner = Runner::start().await;
+    let cluster = Cluster::start().await;
+    cluster.serving(&runner).await;
+    let answer = cluster.ask(&hello(true));
+    let mut arrived = runner.next().await;
+    arrived.send_all([start(), token(7, "one")]).await;
+    cluster.delete_instance().await;
+    let chunks = chunks(&answer.await.unwrap().text().await.unwrap());
+    assert_eq!(chunks.last().unwrap()["error"]["message"], "`chat` was deleted");
+}
+
+#[tokio::test]
+async fn something_that_is_no_runner_is_not_asked_twice() {
+    let mut runner = Runner::start().await;
+    let cluster = Cluster::start().await;
+    cluster.serving(&runner).await;
+    let answer = cluster.ask(&hello(false));
+    let nonsense = GenerateEvent::Error { code: ErrorCode::InvalidRequest, message: "no".into() };
+    runner.next().await.refuse(StatusCode::NOT_FOUND, nonsense);
+    assert_eq!(answer.await.unwrap().status(), 400);
+    assert_eq!(*runner.seen.lock().unwrap(), 1);
+}
+
+#[tokio::test]
+async fn requests_spread_over_replicas() {
+    let (mut first, mut second) = (Runner::start().await, Runner::start().await);
+    let cluster = Cluster::start().await;
+    cluster.create_instance().await;
+    cluster.set_ready(&[(0, 1, &first), (1, 1, &second)]).await;
+    let one = cluster.ask(&hello(false));
+    let mut arrived_one = first.next().await;
+    let two = cluster.ask(&hello(false));
+    let mut arrived_two = second.next().await;
+    arrived_one.send_all([start(), end(0)]).await;
+    arrived_two.send_all([start(), end(0)]).await;
+    assert_eq!(one.await.unwrap().status(), 200);
+    assert_eq!(two.await.unwrap().status(), 200);
+}

@@ -1,0 +1,199 @@
+//! What clients see when all goes well, and when they ask for something wrong.
+
+use axum::http::StatusCode;
+use exo_crds::generate::{ErrorCode, GenerateEvent};
+use exo_gateway::Limits;
+use serde_json::{Value, json};
+
+use crate::{
+    cluster::{Cluster, chunks, end, hello, start, text_of, token},
+    runner::Runner,
+};
+
+#[tokio::test]
+async fn answers_whole_and_streamed() {
+    let mut runner = Runner::start().await;
+    let cluster = Cluster::start().await;
+    cluster.serving(&runner).await;
+
+    let answer = cluster.ask(&hello(false));
+    let mut arrived = runner.next().await;
+    assert_eq!(arrived.request.sampling.seed, 11, "the instance's seed");
+    assert!(arrived.request.id.starts_with("chatcmpl-"));
+    arrived.send_all([start(), token(1, "Hi"), token(2, " there"), end(2)]).await;
+    arrived.end();
+    let response = answer.await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert!(response.headers().contains_key("x-request-id"));
+    assert_eq!(response.headers()["access-control-allow-origin"], "*");
+    let object: Value = response.json().await.unwrap();
+    assert_eq!(object["object"], "chat.completion");
+    assert_eq!(object["model"], "chat");
+    assert_eq!(object["choices"][0]["message"]["content"], "Hi there");
+    assert_eq!(object["usage"]["total_tokens"], 7);
+
+    let mut body = hello(true);
+    body["stream_options"] = json!({"include_usage": true});
+    body["seed"] = json!(3);
+    let answer = cluster.ask(&body);
+    let mut arrived = runner.next().await;
+    assert_eq!(arrived.request.sampling.seed, 3, "the client's seed");
+    arrived.send_all([start(), token(1, "Hi")]).await;
+    // Tokens reach the client while the answer is being made.
+    let mut response = answer.await.unwrap();
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    let mut text = String::new();
+    while !text.contains("Hi") {
+        text += std::str::from_utf8(&response.chunk().await.unwrap().unwrap()).unwrap();
+    }
+    arrived.send_all([token(2, "!"), end(2)]).await;
+    arrived.end();
+    text += &response.text().await.unwrap();
+    let chunks = chunks(&text);
+    assert_eq!(text_of(&chunks), "Hi!");
+    assert_eq!(chunks.last().unwrap(), "[DONE]");
+    assert_eq!(chunks[chunks.len() - 2]["usage"]["total_tokens"], 7);
+
+    let route = "exo_gateway_requests_total{code=\"200\",route=\"/v1/chat/completions\"}";
+    cluster.wait_for_metric(route, 2.0).await;
+    cluster.wait_for_metric("exo_gateway_tokens_total{kind=\"completion\"}", 4.0).await;
+    cluster.wait_for_metric("exo_gateway_tokens_total{kind=\"prompt\"}", 10.0).await;
+    // The request for the metrics themselves.
+    cluster.wait_for_metric("exo_gateway_in_flight", 1.0).await;
+    cluster.wait_for_metric("exo_gateway_resumes_total", 0.0).await;
+}
+
+#[tokio::test]
+async fn lists_instances_as_models() {
+    let cluster = Cluster::start().await;
+    let list = || async { cluster.get("/v1/models").await.json::<Value>().await.unwrap() };
+    assert_eq!(list().await, json!({"object": "list", "data": []}));
+    cluster.create_instance().await;
+    let found = tokio::time::timeout(crate::cluster::PATIENCE, async {
+        loop {
+            let list = list().await;
+            if list["data"][0]["id"] == "chat" {
+                return list["data"][0].clone();
+            }
+        }
+    });
+    let entry = found.await.unwrap();
+    assert_eq!(entry["object"], "model");
+    assert_eq!(entry["owned_by"], "exo");
+    assert!(entry["created"].as_i64().unwrap() > 1_700_000_000);
+    let one: Value = cluster.get("/v1/models/chat").await.json().await.unwrap();
+    assert_eq!(one, entry);
+    let none = cluster.get("/v1/models/owner/name").await;
+    assert_eq!(none.status(), 404);
+    let error: Value = none.json().await.unwrap();
+    assert_eq!(error["error"]["code"], "model_not_found");
+    assert_eq!(cluster.get("/health").await.status(), 200);
+}
+
+async fn refused(
+    cluster: &Cluster,
+    request: reqwest::RequestBuilder,
+    status: u16,
+) -> serde_json::Map<String, Value> {
+    let response = request.send().await.unwrap();
+    assert_eq!(response.status(), status);
+    assert!(response.headers().contains_key("access-control-allow-origin"), "{}", cluster.url);
+    let mut body: Value = response.json().await.unwrap();
+    let error = body["error"].take();
+    assert!(error["message"].as_str().is_some_and(|m| !m.is_empty()), "{error}");
+    error.as_object().unwrap().clone()
+}
+
+#[tokio::test]
+async fn mistakes_get_openais_error_form() {
+    let limits = Limits { body_bytes: 1000, ..Limits::default() };
+    let cluster = Cluster::start_with(limits).await;
+
+    let unknown = refused(&cluster, cluster.post(&hello(false)), 404).await;
+    assert_eq!(unknown["code"], "model_not_found");
+    assert_eq!(unknown["type"], "invalid_request_error");
+    assert_eq!(unknown["param"], "model");
+
+    let mut body = hello(true);
+    body["n"] = json!(2);
+    let error = refused(&cluster, cluster.post(&body), 400).await;
+    assert_eq!(error["param"], "n");
+
+    let url = format!("{}/v1/chat/completions", cluster.url);
+    let error = refused(&cluster, cluster.http.post(&url).body("{\"model\": "), 400).await;
+    assert_eq!(error["param"], Value::Null);
+    refused(&cluster, cluster.http.post(&url).body("x".repeat(1001)), 413).await;
+    // Without an announced length, too.
+    let pieces = futures::stream::iter([(); 2].map(|()| Ok::<_, std::io::Error>("x".repeat(600))));
+    let endless = cluster.http.post(&url).body(reqwest::Body::wrap_stream(pieces));
+    refused(&cluster, endless, 413).await;
+    refused(&cluster, cluster.http.get(&url), 405).await;
+    refused(&cluster, cluster.http.get(format!("{}/v1/nothing", cluster.url)), 404).await;
+
+    let codes = "exo_gateway_requests_total{code=\"413\",route=\"/v1/chat/completions\"}";
+    cluster.wait_for_metric(codes, 2.0).await;
+    cluster.wait_for_metric("exo_gateway_requests_total{code=\"404\",route=\"other\"}", 1.0).await;
+}
+
+#[tokio::test]
+async fn pages_of_other_origins_may_ask() {
+    let cluster = Cluster::start().await;
+    let response = cluster
+        .http
+        .request(reqwest::Method::OPTIONS, format!("{}/v1/chat/completions", cluster.url))
+        .header("origin", "http://example.org")
+        .header("access-control-request-method", "POST")
+        .header("access-control-request-headers", "authorization,content-type")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 204);
+    assert_eq!(response.headers()["access-control-allow-origin"], "*");
+    assert_eq!(response.headers()["access-control-allow-headers"], "authorization,content-type");
+}
+
+#[tokio::test]
+async fn a_runners_verdict_on_the_request_is_passed_on() {
+    let mut runner = Runner::start().await;
+    let cluster = Cluster::start().await;
+    cluster.serving(&runner).await;
+    let verdict = || GenerateEvent::Error {
+        code: ErrorCode::ContextLengthExceeded,
+        message: "the prompt has 3000 tokens; the context holds 2048".into(),
+    };
+    for stream in [false, true] {
+        // As a refusal, and as the first event.
+        let answer = cluster.ask(&hello(stream));
+        runner.next().await.refuse(StatusCode::BAD_REQUEST, verdict());
+        let response = answer.await.unwrap();
+        assert_eq!(response.status(), 400);
+        let error: Value = response.json().await.unwrap();
+        assert_eq!(error["error"]["code"], "context_length_exceeded");
+        assert!(error["error"]["message"].as_str().unwrap().contains("3000"));
+
+        let answer = cluster.ask(&hello(stream));
+        runner.next().await.send(verdict()).await;
+        assert_eq!(answer.await.unwrap().status(), 400);
+    }
+    assert_eq!(*runner.seen.lock().unwrap(), 4, "nothing is tried twice");
+}
+
+#[tokio::test]
+async fn admission_is_bounded_and_counts_whole_streams() {
+    let mut runner = Runner::start().await;
+    let cluster = Cluster::start_with(Limits { in_flight: 1, ..Limits::default() }).await;
+    cluster.serving(&runner).await;
+    let answer = cluster.ask(&hello(true));
+    let mut arrived = runner.next().await;
+    arrived.send(start()).await;
+    let response = answer.await.unwrap();
+    let error = refused(&cluster, cluster.post(&hello(false)), 429).await;
+    assert_eq!(error["type"], "rate_limit_error");
+    arrived.send(end(0)).await;
+    arrived.end();
+    response.text().await.unwrap();
+    let answer = cluster.ask(&hello(false));
+    let mut arrived = runner.next().await;
+    arrived.send_all([start(), end(0)]).await;
+    assert_eq!(answer.await.unwrap().status(), 200);
+}
