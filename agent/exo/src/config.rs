@@ -1,0 +1,284 @@
+//! From the command line to a checked configuration.
+
+use std::{
+    fmt::Write as _,
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    path::PathBuf,
+};
+
+use anyhow::{Context as _, bail};
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Gateway: OpenAI clients expect 8080 here.
+const DEFAULT_PORT: u16 = 8080;
+/// Kubernetes-style API; also the port that other nodes reach.
+const DEFAULT_API_PORT: u16 = 8443;
+/// Longest node name: one DNS label.
+const MAX_NAME: usize = 63;
+
+/// The command line as typed.
+#[derive(Debug, Parser)]
+#[command(
+    name = "exo",
+    about = "Run one model on all your machines. `exo` starts a cluster; a further machine joins \
+             it with `exo --no-control-plane --peers HOST:8443`.",
+    args_conflicts_with_subcommands = true
+)]
+pub(crate) struct RawArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+    /// Port of the OpenAI API (plain HTTP)
+    #[arg(long, default_value_t = DEFAULT_PORT)]
+    port: u16,
+    /// Name of this node [default: the host name]
+    #[arg(long, value_name = "NODE")]
+    name: Option<String>,
+    /// Name of the cluster; nodes join only their own
+    #[arg(long, value_name = "NAME", default_value = "exo")]
+    cluster: String,
+    /// Where state is kept [default: ~/.exo]
+    #[arg(long, value_name = "DIR", env = "EXO_HOME")]
+    data_dir: Option<PathBuf>,
+    /// Address to listen on [default: all]
+    #[arg(long, value_name = "IP")]
+    listen: Option<IpAddr>,
+    /// Port of the Kubernetes-style API (TLS with client certificates)
+    #[arg(long, default_value_t = DEFAULT_API_PORT)]
+    api_port: u16,
+    /// API addresses of nodes to join, tried in turn
+    #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
+    peers: Vec<String>,
+    /// Serve the cluster, run no models on this machine
+    #[arg(long)]
+    no_agent: bool,
+    /// Run models only; the control plane is on the nodes named by --peers
+    #[arg(long)]
+    no_control_plane: bool,
+    /// Form of the log on stderr; what is logged is set by EXO_LOG
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Print the version
+    Version,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+/// What to run, checked.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Config {
+    pub(crate) node_name: String,
+    pub(crate) cluster: String,
+    pub(crate) data_dir: PathBuf,
+    /// Address that other nodes are told.
+    pub(crate) address: IpAddr,
+    pub(crate) role: Role,
+    /// Folders that hold models, from `EXO_MODEL_PATH`.
+    pub(crate) model_dirs: Vec<PathBuf>,
+    pub(crate) log_format: LogFormat,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Role {
+    /// Control plane, and an agent unless told otherwise.
+    ControlPlane { gateway: SocketAddr, api: SocketAddr, agent: bool },
+    /// Agent alone, in the cluster of the first peer that answers.
+    Agent { peers: Vec<String> },
+}
+
+/// What the process finds around it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Surroundings {
+    pub(crate) home: Option<PathBuf>,
+    pub(crate) host_name: Option<String>,
+    pub(crate) model_path: Option<std::ffi::OsString>,
+}
+
+impl Surroundings {
+    pub(crate) fn observe() -> Self {
+        Self {
+            home: std::env::home_dir(),
+            host_name: hostname::get().ok().and_then(|name| name.into_string().ok()),
+            model_path: std::env::var_os("EXO_MODEL_PATH"),
+        }
+    }
+}
+
+impl RawArgs {
+    pub(crate) fn check(self, around: &Surroundings) -> anyhow::Result<Config> {
+        let data_dir = match (self.data_dir, &around.home) {
+            (Some(dir), _) => dir,
+            (None, Some(home)) => home.join(".exo"),
+            (None, None) => bail!("no home directory is known: add --data-dir DIR"),
+        };
+        let data_dir = std::path::absolute(data_dir).context("--data-dir")?;
+        let node_name = match (&self.name, &around.host_name) {
+            (Some(name), _) => checked_name(name).context("--name")?,
+            (None, Some(host)) => {
+                name_from_host(host).context("the host name gives no node name: add --name NODE")?
+            }
+            (None, None) => bail!("this machine has no host name: add --name NODE"),
+        };
+        let cluster = checked_name(&self.cluster).context("--cluster")?;
+        let any = self.listen.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let role = match (self.no_control_plane, self.no_agent) {
+            (true, true) => bail!("--no-agent and --no-control-plane leave nothing to run"),
+            (true, false) if self.peers.is_empty() => {
+                bail!("--no-control-plane needs a cluster to join: add --peers HOST:PORT")
+            }
+            (true, false) => {
+                for peer in &self.peers {
+                    checked_peer(peer)?;
+                }
+                Role::Agent { peers: self.peers.clone() }
+            }
+            (false, _) if !self.peers.is_empty() => {
+                bail!("--peers joins a cluster as an agent: add --no-control-plane")
+            }
+            (false, no_agent) => Role::ControlPlane {
+                gateway: SocketAddr::new(any, self.port),
+                api: SocketAddr::new(any, self.api_port),
+                agent: !no_agent,
+            },
+        };
+        let address = match self.listen {
+            Some(ip) if !ip.is_unspecified() => ip,
+            _ => own_address(self.peers.first().map(String::as_str)),
+        };
+        let model_dirs = around.model_path.as_deref().map(std::env::split_paths);
+        Ok(Config {
+            node_name,
+            cluster,
+            data_dir,
+            address,
+            role,
+            model_dirs: model_dirs.into_iter().flatten().filter(|p| p.is_absolute()).collect(),
+            log_format: self.log_format,
+        })
+    }
+}
+
+fn checked_peer(peer: &str) -> anyhow::Result<()> {
+    let well_formed = peer
+        .rsplit_once(':')
+        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+    if !well_formed {
+        bail!("--peers: `{peer}` is not HOST:PORT");
+    }
+    Ok(())
+}
+
+/// A DNS label (RFC 1123), as Kubernetes demands of names.
+pub(crate) fn checked_name(name: &str) -> anyhow::Result<String> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if name.is_empty()
+        || name.len() > MAX_NAME
+        || !name.chars().all(allowed)
+        || name.starts_with('-')
+        || name.ends_with('-')
+    {
+        bail!(
+            "`{name}` is not a name: use at most {MAX_NAME} lower-case letters, digits and `-`, \
+             with a letter or digit first and last"
+        );
+    }
+    Ok(name.to_owned())
+}
+
+/// `Annas-Mac-Studio.local` → `annas-mac-studio`.
+fn name_from_host(host: &str) -> Option<String> {
+    let first = host.split('.').next().unwrap_or_default().to_ascii_lowercase();
+    let kept: String =
+        first.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let name: String = kept.trim_matches('-').chars().take(MAX_NAME).collect();
+    checked_name(name.trim_end_matches('-')).ok()
+}
+
+/// The address from which this machine would reach `peer`, or the network at large. Connecting a
+/// UDP socket sends nothing; it only asks the routing table.
+fn own_address(peer: Option<&str>) -> IpAddr {
+    // Any address outside the LAN does; this one is set aside for documentation (RFC 5737).
+    let target = peer.unwrap_or("192.0.2.1:9");
+    let ask = || -> std::io::Result<IpAddr> {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+        socket.connect(target)?;
+        Ok(socket.local_addr()?.ip())
+    };
+    ask().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST))
+}
+
+/// What a person who started `exo` reads.
+pub(crate) fn banner(gateway: SocketAddr, api: SocketAddr, kubeconfig: &str) -> String {
+    let host = |address: SocketAddr| match address.ip() {
+        ip if ip.is_unspecified() => format!("localhost:{}", address.port()),
+        _ => address.to_string(),
+    };
+    let mut text = String::new();
+    // Writing to a String can't fail.
+    let _ = writeln!(text, "exo is ready");
+    let _ = writeln!(text, "  OpenAI API   http://{}/v1", host(gateway));
+    let _ = writeln!(text, "  cluster API  https://{}   KUBECONFIG={kubeconfig}", host(api));
+    let _ = writeln!(text, "  join         exo --no-control-plane --peers {api}");
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &[&str]) -> anyhow::Result<Config> {
+        let around = Surroundings {
+            home: Some("/home/anna".into()),
+            host_name: Some("Annas-Mac_Studio.local".to_owned()),
+            model_path: Some("/models:relative:/more".into()),
+        };
+        RawArgs::try_parse_from([&["exo"], args].concat())?.check(&around)
+    }
+
+    #[test]
+    fn without_flags_everything_runs_with_the_documented_defaults() {
+        let config = parse(&["--listen", "127.0.0.1"]).unwrap();
+        assert_eq!(config.node_name, "annas-mac-studio");
+        assert_eq!(config.model_dirs, [PathBuf::from("/models"), PathBuf::from("/more")]);
+        assert_eq!(
+            config.role,
+            Role::ControlPlane {
+                gateway: "127.0.0.1:8080".parse().unwrap(),
+                api: "127.0.0.1:8443".parse().unwrap(),
+                agent: true,
+            }
+        );
+    }
+
+    #[test]
+    fn contradictions_say_what_to_add() {
+        for (args, needle) in [
+            (&["--no-control-plane"][..], "--peers HOST:PORT"),
+            (&["--no-control-plane", "--no-agent"], "nothing to run"),
+            (&["--peers", "a:1"], "add --no-control-plane"),
+            (&["--no-control-plane", "--peers", "a"], "`a` is not HOST:PORT"),
+            (&["--name", "Bad_Name"], "--name"),
+            (&["--cluster", "-x"], "--cluster"),
+        ] {
+            let error = format!("{:#}", parse(args).unwrap_err());
+            assert!(error.contains(needle), "{args:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn peers_are_a_list() {
+        let config = parse(&["--no-control-plane", "--peers", "127.0.0.1:1,h:2"]).unwrap();
+        assert_eq!(
+            config.role,
+            Role::Agent { peers: vec!["127.0.0.1:1".to_owned(), "h:2".to_owned()] }
+        );
+        assert_eq!(config.address, IpAddr::V4(Ipv4Addr::LOCALHOST));
+    }
+}

@@ -1,0 +1,182 @@
+//! The data directory: one process at a time, keys, the admin's kubeconfig.
+//!
+//! ```text
+//! lock            held while a process runs
+//! kubeconfig      for people and exoctl, mode 0600
+//! pki/            ca.crt node.crt node.key, and ca.key where the control plane runs
+//! raft/           the replicated store
+//! shards/         one folder per shard that runs here
+//! ```
+
+use std::{
+    fs::{self, File, TryLockError},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, bail};
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use exo_trust::{
+    Authority, GROUP_ADMINS, GROUP_NODES, Issued, Subject, TlsPaths, certificate_renewal_due,
+    write_private,
+};
+use serde_json::json;
+
+/// Name of a node's user, as Kubernetes builds it.
+pub(crate) fn node_subject(node_name: &str) -> Subject {
+    Subject { name: format!("system:node:{node_name}"), groups: vec![GROUP_NODES.to_owned()] }
+}
+
+/// An open data directory; locked until dropped.
+#[derive(Debug)]
+pub(crate) struct DataDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+pub(crate) fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+impl DataDir {
+    pub(crate) fn open(path: &Path) -> anyhow::Result<Self> {
+        let make = |dir: &Path| {
+            let mut builder = fs::DirBuilder::new();
+            builder.recursive(true);
+            #[cfg(unix)]
+            std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+            builder.create(dir).with_context(|| format!("making {}", dir.display()))
+        };
+        make(path)?;
+        make(&path.join("pki"))?;
+        let lock_path = path.join("lock");
+        let lock =
+            File::create(&lock_path).with_context(|| format!("making {}", lock_path.display()))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Err(TryLockError::WouldBlock) => bail!(
+                "{} is in use by another exo: stop that one, or give this one its own --data-dir",
+                path.display()
+            ),
+            Err(TryLockError::Error(error)) => {
+                Err(error).with_context(|| format!("locking {}", lock_path.display()))
+            }
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn raft(&self) -> PathBuf {
+        self.path.join("raft")
+    }
+
+    pub(crate) fn tls(&self) -> TlsPaths {
+        TlsPaths::in_dir(&self.path.join("pki"))
+    }
+
+    pub(crate) fn kubeconfig(&self) -> PathBuf {
+        self.path.join("kubeconfig")
+    }
+
+    /// Whether this node has joined a cluster before and its certificate is not about to end.
+    pub(crate) fn has_current_identity(&self) -> bool {
+        let paths = self.tls();
+        paths.ca.exists()
+            && paths.key.exists()
+            && fs::read_to_string(&paths.cert)
+                .is_ok_and(|pem| !certificate_renewal_due(&pem, now_s()))
+    }
+
+    /// Writes what joining gave. The certificate comes last: without it the rest is made anew.
+    pub(crate) fn write_identity(&self, ca_pem: &str, issued: &Issued) -> anyhow::Result<()> {
+        let paths = self.tls();
+        write_private(&paths.ca, ca_pem.as_bytes())?;
+        write_private(&paths.key, issued.key_pem.as_bytes())?;
+        write_private(&paths.cert, issued.certificate_pem.as_bytes())?;
+        Ok(())
+    }
+
+    /// Opens or makes the cluster's authority and gives this node a fresh certificate.
+    pub(crate) fn authority(&self, node_name: &str, ip: IpAddr) -> anyhow::Result<Authority> {
+        let authority = Authority::open_or_create(&self.path.join("pki"), now_s())
+            .context("opening the cluster's certificate authority")?;
+        let issued =
+            authority.issue(&node_subject(node_name), Some(&certificate_addresses(ip)), now_s())?;
+        self.write_identity(authority.certificate_pem(), &issued)?;
+        Ok(authority)
+    }
+
+    /// Writes the admin's kubeconfig, with a fresh client certificate. Any Kubernetes client can
+    /// use it.
+    pub(crate) fn write_kubeconfig(
+        &self,
+        authority: &Authority,
+        api: SocketAddr,
+    ) -> anyhow::Result<()> {
+        let admin = Subject { name: "exo-admin".to_owned(), groups: vec![GROUP_ADMINS.to_owned()] };
+        let issued = authority.issue(&admin, None, now_s())?;
+        let host = match api.ip() {
+            ip if ip.is_unspecified() => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), api.port()),
+            _ => api,
+        };
+        let encode = |text: &str| BASE64_STANDARD.encode(text);
+        let config = json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "exo", "cluster": {
+                "server": format!("https://{host}"),
+                "certificate-authority-data": encode(authority.certificate_pem()),
+            }}],
+            "users": [{"name": "exo-admin", "user": {
+                "client-certificate-data": encode(&issued.certificate_pem),
+                "client-key-data": encode(&issued.key_pem),
+            }}],
+            "contexts": [{"name": "exo", "context": {"cluster": "exo", "user": "exo-admin"}}],
+            "current-context": "exo",
+        });
+        let text = exo_crds::yaml::to_string(&config).context("writing the kubeconfig")?;
+        Ok(write_private(&self.kubeconfig(), text.as_bytes())?)
+    }
+}
+
+/// Addresses that a node's certificate names: its own and loopback.
+pub(crate) fn certificate_addresses(own: IpAddr) -> Vec<IpAddr> {
+    let mut addresses = vec![IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+    if !addresses.contains(&own) {
+        addresses.push(own);
+    }
+    addresses
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_process_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = DataDir::open(dir.path()).unwrap();
+        let error = DataDir::open(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("--data-dir"), "{error}");
+        drop(first);
+        DataDir::open(dir.path()).unwrap();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn the_kubeconfig_is_private_and_names_the_server() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let data = DataDir::open(dir.path()).unwrap();
+        let authority = data.authority("a", Ipv4Addr::LOCALHOST.into()).unwrap();
+        assert!(data.has_current_identity());
+        data.write_kubeconfig(&authority, "0.0.0.0:8443".parse().unwrap()).unwrap();
+        let mode = fs::metadata(data.kubeconfig()).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let text = fs::read_to_string(data.kubeconfig()).unwrap();
+        assert!(text.contains("server: https://127.0.0.1:8443"), "{text}");
+    }
+}

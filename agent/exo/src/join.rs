@@ -1,0 +1,175 @@
+//! How a node gets its certificate: `POST /exo/v1/join` on the API port, the one route that needs
+//! no client certificate.
+//!
+//! Without a join token everybody on the network may join, as the log says at start. The new node
+//! trusts the first answer; from then on it trusts that cluster's authority alone. A name that
+//! belongs to a live node is given again only to a caller who shows that node's certificate.
+
+use std::{net::IpAddr, sync::Arc};
+
+use anyhow::{Context as _, bail};
+use axum::{
+    Json, Router,
+    extract::{ConnectInfo, DefaultBodyLimit, State, rejection::JsonRejection},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::post,
+};
+use exo_crds::Node;
+use exo_trust::{Authority, Issued, Peer, Request, bootstrap_client, reqwest_client};
+use kube::{Api, Client};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tracing::{info, warn};
+
+use crate::{
+    config::checked_name,
+    data_dir::{DataDir, certificate_addresses, node_subject, now_s},
+};
+
+pub(crate) const PATH: &str = "/exo/v1/join";
+/// A request is one key and a few addresses.
+const MAX_BODY: usize = 64 * 1024;
+/// Addresses that one certificate may name.
+const MAX_ADDRESSES: usize = 32;
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct JoinRequest {
+    name: String,
+    cluster: String,
+    /// PKCS #10, PEM.
+    csr: String,
+    addresses: Vec<IpAddr>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct JoinResponse {
+    /// The cluster's authority, PEM.
+    ca: String,
+    /// The node's certificate, PEM.
+    certificate: String,
+}
+
+/// What the route needs.
+pub(crate) struct Host {
+    pub(crate) authority: Authority,
+    pub(crate) cluster: String,
+    /// The node that answers; its name is never given away.
+    pub(crate) own_name: String,
+    pub(crate) client: Client,
+}
+
+/// The route, for the API port.
+pub(crate) fn routes(host: Host) -> Router {
+    Router::new()
+        .route(PATH, post(join))
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(Arc::new(host))
+}
+
+struct Refusal(StatusCode, String);
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.0, Json(json!({"error": self.1}))).into_response()
+    }
+}
+
+async fn join(
+    State(host): State<Arc<Host>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    request: Result<Json<JoinRequest>, JsonRejection>,
+) -> Result<Json<JoinResponse>, Refusal> {
+    let bad = |message: String| Refusal(StatusCode::BAD_REQUEST, message);
+    let Json(request) = request.map_err(|rejection| bad(rejection.body_text()))?;
+    let name = checked_name(&request.name).map_err(|error| bad(format!("name: {error}")))?;
+    if request.cluster != host.cluster {
+        let text = format!("this is cluster `{}`, not `{}`", host.cluster, request.cluster);
+        return Err(Refusal(StatusCode::CONFLICT, text));
+    }
+    if request.addresses.len() > MAX_ADDRESSES {
+        return Err(bad(format!("addresses: more than {MAX_ADDRESSES}")));
+    }
+    let subject = node_subject(&name);
+    let is_itself = peer.certificate.as_ref() == Some(&subject);
+    let taken = name == host.own_name
+        || (!is_itself && is_alive(&host.client, &name).await.map_err(internal)?);
+    if taken {
+        let text = format!("a node named `{name}` is already there: choose another --name");
+        return Err(Refusal(StatusCode::CONFLICT, text));
+    }
+    let certificate = host
+        .authority
+        .sign(&request.csr, &subject, &request.addresses, now_s())
+        .map_err(|error| bad(format!("csr: {error}")))?;
+    info!(node = name, from = %peer.address, "node joined");
+    Ok(Json(JoinResponse { ca: host.authority.certificate_pem().to_owned(), certificate }))
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "used with map_err")]
+fn internal(error: kube::Error) -> Refusal {
+    warn!(%error, "a join could not be checked");
+    Refusal(StatusCode::SERVICE_UNAVAILABLE, "the cluster is not ready: try again".to_owned())
+}
+
+async fn is_alive(client: &Client, name: &str) -> Result<bool, kube::Error> {
+    let node = Api::<Node>::all(client.clone()).get_opt(name).await?;
+    let conditions = node.and_then(|node| node.status).unwrap_or_default().conditions;
+    Ok(conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
+}
+
+/// Asks the peers in turn for a certificate and stores it.
+pub(crate) async fn join_first(
+    data: &DataDir,
+    peers: &[String],
+    (name, cluster): (&str, &str),
+    own: IpAddr,
+) -> anyhow::Result<()> {
+    let mut failures = Vec::new();
+    for peer in peers {
+        match join_one(data, peer, (name, cluster), own).await {
+            Ok(()) => {
+                info!(peer, "joined the cluster");
+                return Ok(());
+            }
+            Err(error) => failures.push(format!("{peer}: {error:#}")),
+        }
+    }
+    bail!("no peer let this node join\n  {}", failures.join("\n  "))
+}
+
+async fn join_one(
+    data: &DataDir,
+    peer: &str,
+    (name, cluster): (&str, &str),
+    own: IpAddr,
+) -> anyhow::Result<()> {
+    let request = Request::new()?;
+    let body = JoinRequest {
+        name: name.to_owned(),
+        cluster: cluster.to_owned(),
+        csr: request.csr_pem,
+        addresses: certificate_addresses(own),
+    };
+    // A member that renews shows who it is; a newcomer has nothing to show.
+    let tls = data.tls();
+    let client = if tls.cert.exists() { reqwest_client(&tls)? } else { bootstrap_client()? };
+    let response = client
+        .post(format!("https://{peer}{PATH}"))
+        .json(&body)
+        .send()
+        .await
+        .context("can't be reached (is exo running there, and the port right?)")?;
+    let status = response.status();
+    if !status.is_success() {
+        let value: serde_json::Value = response.json().await.unwrap_or_default();
+        match value["error"].as_str() {
+            Some(text) => bail!("{text}"),
+            None => bail!("answered {status}: not an exo API port?"),
+        }
+    }
+    let answer: JoinResponse = response.json().await.context("sent an unreadable answer")?;
+    let issued = Issued { certificate_pem: answer.certificate, key_pem: request.key_pem };
+    data.write_identity(&answer.ca, &issued)
+}

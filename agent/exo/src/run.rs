@@ -1,0 +1,376 @@
+//! Starts and stops the parts, in the right order.
+//!
+//! Start: data directory, sockets, store, API server, then its clients. Stop: first the gateway
+//! lets answers end, then the agent stops its runners and says so, then controllers and API server,
+//! last the store. Each part has a limit, after which it is dropped.
+
+use std::{future::Future, net::SocketAddr, time::Duration};
+
+use anyhow::{Context as _, anyhow};
+use axum::{
+    Extension, Router,
+    extract::{ConnectInfo, Request},
+    http::StatusCode,
+    middleware::{self, Next},
+    response::Response,
+    routing::get,
+    serve::ListenerExt as _,
+};
+use exo_agent::AgentConfig;
+use exo_apiserver::{ApiServer, Identity, in_process};
+use exo_gateway::Gateway;
+use exo_store::{RaftConfig, Store};
+use exo_trust::{
+    ClientAuth, GROUP_ADMINS, NODE_DNS_NAME, Peer, TlsListener, TlsPaths, reqwest_client,
+    server_config,
+};
+use kube::Client;
+use prometheus::{Registry, TextEncoder};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use crate::{
+    config::{Config, Role, banner},
+    data_dir::DataDir,
+    join, print_line,
+};
+
+/// Answers on their way get this long to end when exo is asked to stop.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// Runners are given three seconds; then the agent reports.
+const AGENT_LIMIT: Duration = Duration::from_secs(8);
+/// Watches never end by themselves.
+const SERVER_LIMIT: Duration = Duration::from_millis(500);
+
+/// Runs until a signal comes or a part fails.
+pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
+    let data = DataDir::open(&config.data_dir)?;
+    let signal = CancellationToken::new();
+    tokio::spawn(cancel_on_signal(signal.clone()));
+    match config.role.clone() {
+        Role::ControlPlane { gateway, api, agent } => {
+            let sockets = Sockets::bind(gateway, api).await?;
+            let plane = ControlPlane::start(&config, &data, sockets).await?;
+            plane.run(&config, &data, agent, signal).await
+        }
+        Role::Agent { peers } => run_agent_alone(&config, &data, &peers, signal).await,
+    }
+}
+
+async fn cancel_on_signal(token: CancellationToken) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return error!("signals can't be caught: exo ends only by being killed");
+    };
+    // Cancel-safe: both only wait for a signal.
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    info!("stopping");
+    token.cancel();
+    // A second signal means: now.
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    std::process::exit(130);
+}
+
+/// Both sockets are taken before anything is written, so that a port in use changes nothing.
+struct Sockets {
+    gateway: TcpListener,
+    api: TcpListener,
+}
+
+impl Sockets {
+    async fn bind(gateway: SocketAddr, api: SocketAddr) -> anyhow::Result<Self> {
+        Ok(Self { gateway: bind(gateway, "--port").await?, api: bind(api, "--api-port").await? })
+    }
+}
+
+async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("can't listen on {address}: choose another {flag}"))
+}
+
+/// A part that runs until its token is cancelled.
+struct Part {
+    name: &'static str,
+    stop: CancellationToken,
+    task: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Part {
+    fn start<F>(name: &'static str, make: impl FnOnce(CancellationToken) -> F) -> Self
+    where
+        F: Future<Output = anyhow::Result<()>> + Send + 'static,
+    {
+        let stop = CancellationToken::new();
+        Self { name, task: tokio::spawn(make(stop.clone())), stop }
+    }
+
+    /// Waits for the end, which nobody asked for.
+    async fn failure(&mut self) -> anyhow::Error {
+        match (&mut self.task).await {
+            Ok(Ok(())) => anyhow!("the {} ended", self.name),
+            Ok(Err(error)) => error.context(format!("the {} failed", self.name)),
+            Err(error) => anyhow!("the {} broke off: {error}", self.name),
+        }
+    }
+
+    async fn stop(mut self, limit: Duration) {
+        self.stop.cancel();
+        if self.task.is_finished() {
+            return;
+        }
+        match timeout(limit, &mut self.task).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => warn!(part = self.name, "stopping: {error:#}"),
+            Ok(Err(error)) => warn!(part = self.name, %error, "broke off while stopping"),
+            Err(_) => self.task.abort(),
+        }
+    }
+}
+
+/// Everything but the agent.
+struct ControlPlane {
+    store: Store,
+    client: Client,
+    registry: Registry,
+    gateway_socket: TcpListener,
+    gateway_address: SocketAddr,
+    api_address: SocketAddr,
+    server: Part,
+}
+
+impl ControlPlane {
+    /// Opens the store and serves the API.
+    async fn start(config: &Config, data: &DataDir, sockets: Sockets) -> anyhow::Result<Self> {
+        let authority = data.authority(&config.node_name, config.address)?;
+        let api_address = sockets.api.local_addr()?;
+        let gateway_address = sockets.gateway.local_addr()?;
+        data.write_kubeconfig(&authority, api_address)?;
+        let store = open_store(data, api_address).await?;
+        let registry = Registry::new();
+        let server = ApiServer::new(store.clone(), &exo_crds::all(), &registry)?;
+        let router = exo_apiserver::app(server);
+        let own = Identity { name: "system:exo".to_owned(), groups: vec![GROUP_ADMINS.to_owned()] };
+        let client = Client::new(in_process(router.clone(), own), "default");
+        let host = join::Host {
+            authority,
+            cluster: config.cluster.clone(),
+            own_name: config.node_name.clone(),
+            client: client.clone(),
+        };
+        let app = metrics_route(registry.clone())
+            .merge(router)
+            .merge(join::routes(host))
+            .layer(middleware::from_fn(identify));
+        let tls = server_config(&data.tls(), ClientAuth::Optional)?;
+        let listener = TlsListener::new(sockets.api, tls)?;
+        let server = Part::start("API server", |stop| async move {
+            axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
+                .with_graceful_shutdown(stop.cancelled_owned())
+                .await?;
+            Ok(())
+        });
+        warn!("no join token is set: whoever reaches {api_address} may join this cluster");
+        Ok(Self {
+            store,
+            client,
+            registry,
+            gateway_socket: sockets.gateway,
+            gateway_address,
+            api_address,
+            server,
+        })
+    }
+
+    /// Starts the clients of the API, says so, and keeps everything running.
+    async fn run(
+        self,
+        config: &Config,
+        data: &DataDir,
+        with_agent: bool,
+        signal: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let Self { store, client, registry, gateway_socket, mut server, .. } = self;
+        let mut controllers = start_controllers(client.clone(), &store);
+        let mut gateway = start_gateway(&client, gateway_socket, &registry, &data.tls())?;
+        let mut agent = if with_agent {
+            Some(start_agent(config, data, client.clone(), &registry)?)
+        } else {
+            None
+        };
+        let kubeconfig = data.kubeconfig().display().to_string();
+        print_line(&banner(self.gateway_address, self.api_address, &kubeconfig));
+        // Cancel-safe: waiting for a token or for the end of a task loses nothing.
+        let failure = tokio::select! {
+            () = signal.cancelled() => None,
+            error = server.failure() => Some(error),
+            error = controllers.failure() => Some(error),
+            error = gateway.failure() => Some(error),
+            error = failure_of(&mut agent) => Some(error),
+        };
+        gateway.stop(DRAIN_LIMIT).await;
+        if let Some(agent) = agent {
+            agent.stop(AGENT_LIMIT).await;
+        }
+        controllers.stop(SERVER_LIMIT).await;
+        server.stop(SERVER_LIMIT).await;
+        store.shutdown().await;
+        failure.map_or(Ok(()), Err)
+    }
+}
+
+fn start_controllers(client: Client, store: &Store) -> Part {
+    let mut leadership = store.leadership();
+    let (leads, receiver) = watch::channel(leadership.borrow().is_leader);
+    Part::start("controllers", |stop| async move {
+        let follow = async {
+            while leadership.changed().await.is_ok() {
+                leads.send_replace(leadership.borrow().is_leader);
+            }
+            std::future::pending::<()>().await;
+        };
+        // Cancel-safe: `follow` only copies a value that is read anew.
+        tokio::select! {
+            result = exo_controllers::run(client, receiver, stop) => Ok(result?),
+            () = follow => Ok(()),
+        }
+    })
+}
+
+fn start_gateway(
+    client: &Client,
+    socket: TcpListener,
+    registry: &Registry,
+    tls: &TlsPaths,
+) -> anyhow::Result<Part> {
+    let limits = exo_gateway::Limits::default();
+    let gateway = Gateway::new(client.clone(), reqwest_client(tls)?, registry, limits)?;
+    let app = exo_gateway::app(gateway.clone());
+    Ok(Part::start("gateway", |stop| async move {
+        // Cancel-safe: `run` keeps nothing between its awaits that is not in the index.
+        tokio::select! {
+            () = gateway.run() => Ok(()),
+            served = axum::serve(socket.tap_io(set_nodelay), app)
+                .with_graceful_shutdown(stop.cancelled_owned()) => Ok(served?),
+        }
+    }))
+}
+
+/// Tokens are small writes; Nagle's algorithm would hold them back.
+fn set_nodelay(stream: &mut TcpStream) {
+    if let Err(error) = stream.set_nodelay(true) {
+        debug!(%error, "TCP_NODELAY can't be set");
+    }
+}
+
+async fn failure_of(part: &mut Option<Part>) -> anyhow::Error {
+    match part {
+        Some(part) => part.failure().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn open_store(data: &DataDir, api: SocketAddr) -> anyhow::Result<Store> {
+    let config = RaftConfig { dir: data.raft(), node_id: 1, address: api.to_string() };
+    Store::raft(config).await.context("opening the store")
+}
+
+/// Turns the connection's certificate into the identity that the API server asks for.
+async fn identify(
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    if let Some(subject) = peer.certificate {
+        let identity = Identity { name: subject.name, groups: subject.groups };
+        request.extensions_mut().insert(identity);
+    }
+    next.run(request).await
+}
+
+/// `/metrics` of the API port, for callers with a certificate.
+fn metrics_route(registry: Registry) -> Router {
+    let handler = move |identity: Option<Extension<Identity>>| async move {
+        if identity.is_none() {
+            return (StatusCode::UNAUTHORIZED, "a client certificate is needed".to_owned());
+        }
+        match TextEncoder::new().encode_to_string(&registry.gather()) {
+            Ok(text) => (StatusCode::OK, text),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+        }
+    };
+    Router::new().route("/metrics", get(handler))
+}
+
+fn start_agent(
+    config: &Config,
+    data: &DataDir,
+    client: Client,
+    registry: &Registry,
+) -> anyhow::Result<Part> {
+    let runner = std::env::current_exe()?.with_file_name("exo-runner");
+    anyhow::ensure!(
+        runner.exists(),
+        "{} is missing: install it beside exo, or start exo with --no-agent",
+        runner.display()
+    );
+    let config = AgentConfig {
+        node_name: config.node_name.clone(),
+        data_dir: data.path().to_owned(),
+        runner_path: runner,
+        model_dirs: config.model_dirs.clone(),
+        address: config.address,
+        tls: data.tls(),
+    };
+    let registry = registry.clone();
+    Ok(Part::start("agent", |stop| async move {
+        Ok(exo_agent::run(config, client, &registry, stop).await?)
+    }))
+}
+
+/// A node that runs models only.
+async fn run_agent_alone(
+    config: &Config,
+    data: &DataDir,
+    peers: &[String],
+    signal: CancellationToken,
+) -> anyhow::Result<()> {
+    if !data.has_current_identity() {
+        let name = (config.node_name.as_str(), config.cluster.as_str());
+        join::join_first(data, peers, name, config.address).await?;
+    }
+    let client = remote_client(&data.tls(), &peers[0])?;
+    let mut agent = start_agent(config, data, client, &Registry::new())?;
+    print_line(&format!("exo runs models for the cluster at {}", peers[0]));
+    // Cancel-safe: as above.
+    let failure = tokio::select! {
+        () = signal.cancelled() => None,
+        error = agent.failure() => Some(error),
+    };
+    agent.stop(AGENT_LIMIT).await;
+    failure.map_or(Ok(()), Err)
+}
+
+/// A Kubernetes client of the peer's API server, with this node's certificate.
+fn remote_client(tls: &TlsPaths, peer: &str) -> anyhow::Result<Client> {
+    let mut config = kube::Config::new(format!("https://{peer}").parse().context("--peers")?);
+    config.root_cert_file = Some(tls.ca.clone());
+    config.tls_server_name = Some(NODE_DNS_NAME.to_owned());
+    config.auth_info.client_certificate = Some(tls.cert.display().to_string());
+    config.auth_info.client_key = Some(tls.key.display().to_string());
+    Ok(Client::try_from(config)?)
+}
