@@ -8,9 +8,11 @@ mod auth;
 mod clock;
 mod discovery;
 mod error;
+mod garbage;
 mod jsonpath;
 mod metrics;
 mod object;
+mod openapi;
 mod request;
 mod resource;
 mod schema;
@@ -23,6 +25,7 @@ mod verbs;
 use axum::{Extension, Router};
 
 pub use auth::Identity;
+pub use garbage::collect_garbage;
 pub use resource::DefinitionError;
 pub use server::{ApiServer, ServerError, app};
 

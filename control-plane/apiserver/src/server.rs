@@ -20,6 +20,7 @@ use crate::{
     auth, discovery,
     error::ApiError,
     metrics::Metrics,
+    openapi,
     request::{Query, Target, Verb},
     resource::{DefinitionError, Resource},
     table::Form,
@@ -95,6 +96,8 @@ pub fn app(server: ApiServer) -> Router {
         .route("/apis", get(discovery::groups))
         .route("/apis/{group}", get(discovery::group))
         .route("/apis/{group}/{version}", get(discovery::resources))
+        .route("/openapi/v3", get(openapi::index))
+        .route("/openapi/v3/apis/{group}/{version}", get(openapi::version_3))
         .fallback(resource_request)
         .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed })
         .layer(middleware::from_fn(auth::require_identity))

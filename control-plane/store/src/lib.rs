@@ -4,11 +4,14 @@
 //! Owns: replicated state and its durability. Never: the meaning of keys or values.
 
 mod command;
+mod metrics;
+mod raft;
 mod shared;
 mod state;
 mod store;
 
 pub use command::{Command, Compare, Entry, Meta, Op, Outcome, Txn};
+pub use raft::{DiskError, OpenError, RaftConfig};
 pub use shared::Watch;
 pub use state::{Batch, Event, HistoryLimits, ListQuery, Listing, ReadError, State};
 pub use store::{Leadership, Store, StoreError, TxnOutcome};

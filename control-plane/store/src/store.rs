@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use crate::{
     command::{Command, Entry, Meta, Outcome, Txn},
+    raft::{OpenError, RaftBackend, RaftConfig},
     shared::{Shared, Watch},
     state::{HistoryLimits, ListQuery, Listing, ReadError, State},
 };
@@ -85,6 +86,22 @@ pub struct Store {
 #[derive(Clone)]
 enum Backend {
     Memory(Arc<Memory>),
+    Raft(Arc<RaftBackend>),
+}
+
+/// How much the store holds.
+pub(crate) struct Sizes {
+    pub(crate) revision: u64,
+    pub(crate) compacted: u64,
+    pub(crate) objects: usize,
+    pub(crate) bytes: usize,
+    pub(crate) history: usize,
+}
+
+/// Where Raft's log is.
+pub(crate) struct RaftPosition {
+    pub(crate) log_index: u64,
+    pub(crate) applied_index: u64,
 }
 
 struct Memory {
@@ -111,6 +128,13 @@ impl Store {
                 }),
             })),
         }
+    }
+
+    /// A store on this node's disk, replicated by Raft. A new folder begins a cluster of this one
+    /// voter. When this returns, a single voter leads and has everything it ever acknowledged.
+    pub async fn raft(config: RaftConfig) -> Result<Self, OpenError> {
+        let (shared, backend) = Box::pin(RaftBackend::open(config)).await?;
+        Ok(Self { shared, backend: Backend::Raft(Arc::new(backend)) })
     }
 
     /// Carries out a transaction; it is durable when this returns.
@@ -145,6 +169,7 @@ impl Store {
                 };
                 state.apply(meta, &command)
             })),
+            Backend::Raft(raft) => raft.command(command).await,
         }
     }
 
@@ -182,6 +207,7 @@ impl Store {
         }
         match &self.backend {
             Backend::Memory(_) => Ok(()),
+            Backend::Raft(raft) => raft.barrier().await,
         }
     }
 
@@ -194,6 +220,7 @@ impl Store {
     pub fn leadership(&self) -> watch::Receiver<Leadership> {
         match &self.backend {
             Backend::Memory(memory) => memory.leadership.subscribe(),
+            Backend::Raft(raft) => raft.leadership(),
         }
     }
 
@@ -202,12 +229,48 @@ impl Store {
         self.shared.close();
         match &self.backend {
             Backend::Memory(_) => {}
+            Backend::Raft(raft) => raft.shutdown().await,
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn raft_backend(&self) -> Option<&RaftBackend> {
+        match &self.backend {
+            Backend::Memory(_) => None,
+            Backend::Raft(raft) => Some(raft),
+        }
+    }
+
+    pub(crate) fn sizes(&self) -> Sizes {
+        let state = self.shared.read();
+        Sizes {
+            revision: state.revision(),
+            compacted: state.compacted(),
+            objects: state.len(),
+            bytes: state.live_bytes(),
+            history: state.history_events(),
+        }
+    }
+
+    pub(crate) fn raft_position(&self) -> RaftPosition {
+        match &self.backend {
+            Backend::Memory(memory) => {
+                let index = memory.index.load(Ordering::Relaxed);
+                RaftPosition { log_index: index, applied_index: index }
+            }
+            Backend::Raft(raft) => {
+                let metrics = raft.metrics();
+                RaftPosition {
+                    log_index: metrics.last_log_index.unwrap_or(0),
+                    applied_index: metrics.last_applied.map_or(0, |id| id.index),
+                }
+            }
         }
     }
 }
 
 /// The proposer's clock: goes into the log entry, and from there to every replica.
-fn now_ms() -> u64 {
+pub(crate) fn now_ms() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))

@@ -1,5 +1,5 @@
 //! A server in this process, and objects to put into it.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, reason = "each test file uses a part of this")]
 
 use axum::{
     Router,

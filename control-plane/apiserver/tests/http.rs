@@ -1,0 +1,434 @@
+//! Requests and answers as they are on the wire.
+
+mod support;
+
+use axum::{
+    body::Body,
+    http::{Method, Request, StatusCode},
+};
+use exo_apiserver::{ApiServer, app};
+use exo_store::Store;
+use serde_json::{Value, json};
+use support::{INSTANCES, NODES, SHARDS, instance, node, shard};
+use tower::ServiceExt as _;
+
+fn without(mut object: Value, pointer: &str, field: &str) -> Value {
+    object.pointer_mut(pointer).unwrap().as_object_mut().unwrap().remove(field);
+    object
+}
+
+fn with(mut object: Value, pointer: &str, field: &str, value: Value) -> Value {
+    object.pointer_mut(pointer).unwrap()[field] = value;
+    object
+}
+
+/// Code, reason, message and the causes' fields of a refusal.
+fn refusal(answer: &(StatusCode, Value)) -> (u16, &str, &str, Vec<&str>) {
+    let (code, body) = answer;
+    assert_eq!(body["kind"], "Status", "{body}");
+    assert_eq!(body["code"], code.as_u16());
+    let causes = body["details"]["causes"].as_array().map_or(&[][..], Vec::as_slice);
+    (
+        code.as_u16(),
+        body["reason"].as_str().unwrap(),
+        body["message"].as_str().unwrap(),
+        causes.iter().map(|c| c["field"].as_str().unwrap()).collect(),
+    )
+}
+
+#[tokio::test]
+async fn bad_objects_are_refused_and_nothing_is_created() {
+    let server = support::start();
+    let strict = format!("{INSTANCES}?fieldValidation=Strict");
+    let check = async |path: &str, body: Value, code: u16, fields: &[&str], part: &str| {
+        let answer = server.call(Method::POST, path, Some(body)).await;
+        let (found, _, message, causes) = refusal(&answer);
+        assert_eq!((found, causes.as_slice()), (code, fields), "{message}");
+        assert!(message.contains(part), "{message}");
+    };
+    let a = || instance("a");
+    check(&strict, with(a(), "/spec", "modle", json!(1)), 400, &[], "unknown field \"spec.modle\"")
+        .await;
+    check(
+        &strict,
+        with(a(), "/spec", "nodes", json!({"mim": 1})),
+        400,
+        &[],
+        "unknown field \"spec.nodes.mim\"",
+    )
+    .await;
+    check(
+        INSTANCES,
+        with(a(), "/spec", "nodes", json!({"min": "two"})),
+        422,
+        &["spec.nodes.min"],
+        "InferenceInstance.exo.dev \"a\" is invalid: spec.nodes.min: Invalid value",
+    )
+    .await;
+    check(INSTANCES, without(a(), "/spec", "model"), 422, &["spec.model"], "Required value").await;
+    check(INSTANCES, without(a(), "", "spec"), 422, &["spec"], "Required value").await;
+    check(
+        INSTANCES,
+        with(a(), "/spec", "sharding", json!("Diagonal")),
+        422,
+        &["spec.sharding"],
+        "supported values: \"Auto\", \"Pipeline\", \"Tensor\"",
+    )
+    .await;
+    check(INSTANCES, instance("Not_A_Name"), 422, &["metadata.name"], "RFC 1123").await;
+    check(INSTANCES, without(a(), "/metadata", "name"), 422, &["metadata.name"], "Required").await;
+    check(INSTANCES, node("a"), 400, &[], "InferenceInstance of exo.dev/v1alpha1 is expected")
+        .await;
+    check(
+        INSTANCES,
+        with(a(), "/metadata", "namespace", json!("other")),
+        400,
+        &[],
+        "namespace of the provided object does not match",
+    )
+    .await;
+    check(
+        INSTANCES,
+        with(a(), "/metadata", "resourceVersion", json!("5")),
+        400,
+        &[],
+        "resourceVersion should not be set",
+    )
+    .await;
+    check(INSTANCES, json!([1]), 400, &[], "not an object").await;
+    check(&format!("{INSTANCES}?fieldValidation=Maybe"), a(), 400, &[], "fieldValidation").await;
+    check(&format!("{INSTANCES}?dryRun=Some"), a(), 400, &[], "dryRun").await;
+    assert_eq!(server.store.revision(), 0, "nothing was created");
+}
+
+#[tokio::test]
+async fn unknown_fields_are_pruned_with_a_warning_unless_ignored() {
+    let server = support::start();
+    let body = |name: &str| with(instance(name), "/spec", "modle", json!(1)).to_string();
+    let request = |query: &str, name: &str| {
+        Request::post(format!("{INSTANCES}{query}"))
+            .header("content-type", "application/json")
+            .body(Body::from(body(name)))
+            .unwrap()
+    };
+    let (code, headers, object) = server.send(request("", "a")).await;
+    assert_eq!(code, StatusCode::CREATED);
+    assert_eq!(headers["warning"], "299 - \"unknown field \\\"spec.modle\\\"\"");
+    assert_eq!(object["spec"].get("modle"), None);
+    let (code, headers, _) = server.send(request("?fieldValidation=Ignore", "b")).await;
+    assert_eq!((code, headers.get("warning")), (StatusCode::CREATED, None));
+}
+
+#[tokio::test]
+async fn defaults_of_the_schema_are_stored() {
+    let server = support::start();
+    let (_, created) = server.call(Method::POST, INSTANCES, Some(instance("a"))).await;
+    assert_eq!(
+        created["spec"],
+        json!({
+            "model": "tiny", "replicas": 1, "sharding": "Auto", "transport": "Auto", "nodes": {},
+            "maxConcurrency": 4, "fastSynch": true
+        })
+    );
+    let (_, read) = server.get(&format!("{INSTANCES}/a")).await;
+    assert_eq!(read, created);
+    let mut keys: Vec<_> = created["metadata"].as_object().unwrap().keys().collect();
+    keys.sort();
+    assert_eq!(
+        keys,
+        ["creationTimestamp", "generation", "name", "namespace", "resourceVersion", "uid"]
+    );
+}
+
+#[tokio::test]
+async fn requests_that_make_no_sense_have_their_codes() {
+    let server = support::start();
+    server.call(Method::POST, INSTANCES, Some(instance("a"))).await;
+    let a = &format!("{INSTANCES}/a");
+    let get = Method::GET;
+    for (method, path, code, reason) in [
+        (&get, "/apis/exo.dev/v1alpha1/nothings", 404, "NotFound"),
+        (&get, "/apis/exo.dev/v2/nodes", 404, "NotFound"),
+        (&get, "/apis/other.dev", 404, "NotFound"),
+        (&get, "/nonsense", 404, "NotFound"),
+        (&get, "/apis/exo.dev/v1alpha1/namespaces/x/nodes", 404, "NotFound"),
+        (&get, "/apis/exo.dev/v1alpha1/shards/a", 404, "NotFound"),
+        (&get, &format!("{INSTANCES}/b"), 404, "NotFound"),
+        (&get, &format!("{a}/scale"), 404, "NotFound"),
+        (&Method::DELETE, &format!("{INSTANCES}/b"), 404, "NotFound"),
+        (&Method::POST, a, 405, "MethodNotAllowed"),
+        (&Method::PUT, INSTANCES, 405, "MethodNotAllowed"),
+        (&Method::DELETE, &format!("{a}/status"), 405, "MethodNotAllowed"),
+        (&Method::POST, "/apis/exo.dev/v1alpha1/shards", 405, "MethodNotAllowed"),
+        (&Method::POST, "/apis", 405, "MethodNotAllowed"),
+        (&get, &format!("{INSTANCES}?fieldSelector=spec.model=x"), 400, "BadRequest"),
+        (&get, &format!("{INSTANCES}?labelSelector=a+b"), 400, "BadRequest"),
+        (&get, &format!("{INSTANCES}?limit=many"), 400, "BadRequest"),
+        (&get, &format!("{INSTANCES}?continue=garbage"), 400, "BadRequest"),
+        (&get, &format!("{INSTANCES}?watch=perhaps"), 400, "BadRequest"),
+        (&get, &format!("{INSTANCES}?watch=1&resourceVersion=x"), 400, "BadRequest"),
+        (
+            &get,
+            &format!("{INSTANCES}?resourceVersion=7&resourceVersionMatch=Exact"),
+            400,
+            "BadRequest",
+        ),
+    ] {
+        let answer = server.call(method.clone(), path, None).await;
+        let (found, said, message, _) = refusal(&answer);
+        assert_eq!((found, said), (code, reason), "{method} {path}: {message}");
+    }
+    assert_eq!(
+        refusal(&server.get(&format!("{INSTANCES}/b")).await).2,
+        "inferenceinstances.exo.dev \"b\" not found"
+    );
+}
+
+#[tokio::test]
+async fn media_types_and_sizes_are_checked() {
+    let server = support::start();
+    server.call(Method::POST, INSTANCES, Some(instance("a"))).await;
+    let a = format!("{INSTANCES}/a");
+    let send =
+        async |method: Method, path: &str, content_type: &str, accept: &str, body: String| {
+            let request = Request::builder()
+                .method(method)
+                .uri(path)
+                .header("content-type", content_type)
+                .header("accept", accept)
+                .body(Body::from(body))
+                .unwrap();
+            server.send(request).await.0.as_u16()
+        };
+    let json = "application/json";
+    let strategic = "application/strategic-merge-patch+json";
+    let yaml = "apiVersion: exo.dev/v1alpha1\nkind: InferenceInstance\n\
+                metadata: {name: y}\nspec: {model: tiny}\n";
+    assert_eq!(send(Method::PATCH, &a, strategic, json, "{}".into()).await, 415);
+    assert_eq!(send(Method::POST, INSTANCES, "text/plain", json, "{}".into()).await, 415);
+    assert_eq!(send(Method::GET, &a, json, "text/html", String::new()).await, 406);
+    assert_eq!(send(Method::POST, INSTANCES, json, json, "{".into()).await, 400);
+    assert_eq!(send(Method::POST, INSTANCES, "application/yaml", json, yaml.into()).await, 201);
+    let merge = "application/merge-patch+json";
+    assert_eq!(send(Method::PATCH, &a, merge, json, "[]".into()).await, 400);
+    let json_patch = "application/json-patch+json";
+    let fails = r#"[{"op": "test", "path": "/spec/model", "value": "other"}]"#;
+    assert_eq!(send(Method::PATCH, &a, json_patch, json, fails.into()).await, 422);
+    let destroys = r#"[{"op": "replace", "path": "", "value": 5}]"#;
+    assert_eq!(send(Method::PATCH, &a, json_patch, json, destroys.into()).await, 422);
+    let huge = " ".repeat((3 << 20) + 1);
+    assert_eq!(send(Method::POST, INSTANCES, json, json, huge).await, 413);
+    let deep = "[".repeat(100_000);
+    assert_eq!(send(Method::POST, INSTANCES, json, json, deep).await, 400);
+}
+
+#[tokio::test]
+async fn without_identity_only_health_and_version_answer() {
+    let registry = prometheus::Registry::new();
+    let server = ApiServer::new(Store::memory(), &exo_crds::all(), &registry).unwrap();
+    let router = app(server);
+    for (path, code) in [
+        ("/healthz", 200),
+        ("/livez", 200),
+        ("/readyz", 200),
+        ("/version", 200),
+        ("/apis", 401),
+        ("/openapi/v3", 401),
+        (NODES, 401),
+        ("/nonsense", 401),
+    ] {
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        let response = router.clone().oneshot(request).await.unwrap();
+        assert_eq!(response.status().as_u16(), code, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn updates_and_deletions_mind_their_preconditions() {
+    let server = support::start();
+    let (_, created) = server.call(Method::POST, INSTANCES, Some(instance("a"))).await;
+    let a = &format!("{INSTANCES}/a");
+    let uid = created["metadata"]["uid"].clone();
+
+    let blind = without(created.clone(), "/metadata", "resourceVersion");
+    let answer = server.call(Method::PUT, a, Some(blind)).await;
+    assert_eq!(refusal(&answer).3, ["metadata.resourceVersion"]);
+    let renamed = with(created.clone(), "/metadata", "name", json!("b"));
+    assert_eq!(server.call(Method::PUT, a, Some(renamed)).await.0, 400);
+    let other = with(created.clone(), "/metadata", "uid", json!("other"));
+    assert_eq!(server.call(Method::PUT, a, Some(other)).await.0, 409);
+    let stale = json!({"metadata": {"resourceVersion": "99"}, "spec": {"replicas": 3}});
+    assert_eq!(server.call(Method::PATCH, a, Some(stale)).await.0, 409);
+
+    let dry = format!("{a}?dryRun=All");
+    let (code, body) =
+        server.call(Method::PATCH, &dry, Some(json!({"spec": {"replicas": 3}}))).await;
+    assert_eq!((code.as_u16(), &body["spec"]["replicas"]), (200, &json!(3)));
+    assert_eq!(server.call(Method::DELETE, &dry, None).await.0, 200);
+    assert_eq!(server.get(a).await.1, created, "it was only tried");
+
+    let wrong = json!({"preconditions": {"uid": "other"}});
+    assert_eq!(server.call(Method::DELETE, a, Some(wrong)).await.0, 409);
+    let policy = json!({"propagationPolicy": "Sideways"});
+    assert_eq!(server.call(Method::DELETE, a, Some(policy)).await.0, 400);
+    let right = json!({"preconditions": {"uid": uid}, "propagationPolicy": "Background"});
+    let (code, body) = server.call(Method::DELETE, a, Some(right)).await;
+    assert_eq!(code, StatusCode::OK);
+    assert_eq!(
+        (&body["status"], &body["details"]["name"], &body["details"]["uid"]),
+        (&json!("Success"), &json!("a"), &uid)
+    );
+}
+
+#[tokio::test]
+async fn generated_names_are_unique() {
+    let server = support::start();
+    let mut object = without(instance("x"), "/metadata", "name");
+    object["metadata"]["generateName"] = json!("run-");
+    let mut names = Vec::new();
+    for _ in 0..5 {
+        let (code, body) = server.call(Method::POST, INSTANCES, Some(object.clone())).await;
+        assert_eq!(code, StatusCode::CREATED, "{body}");
+        names.push(body["metadata"]["name"].as_str().unwrap().to_owned());
+    }
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), 5);
+    assert!(names.iter().all(|n| n.starts_with("run-") && n.len() == 9), "{names:?}");
+}
+
+#[tokio::test]
+async fn discovery_lists_what_is_served() {
+    let server = support::start();
+    assert_eq!(server.get("/api").await.1["versions"], json!(["v1"]));
+    let (_, groups) = server.get("/apis").await;
+    assert_eq!(groups["groups"][0]["preferredVersion"]["groupVersion"], "exo.dev/v1alpha1");
+    let (_, group) = server.get("/apis/exo.dev").await;
+    assert_eq!((&group["kind"], &group["name"]), (&json!("APIGroup"), &json!("exo.dev")));
+    let (_, list) = server.get("/apis/exo.dev/v1alpha1").await;
+    let names: Vec<_> = list["resources"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|r| format!("{}:{}:{}", r["name"], r["kind"], r["namespaced"]).replace('"', ""))
+        .collect();
+    for expect in [
+        "nodes:Node:false",
+        "nodes/status:Node:false",
+        "models:Model:false",
+        "inferenceinstances:InferenceInstance:true",
+        "shards:Shard:true",
+        "shards/status:Shard:true",
+    ] {
+        assert!(names.iter().any(|n| n == expect), "{expect} in {names:?}");
+    }
+    let (_, index) = server.get("/openapi/v3").await;
+    let url = &index["paths"]["apis/exo.dev/v1alpha1"]["serverRelativeURL"];
+    let (_, document) = server.get(url.as_str().unwrap()).await;
+    let schema = &document["components"]["schemas"]["dev.exo.v1alpha1.Shard"];
+    assert_eq!(schema["properties"]["spec"]["properties"]["rank"]["type"], "integer");
+}
+
+/// The cells of a Table, as rows of text.
+fn rows(table: &Value) -> Vec<String> {
+    let rows = table["rows"].as_array().unwrap();
+    rows.iter()
+        .map(|row| {
+            let cells = row["cells"].as_array().unwrap().iter();
+            let cells = cells.map(|c| c.as_str().map_or_else(|| c.to_string(), str::to_owned));
+            cells.collect::<Vec<_>>().join(" | ")
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn tables_have_the_printer_columns() {
+    let server = support::start();
+    for (name, node, rank) in [("llama-0-a1-0", "studio-1", 0), ("llama-0-a1-1", "studio-2", 1)] {
+        server.call(Method::POST, SHARDS, Some(shard(name, node, rank))).await;
+    }
+    let status = json!({"status": {
+        "phase": "Ready", "progress": "100%", "memory": "19Gi",
+        "failure": {"reason": "R", "message": "the message", "permanent": false}
+    }});
+    server.call(Method::PATCH, &format!("{SHARDS}/llama-0-a1-0/status"), Some(status)).await;
+    let as_table = |path: String| {
+        Request::get(path)
+            .header("accept", "application/json;as=Table;v=v1;g=meta.k8s.io,application/json")
+            .body(Body::empty())
+            .unwrap()
+    };
+    let (_, _, table) = server.send(as_table(SHARDS.to_owned())).await;
+    let columns = table["columnDefinitions"].as_array().unwrap();
+    let names: Vec<_> = columns
+        .iter()
+        .map(|c| format!("{}:{}", c["name"].as_str().unwrap(), c["priority"]))
+        .collect();
+    assert_eq!(
+        names.join(" "),
+        "Name:0 Instance:0 Rank:0 Node:0 Layers:0 Sharding:0 Backend:0 Phase:0 Progress:0 \
+         Memory:0 Error:1 Age:0"
+    );
+    let rows: Vec<_> = rows(&table)
+        .into_iter()
+        // The age depends on the second in which the test runs.
+        .map(|row| row.rsplit_once(" | ").unwrap().0.to_owned())
+        .collect();
+    assert_eq!(
+        rows,
+        [
+            "llama-0-a1-0 | llama | 0 | studio-1 | 0-39 | Pipeline | jaccl | Ready | 100% | 19Gi \
+             | the message",
+            "llama-0-a1-1 | llama | 1 | studio-2 | 40-79 | Pipeline | jaccl | null | null | null \
+             | null"
+        ]
+    );
+    assert_eq!(table["rows"][0]["object"]["kind"], "PartialObjectMetadata");
+    assert_eq!(table["metadata"]["resourceVersion"], "3");
+
+    let condition = json!({"status": {"conditions": [
+        {"type": "Placed", "status": "True", "reason": "R", "message": "no",
+         "lastTransitionTime": "2026-01-01T00:00:00Z"},
+        {"type": "Ready", "status": "False", "reason": "R", "message": "not yet",
+         "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    ]}});
+    server.call(Method::POST, INSTANCES, Some(instance("a"))).await;
+    let answer =
+        server.call(Method::PATCH, &format!("{INSTANCES}/a/status"), Some(condition)).await;
+    assert_eq!(answer.0, StatusCode::OK, "{}", answer.1);
+    let (_, _, table) = server.send(as_table(format!("{INSTANCES}/a"))).await;
+    let columns = table["columnDefinitions"].as_array().unwrap();
+    let message = columns.iter().position(|c| c["name"] == "Message").unwrap();
+    assert_eq!(table["rows"][0]["cells"][message], "not yet");
+}
+
+#[tokio::test]
+async fn metadata_alone_can_be_asked_for() {
+    let server = support::start();
+    server.call(Method::POST, NODES, Some(node("a"))).await;
+    let request = Request::get(NODES)
+        .header("accept", "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io")
+        .body(Body::empty())
+        .unwrap();
+    let (_, _, list) = server.send(request).await;
+    assert_eq!(list["kind"], "PartialObjectMetadataList");
+    assert_eq!(list["items"][0]["metadata"]["name"], "a");
+    assert_eq!(list["items"][0].get("spec"), None);
+}
+
+#[tokio::test]
+async fn requests_are_counted_by_verb_resource_and_code() {
+    let server = support::start();
+    server.get(NODES).await;
+    server.get(&format!("{NODES}/absent")).await;
+    server.get("/apis/exo.dev/v1alpha1/made-up").await;
+    let text = prometheus::TextEncoder::new().encode_to_string(&server.registry.gather()).unwrap();
+    let count = "apiserver_request_duration_seconds_count";
+    for line in [
+        format!("{count}{{code=\"200\",resource=\"nodes\",verb=\"LIST\"}} 1"),
+        format!("{count}{{code=\"404\",resource=\"nodes\",verb=\"GET\"}} 1"),
+    ] {
+        assert!(text.contains(&line), "{line} in {text}");
+    }
+    assert!(!text.contains("made-up"), "{text}");
+}

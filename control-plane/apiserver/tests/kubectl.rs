@@ -1,0 +1,205 @@
+//! kubectl against the server, over a socket. Skipped where there is no kubectl.
+
+mod support;
+#[path = "support/serve.rs"]
+mod serve;
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Output, Stdio},
+    time::Duration,
+};
+
+use axum::http::Method;
+use serde_json::json;
+use support::{INSTANCES, SHARDS, Server, shard};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+    process::Command,
+    time::timeout,
+};
+
+struct Kubectl {
+    dir: TempDir,
+    config: PathBuf,
+}
+
+/// A server with its kubectl; `None` without kubectl.
+async fn start() -> Option<(Server, Kubectl)> {
+    if Command::new("kubectl").arg("--help").output().await.is_err() {
+        eprintln!("there is no kubectl here: nothing is tested");
+        return None;
+    }
+    let server = support::start();
+    let (address, _) = serve::listen(server.router.clone()).await;
+    let dir = TempDir::new().unwrap();
+    let config = dir.path().join("kubeconfig");
+    let text = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: c\n\
+         clusters: [{{name: c, cluster: {{server: 'http://{address}'}}}}]\n\
+         contexts: [{{name: c, context: {{cluster: c, user: c}}}}]\n\
+         users: [{{name: c, user: {{}}}}]\n"
+    );
+    std::fs::write(&config, text).unwrap();
+    Some((server, Kubectl { dir, config }))
+}
+
+impl Kubectl {
+    fn command(&self, args: &str) -> Command {
+        let mut command = Command::new("kubectl");
+        command
+            .arg("--kubeconfig")
+            .arg(&self.config)
+            .arg(format!("--cache-dir={}", self.dir.path().join("cache").display()))
+            .args(args.split(' '))
+            .env("HOME", self.dir.path())
+            .kill_on_drop(true);
+        command
+    }
+
+    async fn run(&self, args: &str, input: &str) -> Output {
+        let mut child = self
+            .command(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).await.unwrap();
+        let output = timeout(Duration::from_secs(60), child.wait_with_output()).await;
+        output.unwrap_or_else(|_| panic!("kubectl {args} hangs")).unwrap()
+    }
+
+    /// What a successful command prints.
+    async fn ok(&self, args: &str, input: &str) -> String {
+        let output = self.run(args, input).await;
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "kubectl {args}: {error}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// What a failing command complains.
+    async fn fails(&self, args: &str, input: &str) -> String {
+        let output = self.run(args, input).await;
+        assert!(!output.status.success(), "kubectl {args} succeeds");
+        String::from_utf8(output.stderr).unwrap()
+    }
+}
+
+fn instance(replicas: &str) -> String {
+    format!(
+        "apiVersion: exo.dev/v1alpha1\nkind: InferenceInstance\nmetadata: {{name: llama}}\n\
+         spec: {{model: tiny, replicas: {replicas}}}\n"
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_are_applied_shown_and_deleted() {
+    let Some((server, kubectl)) = start().await else {
+        return;
+    };
+    let apply = "apply -f -";
+    let name = "inferenceinstance.exo.dev/llama";
+    assert_eq!(kubectl.ok(apply, &instance("1")).await, format!("{name} created\n"));
+    assert_eq!(kubectl.ok(apply, &instance("1")).await, format!("{name} unchanged\n"));
+    assert_eq!(kubectl.ok(apply, &instance("3")).await, format!("{name} configured\n"));
+    let replicas = "get ii llama -o jsonpath={.spec.replicas}/{.metadata.generation}";
+    assert_eq!(kubectl.ok(replicas, "").await, "3/2");
+
+    let message = kubectl.fails(apply, &instance("1, modle: x")).await;
+    assert!(message.contains("unknown field \"spec.modle\""), "{message}");
+    let message = kubectl.fails(apply, &instance("many")).await;
+    assert!(message.contains("spec.replicas: Invalid value"), "{message}");
+    assert_eq!(kubectl.ok(replicas, "").await, "3/2", "refused means unchanged");
+
+    let status = json!({"status": {"conditions": [{
+        "type": "Ready", "status": "True", "reason": "R", "message": "m",
+        "lastTransitionTime": "2026-01-01T00:00:00Z"
+    }]}});
+    server.call(Method::PATCH, &format!("{INSTANCES}/llama/status"), Some(status)).await;
+    let wait = "wait ii/llama --for=condition=Ready --timeout=20s";
+    assert_eq!(kubectl.ok(wait, "").await, format!("{name} condition met\n"));
+    let described = kubectl.ok("describe ii llama", "").await;
+    assert!(described.contains("Model:") && described.contains("Conditions:"), "{described}");
+    let explained = kubectl.ok("explain inferenceinstances.spec.replicas", "").await;
+    assert!(explained.contains("Copies of the model"), "{explained}");
+
+    kubectl.ok("label ii llama team=a", "").await;
+    assert_eq!(kubectl.ok("get ii -l team=a -o name", "").await, format!("{name}\n"));
+    assert_eq!(
+        kubectl.ok("delete ii llama --timeout=20s", "").await,
+        "inferenceinstance.exo.dev \"llama\" deleted\n"
+    );
+    let message = kubectl.fails("get ii llama", "").await;
+    assert!(message.contains("(NotFound): inferenceinstances.exo.dev \"llama\" not found"));
+    let nothing = kubectl.run("get ii", "").await;
+    assert_eq!(String::from_utf8_lossy(&nothing.stderr), "No resources found in default namespace.\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_are_printed_and_watched() {
+    let Some((server, kubectl)) = start().await else {
+        return;
+    };
+    for (name, node, rank) in [("llama-0-a1-0", "studio-1", 0), ("llama-0-a1-1", "studio-2", 1)] {
+        server.call(Method::POST, SHARDS, Some(shard(name, node, rank))).await;
+    }
+    let status = json!({"status": {"phase": "Ready", "progress": "100%", "memory": "19Gi"}});
+    let first = format!("{SHARDS}/llama-0-a1-0/status");
+    server.call(Method::PATCH, &first, Some(status)).await;
+    let printed = kubectl.ok("get shards", "").await;
+    let lines: Vec<&str> = printed.lines().collect();
+    assert!(lines[1].rsplit_once(' ').unwrap().1.ends_with('s'), "an age: {printed}");
+    let without_age: Vec<String> = lines
+        .iter()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .map(|words| words[..words.len() - 1].join(" "))
+        .collect();
+    assert_eq!(
+        without_age,
+        [
+            "NAME INSTANCE RANK NODE LAYERS SHARDING BACKEND PHASE PROGRESS MEMORY",
+            "llama-0-a1-0 llama 0 studio-1 0-39 Pipeline jaccl Ready 100% 19Gi",
+            "llama-0-a1-1 llama 1 studio-2 40-79 Pipeline jaccl <none> <none> <none>",
+        ]
+        .map(|line| line.replace(" <none> <none> <none>", "")),
+        "{printed}"
+    );
+    let on_node = "get shards --field-selector spec.node=studio-2 -o name";
+    assert_eq!(kubectl.ok(on_node, "").await, "shard.exo.dev/llama-0-a1-1\n");
+
+    let mut watch = kubectl
+        .command("get shards -w --no-headers")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    let mut next = async || {
+        let line = timeout(Duration::from_secs(60), lines.next_line()).await;
+        let line = line.expect("kubectl prints something").unwrap().unwrap();
+        line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(next().await[0], "llama-0-a1-0");
+    assert_eq!(next().await[0], "llama-0-a1-1");
+    let failed = json!({"status": {"phase": "Failed"}});
+    server.call(Method::PATCH, &first, Some(failed)).await;
+    let row = next().await;
+    assert_eq!((row[0].as_str(), row[7].as_str()), ("llama-0-a1-0", "Failed"), "{row:?}");
+    watch.kill().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_generated_files_apply_to_what_they_define() {
+    let Some((_, kubectl)) = start().await else {
+        return;
+    };
+    let resources = kubectl.ok("api-resources --api-group=exo.dev --no-headers", "").await;
+    let kinds: Vec<&str> = resources.lines().filter_map(|l| l.split_whitespace().last()).collect();
+    assert_eq!(kinds, ["InferenceInstance", "Model", "Node", "Shard"]);
+    let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../manifests/models");
+    if manifests.is_dir() {
+        let apply = format!("apply -R -f {}", manifests.display());
+        kubectl.ok(&apply, "").await;
+    }
+}

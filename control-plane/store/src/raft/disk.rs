@@ -1,0 +1,308 @@
+//! The file that holds log, vote and snapshot: one redb database.
+//!
+//! # Guarantees
+//! Every write is on disk (fsync) when it returns. A file of another format, of another node, or
+//! with damaged pages is refused with an error that names it; nothing is skipped or cut.
+//!
+//! # Format 1
+//! Table `meta`: text to JSON: `format`, `node_id`, `vote`, `purged`, `snapshot` (its metadata).
+//! Table `log`: index to JSON of one entry. Table `snapshot`: part number to bytes.
+
+use std::{
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    sync::{PoisonError, RwLock},
+};
+
+use openraft::{Entry, LogId, SnapshotMeta, Vote};
+use redb::{
+    Database, Durability, ReadableDatabase as _, ReadableTable as _, TableDefinition,
+    WriteTransaction,
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+use super::TypeConfig;
+
+const FILE: &str = "store.redb";
+const FORMAT: u32 = 1;
+const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
+const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
+const SNAPSHOT: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("snapshot");
+/// The working set is the tail of the log; the state itself is in memory.
+const CACHE_BYTES: usize = 32 << 20;
+/// Snapshots are stored in parts of this size.
+const PART_BYTES: usize = 1 << 20;
+
+/// Something is wrong with the store's file.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    #[error("making the folder {path}")]
+    Folder {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{path} is damaged or in use by another process")]
+    Open {
+        path: PathBuf,
+        #[source]
+        source: Box<redb::DatabaseError>,
+    },
+    #[error("reading or writing {path}")]
+    Access {
+        path: PathBuf,
+        #[source]
+        source: Box<redb::Error>,
+    },
+    #[error("{path} has format {found}; this version reads format {FORMAT}")]
+    Format { path: PathBuf, found: String },
+    #[error("{path} belongs to node {found}, not to node {expected}")]
+    OtherNode { path: PathBuf, found: u64, expected: u64 },
+    #[error("{path} is damaged: {what} can't be read")]
+    Damaged {
+        path: PathBuf,
+        what: String,
+        #[source]
+        source: serde_json::Error,
+    },
+    #[error("{path} is closed")]
+    Closed { path: PathBuf },
+    #[error("{path} is damaged: {what}")]
+    Inconsistent { path: PathBuf, what: String },
+}
+
+pub(super) type Meta = SnapshotMeta<u64, openraft::BasicNode>;
+
+pub(super) struct Disk {
+    path: PathBuf,
+    /// `None` once closed.
+    database: RwLock<Option<Database>>,
+}
+
+impl Disk {
+    /// Opens the file of `dir`, or makes it.
+    pub(super) fn open(dir: &Path, node_id: u64) -> Result<Self, DiskError> {
+        std::fs::create_dir_all(dir)
+            .map_err(|source| DiskError::Folder { path: dir.to_owned(), source })?;
+        let path = dir.join(FILE);
+        let database = Database::builder()
+            .set_cache_size(CACHE_BYTES)
+            // Reads the whole file once: it holds no more than a snapshot and the log behind it.
+            .set_check_integrity_on_open(true)
+            .create(&path)
+            .map_err(|source| DiskError::Open { path: path.clone(), source: Box::new(source) })?;
+        let disk = Self { path, database: RwLock::new(Some(database)) };
+        disk.check_format(node_id)?;
+        Ok(disk)
+    }
+
+    fn check_format(&self, node_id: u64) -> Result<(), DiskError> {
+        let tables = self.read_tables()?;
+        if tables == 0 {
+            return self.write(|txn| {
+                let mut meta = txn.open_table(META)?;
+                meta.insert("format", json(&FORMAT).as_slice())?;
+                meta.insert("node_id", json(&node_id).as_slice())?;
+                txn.open_table(LOG)?;
+                txn.open_table(SNAPSHOT)?;
+                Ok(())
+            });
+        }
+        match self.meta::<serde_json::Value>("format")? {
+            Some(format) if format == FORMAT => {}
+            found => {
+                return Err(DiskError::Format {
+                    path: self.path.clone(),
+                    found: found.map_or("unknown".to_owned(), |f| f.to_string()),
+                });
+            }
+        }
+        match self.meta::<u64>("node_id")? {
+            Some(found) if found == node_id => Ok(()),
+            Some(found) => {
+                Err(DiskError::OtherNode { path: self.path.clone(), found, expected: node_id })
+            }
+            None => Err(self.inconsistent("it names no node")),
+        }
+    }
+
+    fn read_tables(&self) -> Result<usize, DiskError> {
+        self.access(|database| {
+            let txn = database.begin_read()?;
+            Ok(txn.list_tables()?.count())
+        })
+    }
+
+    fn access<T>(
+        &self,
+        run: impl FnOnce(&Database) -> Result<T, redb::Error>,
+    ) -> Result<T, DiskError> {
+        // redb's transactions keep the database whole whatever panics between them.
+        let database = self.database.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(database) = database.as_ref() else {
+            return Err(DiskError::Closed { path: self.path.clone() });
+        };
+        run(database).map_err(|source| DiskError::Access {
+            path: self.path.clone(),
+            source: Box::new(source),
+        })
+    }
+
+    /// Waits for what is under way, and lets go of the file; later calls fail.
+    pub(super) fn close(&self) {
+        let mut database = self.database.write().unwrap_or_else(PoisonError::into_inner);
+        *database = None;
+    }
+
+    /// One durable transaction.
+    fn write(
+        &self,
+        change: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
+    ) -> Result<(), DiskError> {
+        self.access(|database| {
+            let mut txn = database.begin_write()?;
+            txn.set_durability(Durability::Immediate)?;
+            change(&txn)?;
+            txn.commit()?;
+            Ok(())
+        })
+    }
+
+    fn inconsistent(&self, what: &str) -> DiskError {
+        DiskError::Inconsistent { path: self.path.clone(), what: what.to_owned() }
+    }
+
+    pub(super) fn parse<T: DeserializeOwned>(
+        &self,
+        what: impl FnOnce() -> String,
+        bytes: &[u8],
+    ) -> Result<T, DiskError> {
+        serde_json::from_slice(bytes).map_err(|source| DiskError::Damaged {
+            path: self.path.clone(),
+            what: what(),
+            source,
+        })
+    }
+
+    fn meta<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, DiskError> {
+        let bytes = self.access(|database| {
+            let txn = database.begin_read()?;
+            // A file of another program may have other tables only.
+            let table = match txn.open_table(META) {
+                Ok(table) => table,
+                Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            };
+            Ok(table.get(name)?.map(|bytes| bytes.value().to_vec()))
+        })?;
+        bytes.map(|bytes| self.parse(|| format!("`{name}`"), &bytes)).transpose()
+    }
+
+    pub(super) fn vote(&self) -> Result<Option<Vote<u64>>, DiskError> {
+        self.meta("vote")
+    }
+
+    pub(super) fn save_vote(&self, vote: &Vote<u64>) -> Result<(), DiskError> {
+        self.write(|txn| {
+            txn.open_table(META)?.insert("vote", json(vote).as_slice())?;
+            Ok(())
+        })
+    }
+
+    pub(super) fn purged(&self) -> Result<Option<LogId<u64>>, DiskError> {
+        self.meta("purged")
+    }
+
+    /// The newest log entry.
+    pub(super) fn last(&self) -> Result<Option<Entry<TypeConfig>>, DiskError> {
+        let last = self.access(|database| {
+            let txn = database.begin_read()?;
+            let table = txn.open_table(LOG)?;
+            let last = table.last()?;
+            Ok(last.map(|(index, bytes)| (index.value(), bytes.value().to_vec())))
+        })?;
+        last.map(|(index, bytes)| self.parse(|| format!("log entry {index}"), &bytes)).transpose()
+    }
+
+    /// The entries of a range, in order.
+    pub(super) fn entries(
+        &self,
+        range: RangeInclusive<u64>,
+    ) -> Result<Vec<Entry<TypeConfig>>, DiskError> {
+        let found = self.access(|database| {
+            let txn = database.begin_read()?;
+            let table = txn.open_table(LOG)?;
+            let mut found = Vec::new();
+            for entry in table.range(range)? {
+                let (index, bytes) = entry?;
+                found.push((index.value(), bytes.value().to_vec()));
+            }
+            Ok(found)
+        })?;
+        found
+            .iter()
+            .map(|(index, bytes)| self.parse(|| format!("log entry {index}"), bytes))
+            .collect()
+    }
+
+    /// Adds entries in one transaction.
+    pub(super) fn append(&self, entries: &[Entry<TypeConfig>]) -> Result<(), DiskError> {
+        self.write(|txn| {
+            let mut table = txn.open_table(LOG)?;
+            for entry in entries {
+                table.insert(entry.log_id.index, json(entry).as_slice())?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Removes the entries from `index` on.
+    pub(super) fn truncate(&self, index: u64) -> Result<(), DiskError> {
+        self.write(|txn| {
+            txn.open_table(LOG)?.retain_in(index.., |_, _| false)?;
+            Ok(())
+        })
+    }
+
+    /// Removes the entries up to `id`, and remembers that.
+    pub(super) fn purge(&self, id: &LogId<u64>) -> Result<(), DiskError> {
+        self.write(|txn| {
+            txn.open_table(META)?.insert("purged", json(id).as_slice())?;
+            txn.open_table(LOG)?.retain_in(..=id.index, |_, _| false)?;
+            Ok(())
+        })
+    }
+
+    /// Replaces the snapshot.
+    pub(super) fn save_snapshot(&self, meta: &Meta, data: &[u8]) -> Result<(), DiskError> {
+        self.write(|txn| {
+            let mut table = txn.open_table(SNAPSHOT)?;
+            table.retain(|_, _| false)?;
+            for (number, part) in (0..).zip(data.chunks(PART_BYTES)) {
+                table.insert(number, part)?;
+            }
+            txn.open_table(META)?.insert("snapshot", json(meta).as_slice())?;
+            Ok(())
+        })
+    }
+
+    pub(super) fn snapshot(&self) -> Result<Option<(Meta, Vec<u8>)>, DiskError> {
+        let Some(meta) = self.meta("snapshot")? else {
+            return Ok(None);
+        };
+        let data = self.access(|database| {
+            let txn = database.begin_read()?;
+            let table = txn.open_table(SNAPSHOT)?;
+            let mut data = Vec::new();
+            for part in table.iter()? {
+                data.extend_from_slice(part?.1.value());
+            }
+            Ok(data)
+        })?;
+        Ok(Some((meta, data)))
+    }
+}
+
+fn json<T: Serialize>(value: &T) -> Vec<u8> {
+    serde_json::to_vec(value).expect("these types have text keys only and no failing serializers")
+}

@@ -1,0 +1,167 @@
+//! Raft's state machine: the state in memory, with snapshots on disk.
+
+use std::{io::Cursor, sync::Arc};
+
+use openraft::{
+    AnyError, BasicNode, Entry, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot,
+    StorageError, StorageIOError, StoredMembership, storage::RaftStateMachine,
+};
+
+use super::{
+    Request, Response, SnapshotData, TypeConfig,
+    disk::{Disk, DiskError, Meta},
+};
+use crate::{
+    command,
+    shared::Shared,
+    state::{HistoryLimits, State, StateImage},
+};
+
+type Result<T, E = StorageError<u64>> = std::result::Result<T, E>;
+
+pub(super) struct StateMachine {
+    shared: Arc<Shared>,
+    disk: Arc<Disk>,
+    applied: Option<LogId<u64>>,
+    membership: StoredMembership<u64, BasicNode>,
+}
+
+impl StateMachine {
+    /// The state of the last snapshot; Raft applies the log behind it anew.
+    pub(super) fn load(disk: &Arc<Disk>) -> Result<Self, DiskError> {
+        let mut machine = Self {
+            shared: Shared::new(State::default()),
+            disk: Arc::clone(disk),
+            applied: None,
+            membership: StoredMembership::default(),
+        };
+        if let Some((meta, data)) = disk.snapshot()? {
+            let image: StateImage = disk.parse(|| "the snapshot".to_owned(), &data)?;
+            machine.adopt(&meta, image);
+        }
+        Ok(machine)
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    fn adopt(&mut self, meta: &Meta, image: StateImage) {
+        let new = State::from_image(HistoryLimits::DEFAULT, image);
+        self.shared.change(|state| *state = new);
+        self.applied = meta.last_log_id;
+        self.membership = meta.last_membership.clone();
+    }
+
+    fn apply_request(&self, index: u64, request: &Request) -> Response {
+        let meta = command::Meta { index, time_ms: request.time_ms };
+        self.shared.change(|state| {
+            let commands = request.commands.iter();
+            Response(commands.map(|c| state.apply(meta, c)).collect())
+        })
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for StateMachine {
+    type SnapshotBuilder = SnapshotBuilder;
+
+    async fn applied_state(
+        &mut self,
+    ) -> Result<(Option<LogId<u64>>, StoredMembership<u64, BasicNode>)> {
+        Ok((self.applied, self.membership.clone()))
+    }
+
+    async fn apply<I>(&mut self, entries: I) -> Result<Vec<Response>>
+    where
+        I: IntoIterator<Item = Entry<TypeConfig>> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let mut responses = Vec::new();
+        for entry in entries {
+            self.applied = Some(entry.log_id);
+            responses.push(match entry.payload {
+                EntryPayload::Blank => Response(Vec::new()),
+                EntryPayload::Normal(request) => self.apply_request(entry.log_id.index, &request),
+                EntryPayload::Membership(membership) => {
+                    self.membership = StoredMembership::new(Some(entry.log_id), membership);
+                    Response(Vec::new())
+                }
+            });
+        }
+        Ok(responses)
+    }
+
+    async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
+        // State and position belong together: both are taken here, between two applies.
+        SnapshotBuilder {
+            image: Some(self.shared.read().image()),
+            applied: self.applied,
+            membership: self.membership.clone(),
+            disk: Arc::clone(&self.disk),
+        }
+    }
+
+    async fn begin_receiving_snapshot(&mut self) -> Result<Box<SnapshotData>> {
+        Ok(Box::new(Cursor::new(Vec::new())))
+    }
+
+    async fn install_snapshot(&mut self, meta: &Meta, snapshot: Box<SnapshotData>) -> Result<()> {
+        let signature = || Some(meta.signature());
+        let data = snapshot.into_inner();
+        let image = serde_json::from_slice(&data)
+            .map_err(|error| StorageIOError::read_snapshot(signature(), AnyError::new(&error)))?;
+        save(&self.disk, meta.clone(), data)
+            .await
+            .map_err(|error| StorageIOError::write_snapshot(signature(), error))?;
+        self.adopt(meta, image);
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<TypeConfig>>> {
+        let snapshot = self
+            .disk
+            .snapshot()
+            .map_err(|error| StorageIOError::read_snapshot(None, AnyError::new(&error)))?;
+        Ok(snapshot.map(|(meta, data)| Snapshot { meta, snapshot: Box::new(Cursor::new(data)) }))
+    }
+}
+
+async fn save(disk: &Arc<Disk>, meta: Meta, data: Vec<u8>) -> Result<(), AnyError> {
+    let disk = Arc::clone(disk);
+    match tokio::task::spawn_blocking(move || disk.save_snapshot(&meta, &data)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(AnyError::new(&error)),
+        Err(error) => Err(AnyError::new(&error)),
+    }
+}
+
+/// Writes one snapshot.
+pub(super) struct SnapshotBuilder {
+    /// Taken by the first build.
+    image: Option<StateImage>,
+    applied: Option<LogId<u64>>,
+    membership: StoredMembership<u64, BasicNode>,
+    disk: Arc<Disk>,
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
+    async fn build_snapshot(&mut self) -> Result<Snapshot<TypeConfig>> {
+        let meta = Meta {
+            last_log_id: self.applied,
+            last_membership: self.membership.clone(),
+            // One position has one content, so its name needs nothing random.
+            snapshot_id: self.applied.map_or("empty".to_owned(), |id| id.to_string()),
+        };
+        let fault = |error: AnyError| StorageIOError::write_snapshot(Some(meta.signature()), error);
+        let Some(image) = self.image.take() else {
+            let error = std::io::Error::other("a builder builds one snapshot");
+            return Err(fault(AnyError::new(&error)).into());
+        };
+        let data = tokio::task::spawn_blocking(move || serde_json::to_vec(&image))
+            .await
+            .map_err(|error| fault(AnyError::new(&error)))?
+            .map_err(|error| fault(AnyError::new(&error)))?;
+        save(&self.disk, meta.clone(), data.clone()).await.map_err(fault)?;
+        Ok(Snapshot { meta, snapshot: Box::new(Cursor::new(data)) })
+    }
+}

@@ -1,0 +1,152 @@
+//! openraft's own suite, and what becomes of a store's file.
+
+use std::{fs, path::Path};
+
+use openraft::{
+    StorageError,
+    testing::{StoreBuilder, Suite},
+};
+use tempfile::TempDir;
+
+use super::*;
+use crate::{Store, Txn, TxnOutcome, state::ListQuery};
+
+struct Builder;
+
+impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
+    async fn build(&self) -> Result<(TempDir, LogStore, StateMachine), StorageError<u64>> {
+        let dir = TempDir::new().unwrap();
+        let disk = Arc::new(Disk::open(dir.path(), 1).unwrap());
+        let machine = StateMachine::load(&disk).unwrap();
+        let log = LogStore::open(disk).unwrap();
+        Ok((dir, log, machine))
+    }
+}
+
+#[test]
+fn log_and_machine_pass_openrafts_suite() {
+    Suite::test_all(Builder).unwrap();
+}
+
+#[test]
+fn log_entries_keep_their_form_on_disk() {
+    let request = Request { time_ms: 5, commands: vec![Command::Txn(Txn::create("/a", "1"))] };
+    let entry: openraft::Entry<TypeConfig> = openraft::Entry {
+        log_id: openraft::LogId::new(openraft::CommittedLeaderId::new(2, 1), 7),
+        payload: openraft::EntryPayload::Normal(request),
+    };
+    let literal = serde_json::json!({
+        "log_id": {"leader_id": {"term": 2, "node_id": 1}, "index": 7},
+        "payload": {"Normal": {"time_ms": 5, "commands": [{"txn": {
+            "compare": [{"key": "/a", "mod_revision": 0}],
+            "ops": [{"put": {"key": "/a", "value": "1"}}]
+        }}]}}
+    });
+    assert_eq!(serde_json::to_value(&entry).unwrap(), literal);
+    let back: openraft::Entry<TypeConfig> = serde_json::from_value(literal).unwrap();
+    assert_eq!(back, entry);
+}
+
+fn config(dir: &Path) -> RaftConfig {
+    RaftConfig { dir: dir.to_owned(), node_id: 1, address: "127.0.0.1:8443".into() }
+}
+
+async fn put(store: &Store, key: &str, value: &str) -> u64 {
+    let txn = Txn {
+        compare: Vec::new(),
+        ops: vec![crate::Op::Put { key: key.into(), value: value.into() }],
+    };
+    match store.txn(txn).await.unwrap() {
+        TxnOutcome::Committed { revision } => revision,
+        TxnOutcome::Conflict { .. } => panic!("nothing was compared"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_continues_from_snapshot_and_log() {
+    let dir = TempDir::new().unwrap();
+    let before = {
+        let store = Store::raft(config(dir.path())).await.unwrap();
+        for i in 0..20 {
+            put(&store, &format!("/k{}", i % 7), &i.to_string()).await;
+        }
+        let backend = RaftBackend::of(&store);
+        backend.raft.trigger().snapshot().await.unwrap();
+        let last = backend.metrics().last_applied.unwrap();
+        let wait = backend.raft.wait(Some(START_LIMIT));
+        wait.snapshot(last, "a snapshot").await.unwrap();
+        backend.raft.trigger().purge_log(last.index).await.unwrap();
+        for i in 20..25 {
+            put(&store, "/late", &i.to_string()).await;
+        }
+        store.shutdown().await;
+        store.list_local(&ListQuery::default()).unwrap()
+    };
+    assert_eq!(before.revision, 25);
+
+    let store = Store::raft(config(dir.path())).await.unwrap();
+    assert_eq!(store.list(&ListQuery::default()).await.unwrap(), before);
+    // History is there too, from before and after the snapshot.
+    let batch = store.watch("/", 0).next().await.unwrap();
+    let revisions: Vec<u64> = batch.events.iter().map(|e| e.revision).collect();
+    assert_eq!(revisions, (1..=25).collect::<Vec<_>>());
+    assert_eq!(put(&store, "/more", "x").await, 26);
+    store.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_not_ours_is_refused_by_name() {
+    let dir = TempDir::new().unwrap();
+    let store = Store::raft(config(dir.path())).await.unwrap();
+    put(&store, "/a", &"x".repeat(100_000)).await;
+    store.shutdown().await;
+    drop(store);
+    let file = dir.path().join("store.redb");
+    let good = fs::read(&file).unwrap();
+    let refusal = |node_id: u64| {
+        let config = RaftConfig { node_id, ..config(dir.path()) };
+        async move {
+            let Err(error) = Store::raft(config).await else { panic!("opened") };
+            error.to_string()
+        }
+    };
+
+    assert!(refusal(2).await.contains("belongs to node 1"));
+
+    {
+        let database = redb::Database::open(&file).unwrap();
+        let txn = database.begin_write().unwrap();
+        let meta = redb::TableDefinition::<&str, &[u8]>::new("meta");
+        txn.open_table(meta).unwrap().insert("format", b"9".as_slice()).unwrap();
+        txn.commit().unwrap();
+    }
+    let message = refusal(1).await;
+    assert!(message.contains("store.redb has format 9"), "{message}");
+
+    // A bit of the large value flips.
+    let mut torn = good.clone();
+    let at = torn.windows(64).position(|w| w == [b'x'; 64]).unwrap() + 5_000;
+    torn[at] ^= 1;
+    fs::write(&file, &torn).unwrap();
+    let message = refusal(1).await;
+    assert!(message.contains("store.redb is damaged"), "{message}");
+
+    fs::write(&file, &good[..good.len() / 2]).unwrap();
+    let message = refusal(1).await;
+    assert!(message.contains("store.redb"), "{message}");
+
+    fs::write(&file, b"something else, and long enough to be looked at".repeat(200)).unwrap();
+    let message = refusal(1).await;
+    assert!(message.contains("store.redb is damaged"), "{message}");
+
+    fs::write(&file, &good).unwrap();
+    let store = Store::raft(config(dir.path())).await.unwrap();
+    assert!(store.get("/a").await.unwrap().is_some());
+    store.shutdown().await;
+}
+
+impl RaftBackend {
+    fn of(store: &Store) -> &Self {
+        store.raft_backend().expect("a replicated store")
+    }
+}
