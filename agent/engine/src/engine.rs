@@ -80,7 +80,7 @@ pub enum EngineError {
     Layers(String),
     #[error(transparent)]
     Group(#[from] GroupError),
-    #[error("MLX: {}", .0.what())]
+    #[error("MLX: {}", crate::mlx::reason(.0.what()))]
     Mlx(#[from] Exception),
     #[error("sequence {0} is not open")]
     UnknownSequence(SeqId),
@@ -384,7 +384,7 @@ fn ids(tokens: &[u32]) -> Array {
 
 /// Evaluates; a failure counts as one of the collective that the arrays depend on.
 fn wait(arrays: &[&Array], operation: &'static str) -> Result<(), GroupError> {
-    eval(arrays.iter().copied()).map_err(|source| GroupError::Collective { operation, source })
+    eval(arrays.iter().copied()).map_err(|e| GroupError::collective(operation, &e))
 }
 
 fn read_report(report: &Array) -> Result<StepOutput, Exception> {

@@ -105,6 +105,6 @@ impl Pipeline {
 }
 
 fn read(array: &Array, operation: &'static str) -> Result<Vec<i32>, EngineError> {
-    array.eval().map_err(|source| GroupError::Collective { operation, source })?;
+    array.eval().map_err(|e| GroupError::collective(operation, &e))?;
     Ok(array.as_slice::<i32>().to_vec())
 }

@@ -12,7 +12,7 @@ use mlx_rs::error::Exception;
 use mlx_rs::{Array, Dtype, Stream};
 
 use super::array::finish;
-use super::{init, take_error};
+use super::{init, reason, take_error};
 
 /// How the ranks of a group reach each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,12 +67,14 @@ pub enum GroupError {
     Unavailable { backend: &'static str },
     #[error("the '{backend}' group could not be formed: {reason}")]
     Init { backend: &'static str, reason: String },
-    #[error("{operation} failed")]
-    Collective {
-        operation: &'static str,
-        #[source]
-        source: Exception,
-    },
+    #[error("{operation} failed: {reason}")]
+    Collective { operation: &'static str, reason: String },
+}
+
+impl GroupError {
+    pub(crate) fn collective(operation: &'static str, error: &Exception) -> Self {
+        Self::Collective { operation, reason: reason(error.what()).to_owned() }
+    }
 }
 
 struct Handle(mlx_sys::mlx_distributed_group);
@@ -240,9 +242,10 @@ impl Group {
     pub fn share_u32(&self, number: u32) -> Result<u32, GroupError> {
         let own = if self.rank == 0 { number } else { 0 };
         let sum = self.all_sum(&Array::from_slice(&[own], &[1]))?;
-        let source = |source| GroupError::Collective { operation: "all_sum", source };
-        sum.eval().map_err(source)?;
-        sum.as_slice::<u32>().first().copied().ok_or_else(|| source(Exception::custom("no value")))
+        let failed = |e: &Exception| GroupError::collective("all_sum", e);
+        sum.eval().map_err(|e| failed(&e))?;
+        let values = sum.as_slice::<u32>().first().copied();
+        values.ok_or_else(|| failed(&Exception::custom("no value")))
     }
 
     fn call(
@@ -254,7 +257,7 @@ impl Group {
         unsafe {
             let mut result = mlx_sys::mlx_array_new();
             let status = f(&mut result);
-            finish(status, result).map_err(|source| GroupError::Collective { operation, source })
+            finish(status, result).map_err(|e| GroupError::collective(operation, &e))
         }
     }
 }

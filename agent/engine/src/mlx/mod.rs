@@ -49,7 +49,16 @@ pub(crate) fn synchronize() {
 
 /// The message of the last failed call on this thread.
 fn take_error() -> String {
-    LAST_ERROR.with_borrow_mut(Option::take).unwrap_or_else(|| "no reason given".to_owned())
+    let message = LAST_ERROR.with_borrow_mut(Option::take);
+    message.map_or_else(|| "no reason given".to_owned(), |m| reason(&m).to_owned())
+}
+
+/// MLX's message without the place in its own sources that its C layer appends.
+pub(crate) fn reason(message: &str) -> &str {
+    match message.rsplit_once(" at ") {
+        Some((reason, place)) if place.contains(".cpp:") => reason,
+        _ => message,
+    }
 }
 
 /// mlx-rs seeds its unseeded random state from this clock, which only macOS has. Nothing here draws unseeded, so
@@ -59,4 +68,15 @@ fn take_error() -> String {
 extern "C" fn mach_approximate_time() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.map_or(0, |d| d.as_nanos() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::reason;
+
+    #[test]
+    fn reasons_lose_the_place_in_foreign_sources_only() {
+        assert_eq!(reason("[matmul] no at /a/b c/ops.cpp:12"), "[matmul] no");
+        assert_eq!(reason("failed at rank 3"), "failed at rank 3");
+    }
 }
