@@ -14,6 +14,7 @@ use exo_crds::{
     generate::{ErrorCode, FinishReason, GenerateEvent},
     runner::RunnerEvent,
 };
+use futures::StreamExt as _;
 use serde_json::{Value, json};
 
 use client::{Client, request};
@@ -305,4 +306,38 @@ async fn the_end_of_stdin_ends_a_rank_that_waits() {
     first.wait_for(|event| matches!(event, RunnerEvent::Phase { .. }));
     first.stdin = None;
     assert_eq!(first.exit().code(), Some(0));
+}
+
+/// Asks every `step`th of the questions whose answers are known; all must be right.
+async fn ask(world_size: usize, step: usize) {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/tiny-model/questions.json");
+    let all: Vec<Value> = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    assert!(all.len() >= 100);
+    let questions: Vec<_> = all.iter().step_by(step).collect();
+    let group = Group::new(world_size, &model::built_in(), model::BUILT_IN_LAYERS);
+    let _runners = group.start_all();
+    let client = client(&group);
+    let answers = futures::stream::iter(&questions).map(async |question| {
+        let tools = question.get("tools").cloned().unwrap_or_else(|| json!([]));
+        let chat = json!({"messages": question["messages"], "tools": tools});
+        let tokens = question["answer_tokens"].as_array().unwrap().len();
+        let body = json!({"id": question["id"], "prompt": {"chat": chat},
+                          "max_tokens": tokens + 8, "sampling": {"temperature": 0.0}});
+        client.whole(&body).await
+    });
+    let answers: Vec<_> = answers.buffered(4).collect().await;
+    for (question, answer) in questions.iter().zip(&answers) {
+        assert_eq!(question["answer"], answer.text, "{}", question["id"]);
+        assert_eq!(answer.reason, FinishReason::Stop, "{}", question["id"]);
+    }
+}
+
+#[tokio::test]
+async fn the_built_in_model_answers_all_questions() {
+    ask(1, 1).await;
+}
+
+#[tokio::test]
+async fn the_built_in_model_answers_on_two_ranks() {
+    ask(2, 6).await;
 }

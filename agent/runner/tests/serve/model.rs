@@ -8,9 +8,11 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
+/// Layers of the built-in model.
+pub(crate) const BUILT_IN_LAYERS: u32 = 8;
 pub(crate) const LAYERS: u32 = 4;
 pub(crate) const CONTEXT: u32 = 512;
-pub(crate) const VOCABULARY: usize = 1280;
+const VOCABULARY: usize = 1280;
 const HIDDEN: usize = 64;
 const MLP: usize = 96;
 const KV: usize = 32;
