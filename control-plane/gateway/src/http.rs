@@ -64,7 +64,7 @@ async fn chat_completions(
     request: Request,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let permit = admit(&shared)?;
+    let admitted = admit(&shared)?;
     let body = body::read_json(request, shared.limits.body_bytes).await?;
     let request = ChatRequest::read(&body)?;
     // Free what may be megabytes before the answer, which may take minutes.
@@ -84,7 +84,7 @@ async fn chat_completions(
     let id = head.id.clone();
     let mut response = if stream {
         let writer = ChunkWriter::new(head, include_usage);
-        stream_answer(flow, answer, writer, permit).await?
+        stream_answer(flow, answer, writer, admitted).await?
     } else {
         whole_answer(flow, answer, Completion::new(head)).await?
     };
@@ -94,10 +94,25 @@ async fn chat_completions(
     Ok(response)
 }
 
-fn admit(shared: &Arc<Shared>) -> Result<OwnedSemaphorePermit, ApiError> {
-    Arc::clone(&shared.admission)
+/// A request's place among those in flight; lives as long as its answer.
+#[derive(Debug)]
+struct Admitted {
+    shared: Arc<Shared>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.shared.metrics.in_flight.dec();
+    }
+}
+
+fn admit(shared: &Arc<Shared>) -> Result<Admitted, ApiError> {
+    let permit = Arc::clone(&shared.admission)
         .try_acquire_owned()
-        .map_err(|_| ApiError::too_many_requests(shared.limits.in_flight))
+        .map_err(|_| ApiError::too_many_requests(shared.limits.in_flight))?;
+    shared.metrics.in_flight.inc();
+    Ok(Admitted { shared: Arc::clone(shared), _permit: permit })
 }
 
 /// Looks a model up; a gateway that just started waits for its first lists before it says no.
@@ -136,7 +151,7 @@ async fn stream_answer(
     flow: Flow,
     mut answer: ChatAnswer,
     writer: ChunkWriter,
-    permit: OwnedSemaphorePermit,
+    admitted: Admitted,
 ) -> Result<Response, ApiError> {
     let mut events = Box::pin(flow.into_stream());
     let first = step(&mut answer, events.next().await);
@@ -146,7 +161,7 @@ async fn stream_answer(
     let outcome = Outcome::default();
     let reported = outcome.clone();
     let body = async_stream::stream! {
-        let _permit = permit;
+        let _admitted = admitted;
         let mut pieces = first;
         loop {
             let text = write(&writer, pieces, &reported);

@@ -37,7 +37,7 @@ impl Metrics {
         Ok(Self {
             in_flight: registered(
                 registry,
-                IntGauge::new("exo_gateway_in_flight", "Requests being answered now")?,
+                IntGauge::new("exo_gateway_in_flight", "Requests for answers under way")?,
             )?,
             resumes: registered(
                 registry,

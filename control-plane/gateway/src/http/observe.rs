@@ -48,7 +48,6 @@ struct Observed {
 impl Drop for Observed {
     fn drop(&mut self) {
         let metrics = &self.shared.metrics;
-        metrics.in_flight.dec();
         let code = self.outcome.0.load(Ordering::Relaxed);
         metrics.request_done(&self.route, code, self.started.elapsed());
     }
@@ -60,7 +59,6 @@ pub(super) async fn observe(
     request: Request,
     next: Next,
 ) -> Response {
-    shared.metrics.in_flight.inc();
     let mut observed = Observed {
         shared,
         // Never the path itself: clients choose it, and labels live for ever.
