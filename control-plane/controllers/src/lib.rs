@@ -17,11 +17,33 @@ use kube::Client;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+/// A controller that ended though nobody asked it to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the {0} controller ended by itself")]
+pub struct Ended(&'static str);
+
 /// Runs all controllers until `shutdown` is cancelled. They act while `leadership` is true and stay
 /// silent otherwise.
-pub async fn run(client: Client, leadership: watch::Receiver<bool>, shutdown: CancellationToken) {
-    tokio::join!(
-        instance::run(client.clone(), leadership.clone(), shutdown.clone()),
-        node::run(client, leadership, shutdown),
-    );
+///
+/// # Errors
+/// [`Ended`]: without that controller nothing would be looked after any more.
+pub async fn run(
+    client: Client,
+    leadership: watch::Receiver<bool>,
+    shutdown: CancellationToken,
+) -> Result<(), Ended> {
+    let instances = instance::run(client.clone(), leadership.clone(), shutdown.clone());
+    let nodes = node::run(client, leadership, shutdown.clone());
+    let ended = |name| if shutdown.is_cancelled() { Ok(()) } else { Err(Ended(name)) };
+    tokio::try_join!(
+        async {
+            instances.await;
+            ended("instance")
+        },
+        async {
+            nodes.await;
+            ended("node")
+        },
+    )?;
+    Ok(())
 }

@@ -1,0 +1,206 @@
+//! Registers the Node and keeps its status true.
+
+use std::{path::PathBuf, time::Duration};
+
+use exo_crds::{
+    Node, NodeAddress, NodeSpec, NodeStatus, NodeVersions, Quantity, TransportKind, set_condition,
+};
+use k8s_openapi::{
+    apimachinery::pkg::apis::meta::v1::{MicroTime, Time},
+    jiff::Timestamp,
+};
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams, PostParams},
+};
+use serde_json::json;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    AgentConfig,
+    metrics::Metrics,
+    probe::{self, Facts},
+};
+
+/// Five of these fit into the limit after which the control plane gives a node up.
+const HEARTBEAT: Duration = Duration::from_secs(2);
+/// A call that takes longer would delay the next heartbeat too much.
+const CALL_LIMIT: Duration = Duration::from_secs(4);
+/// Saying good-bye is a courtesy: the process wants to end.
+const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
+
+/// Sends heartbeats until `shutdown`, then says that the agent has stopped.
+pub(crate) async fn run(
+    client: Client,
+    config: AgentConfig,
+    disk: PathBuf,
+    metrics: Metrics,
+    shutdown: CancellationToken,
+) {
+    let facts = tokio::task::spawn_blocking(probe::facts).await.unwrap_or_default();
+    let mut reporter = Reporter {
+        api: Api::all(client),
+        host_name: hostname::get().ok().and_then(|name| name.into_string().ok()),
+        config,
+        facts,
+        disk,
+        metrics,
+        registered: false,
+        last: NodeStatus::default(),
+    };
+    let mut beats = interval(HEARTBEAT);
+    beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut failing = false;
+    loop {
+        tokio::select! {
+            // Cancel-safe: a tick that is lost is followed by the farewell.
+            () = shutdown.cancelled() => break,
+            _ = beats.tick() => {}
+        }
+        let result = tokio::select! {
+            // Cancel-safe: a heartbeat that may or may not arrive is overwritten by the farewell.
+            () = shutdown.cancelled() => break,
+            result = timeout(CALL_LIMIT, reporter.beat()) => result,
+        };
+        let error = match result {
+            Ok(Ok(())) => {
+                if failing {
+                    tracing::info!("the control plane answers again");
+                }
+                failing = false;
+                continue;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {} s", CALL_LIMIT.as_secs()),
+        };
+        if !failing {
+            tracing::warn!(error, "heartbeat failed; will go on trying");
+        }
+        failing = true;
+    }
+    if timeout(FAREWELL_LIMIT, reporter.farewell()).await.is_err() {
+        tracing::debug!("the control plane did not hear that the agent stops");
+    }
+}
+
+struct Reporter {
+    api: Api<Node>,
+    host_name: Option<String>,
+    config: AgentConfig,
+    facts: Facts,
+    disk: PathBuf,
+    metrics: Metrics,
+    registered: bool,
+    /// As the API returned it last: conditions of others stay in it.
+    last: NodeStatus,
+}
+
+impl Reporter {
+    async fn beat(&mut self) -> Result<(), kube::Error> {
+        if !self.registered {
+            self.register().await?;
+        }
+        let (facts, disk, held) =
+            (self.facts.clone(), self.disk.clone(), self.metrics.held_bytes());
+        let (memory, disk_free) = tokio::task::spawn_blocking(move || {
+            (probe::memory(&facts, held), probe::disk_free(&disk))
+        })
+        .await
+        .unwrap_or_default();
+        if let Some(memory) = &memory {
+            self.metrics.node_memory("total", memory.total_bytes);
+            self.metrics.node_memory("usable", memory.usable_bytes);
+            self.metrics.node_memory("free", memory.free_bytes);
+        }
+        let mut status = self.status(Timestamp::now(), true);
+        status.memory = memory;
+        status.disk_free = disk_free.map(|bytes| Quantity::from_bytes(bytes).rounded());
+        self.write(status).await
+    }
+
+    async fn farewell(&mut self) -> Result<(), kube::Error> {
+        if !self.registered {
+            return Ok(());
+        }
+        let status = self.status(Timestamp::now(), false);
+        self.write(status).await
+    }
+
+    /// Takes over a Node of this name, or makes it.
+    async fn register(&mut self) -> Result<(), kube::Error> {
+        let name = &self.config.node_name;
+        let node = match self.api.get_opt(name).await? {
+            Some(node) => node,
+            None => {
+                let mut node = Node::new(name, NodeSpec::default());
+                let label = |key: &str, value: &str| (format!("exo.dev/{key}"), value.to_owned());
+                node.metadata.labels = Some(
+                    [label("os", std::env::consts::OS), label("arch", std::env::consts::ARCH)]
+                        .into(),
+                );
+                match self.api.create(&PostParams::default(), &node).await {
+                    // Somebody wrote one a moment ago.
+                    Err(kube::Error::Api(error)) if error.code == 409 => self.api.get(name).await?,
+                    created => created?,
+                }
+            }
+        };
+        tracing::info!(node = name, "registered");
+        self.last = node.status.unwrap_or_default();
+        self.registered = true;
+        Ok(())
+    }
+
+    fn status(&self, now: Timestamp, running: bool) -> NodeStatus {
+        let mut conditions = self.last.conditions.clone();
+        let (reason, message) = if running {
+            ("AgentReady", "the agent is running")
+        } else {
+            ("AgentStopped", "the agent was stopped")
+        };
+        // Conditions keep whole seconds.
+        let second = Time(Timestamp::from_second(now.as_second()).unwrap_or(now));
+        set_condition(&mut conditions, "Ready", running, reason, message, None, &second);
+        let address = |kind: &str, address: String| NodeAddress { kind: kind.to_owned(), address };
+        let mut addresses = vec![address("InternalIP", self.config.address.to_string())];
+        addresses.extend(self.host_name.clone().map(|name| address("Hostname", name)));
+        NodeStatus {
+            addresses,
+            chip: self.facts.chip.clone(),
+            os: Some(std::env::consts::OS.to_owned()),
+            arch: Some(std::env::consts::ARCH.to_owned()),
+            memory: None,
+            compute: self.facts.compute,
+            // MLX's TCP ring is in every build.
+            transports: vec![TransportKind::Ring],
+            disk_free: None,
+            versions: NodeVersions {
+                exo: Some(env!("CARGO_PKG_VERSION").to_owned()),
+                os: self.facts.os_version.clone(),
+            },
+            last_heartbeat_time: Some(MicroTime(now)),
+            conditions,
+        }
+    }
+
+    /// Only this agent and, when it is silent, the control plane write here; the next heartbeat
+    /// puts right whatever got mixed up.
+    async fn write(&mut self, status: NodeStatus) -> Result<(), kube::Error> {
+        let patch = Patch::Merge(json!({"status": status}));
+        let params = PatchParams::default();
+        match self.api.patch_status(&self.config.node_name, &params, &patch).await {
+            Ok(node) => {
+                self.last = node.status.unwrap_or_default();
+                Ok(())
+            }
+            Err(error) => {
+                // Deleted while the agent runs: the next heartbeat makes it again.
+                if matches!(&error, kube::Error::Api(status) if status.code == 404) {
+                    self.registered = false;
+                }
+                Err(error)
+            }
+        }
+    }
+}
