@@ -33,6 +33,10 @@ impl Collector {
         }
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(crate) fn finish(self) -> anyhow::Result<()> {
         match self.0.is_empty() {
             true => Ok(()),

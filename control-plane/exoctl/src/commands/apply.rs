@@ -44,6 +44,9 @@ pub(super) async fn run(args: &Apply, server: &Server, out: &mut dyn Write) -> a
         }
         return Ok(());
     }
+    if planned.len() > 1 && args.dry_run.is_none() {
+        rehearse(server, &planned).await?;
+    }
     let mut failures = Collector::default();
     for one in &planned {
         let done = send(server, one, args.dry_run.is_some()).await;
@@ -59,6 +62,16 @@ pub(super) async fn run(args: &Apply, server: &Server, out: &mut dyn Write) -> a
         wait_until_ready(args, server, &planned, out).await?;
     }
     Ok(())
+}
+
+/// Lets the server check all documents, so that a refusal of the last one finds nothing done.
+async fn rehearse(server: &Server, planned: &[Planned<'_>]) -> anyhow::Result<()> {
+    let mut failures = Collector::default();
+    for one in planned {
+        let checked = send(server, one, true).await;
+        failures.note(checked.with_context(|| one.source.clone()))?;
+    }
+    failures.finish()
 }
 
 /// Checks every document before any is sent.
@@ -214,7 +227,8 @@ async fn wait_until_ready(
     let goal = Goal::Condition { kind: "Ready".to_owned(), status: "True".to_owned() };
     let mut failures = Collector::default();
     for one in planned.iter().filter(|p| p.kind.api.kind == "InferenceInstance") {
-        let target = wait::Target { kind: one.kind, namespace: &one.namespace, name: &one.name };
+        let target =
+            wait::Target { kind: one.kind, namespace: &one.namespace, name: &one.name, uid: None };
         let waited = wait::wait_for(server, &target, &goal, deadline, args.timeout).await;
         if failures.note(waited)?.is_some() {
             writeln!(out, "{} is Ready", one.kind.named(&one.name))?;

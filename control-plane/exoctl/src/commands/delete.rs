@@ -1,9 +1,10 @@
 //! `exoctl delete`.
 
-use std::{io::Write, time::Duration};
+use std::io::Write;
 
 use anyhow::bail;
 use http::Method;
+use serde_json::Value;
 use tokio::time::Instant;
 
 use super::{
@@ -36,17 +37,24 @@ pub(super) async fn run(args: &Delete, server: &Server, out: &mut dyn Write) -> 
             Err(error) if args.ignore_not_found && is_not_found(&error) => continue,
             result => result,
         };
-        if failures.note(result)?.is_some() {
+        if let Some(answer) = failures.note(result)? {
             let what = doomed.kind.named("");
             writeln!(out, "{} \"{}\" deleted", what.trim_end_matches('/'), doomed.name)?;
             out.flush()?;
-            deleted.push(doomed);
+            deleted.push((doomed, uid_of(&answer)));
         }
     }
     if args.wait {
         let deadline = Instant::now() + args.timeout;
-        for doomed in deleted {
-            failures.note(gone(server, &doomed, deadline, args.timeout).await)?;
+        for (doomed, uid) in deleted {
+            let target = wait::Target {
+                kind: doomed.kind,
+                namespace: &doomed.namespace,
+                name: &doomed.name,
+                uid: uid.as_ref(),
+            };
+            let gone = wait::wait_for(server, &target, &Goal::Delete, deadline, args.timeout).await;
+            failures.note(gone)?;
         }
     }
     failures.finish()
@@ -87,7 +95,7 @@ async fn in_files<'s>(args: &Delete, server: &'s Server) -> anyhow::Result<Vec<D
     let mut all = Vec::new();
     for document in documents::read(&args.files)?.into_iter().rev() {
         let (source, object) = (document.source, document.object);
-        let text = |value: &serde_json::Value| value.as_str().map(str::to_owned);
+        let text = |value: &Value| value.as_str().map(str::to_owned);
         let (Some(api_version), Some(kind), Some(name)) =
             (text(&object["apiVersion"]), text(&object["kind"]), text(&object["metadata"]["name"]))
         else {
@@ -106,13 +114,8 @@ fn is_not_found(error: &anyhow::Error) -> bool {
     refused(error).is_some_and(|refusal| refusal.is_not_found())
 }
 
-async fn gone(
-    server: &Server,
-    doomed: &Doomed<'_>,
-    deadline: Instant,
-    timeout: Duration,
-) -> anyhow::Result<()> {
-    let target =
-        wait::Target { kind: doomed.kind, namespace: &doomed.namespace, name: &doomed.name };
-    wait::wait_for(server, &target, &Goal::Delete, deadline, timeout).await
+/// A deletion answers with the object while finalizers hold it, else with a Status.
+fn uid_of(answer: &Value) -> Option<Value> {
+    let places = [&answer["metadata"]["uid"], &answer["details"]["uid"]];
+    places.into_iter().find(|uid| uid.is_string()).cloned()
 }

@@ -1,6 +1,6 @@
 //! `exoctl get`: tables as the server makes them, or whole objects; once or as they change.
 
-use std::io::Write;
+use std::{io::Write, time::Duration};
 
 use anyhow::{Context as _, bail};
 use futures::{TryStreamExt as _, pin_mut};
@@ -15,6 +15,8 @@ use crate::{
     server::{Form, Server},
     table::{Printer, Style, Table},
 };
+
+const EMPTY_WATCH_PAUSE: Duration = Duration::from_millis(250);
 
 pub(super) async fn run(args: &Get, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
     let selected = select::read(server, &args.kind, &args.names).await?;
@@ -66,6 +68,9 @@ async fn tables(
             &table.column_definitions,
             &table.rows,
         )?;
+    }
+    if !printed && selected.len() > 1 && failures.is_empty() {
+        note("No resources found");
     }
     failures.finish()
 }
@@ -174,6 +179,10 @@ async fn watch(
                 WatchEvent::Error(status) if status.code == 410 => expired = true,
                 WatchEvent::Error(status) => return Err(server.explain(kube::Error::Api(status))),
             }
+        }
+        if last == version {
+            // A server that ends watches at once must not be asked without pause.
+            tokio::time::sleep(EMPTY_WATCH_PAUSE).await;
         }
         // Servers end watches after a while; that one goes on where it ended, or anew.
         version = match expired {

@@ -23,6 +23,8 @@ pub(super) struct Target<'a> {
     pub(super) kind: &'a Kind,
     pub(super) namespace: &'a str,
     pub(super) name: &'a str,
+    /// The very object, where another one may have taken its name meanwhile.
+    pub(super) uid: Option<&'a Value>,
 }
 
 pub(super) async fn run(args: &Wait, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
@@ -36,7 +38,8 @@ pub(super) async fn run(args: &Wait, server: &Server, out: &mut dyn Write) -> an
             bail!("say which {}: KIND/NAME", selected.kind.api.plural);
         }
         for name in &selected.names {
-            let target = Target { kind: selected.kind, namespace: server.namespace(), name };
+            let target =
+                Target { kind: selected.kind, namespace: server.namespace(), name, uid: None };
             let waited = wait_for(server, &target, &args.goal, deadline, args.timeout).await;
             if failures.note(waited)?.is_some() {
                 let met = match args.goal {
@@ -64,12 +67,13 @@ pub(super) async fn wait_for(
     // retry.
     let path = target.kind.path(Some(target.namespace), Some(target.name));
     let first = server.get_if_exists(&path).await?;
-    let uid = first.as_ref().map(|object| object["metadata"]["uid"].clone());
+    let found_uid = first.as_ref().map(|object| object["metadata"]["uid"].clone());
+    let uid = target.uid.or(found_uid.as_ref());
     let objects = watch_object(server.api(target.kind, target.namespace), target.name);
     let objects = objects.default_backoff();
     pin_mut!(objects);
     let mut teller = Teller::default();
-    let mut state = State::of(goal, first.as_ref(), uid.as_ref());
+    let mut state = State::of(goal, first.as_ref(), uid);
     loop {
         match &state {
             State::Reached => return Ok(()),
@@ -78,7 +82,7 @@ pub(super) async fn wait_for(
         match tokio::time::timeout_at(deadline, objects.next()).await {
             Ok(Some(Ok(object))) => {
                 let object = object.and_then(|object| serde_json::to_value(object).ok());
-                state = State::of(goal, object.as_ref(), uid.as_ref());
+                state = State::of(goal, object.as_ref(), uid);
             }
             // The connection may come back before the deadline.
             Ok(Some(Err(_))) => {}

@@ -1,0 +1,5 @@
+//! `exoctl` itself against an API server in this process, over a real socket.
+
+mod cluster;
+mod golden;
+mod streams;

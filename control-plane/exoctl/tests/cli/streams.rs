@@ -1,0 +1,105 @@
+//! What scripts can't show: output while a command runs, servers that aren't there.
+
+use std::process::Stdio;
+
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+
+use crate::cluster::{Cluster, PATIENCE};
+
+/// The next line, without the age at its end.
+async fn next_row(lines: &mut tokio::io::Lines<impl tokio::io::AsyncBufRead + Unpin>) -> String {
+    let line = tokio::time::timeout(PATIENCE, lines.next_line()).await.expect("a line comes");
+    let line = line.unwrap().expect("the command goes on");
+    let words: Vec<&str> = line.split_whitespace().collect();
+    words[..words.len() - 1].join(" ")
+}
+
+#[tokio::test]
+async fn watching_prints_rows_as_they_change() {
+    let cluster = Cluster::start().await;
+    cluster.create_shard(0, "0-39").await;
+    let mut command = cluster.command(&["get", "shards", "-w"]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert_eq!(
+        next_row(&mut lines).await,
+        "NAME INSTANCE RANK NODE LAYERS SHARDING BACKEND PHASE PROGRESS MEMORY"
+    );
+    let ready = |rank: u32, layers: &str| {
+        let node = rank + 1;
+        format!(
+            "llama-0-a1-{rank} llama {rank} studio-{node} {layers} Pipeline jaccl Ready 100% 19Gi"
+        )
+    };
+    assert_eq!(next_row(&mut lines).await, ready(0, "0-39"));
+    cluster.create_shard(1, "40-79").await;
+    // As it was created, then with its status.
+    let created = next_row(&mut lines).await;
+    assert!(created.starts_with("llama-0-a1-1 llama 1 studio-2"), "{created}");
+    assert_eq!(next_row(&mut lines).await, ready(1, "40-79"));
+    child.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_reader_that_leaves_is_no_failure() {
+    let cluster = Cluster::start().await;
+    cluster.create_shards().await;
+    let mut command = cluster.command(&["get", "shards", "-w", "-o", "name"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next_line().await.unwrap().unwrap(), "shard.exo.dev/llama-0-a1-0");
+    drop(lines);
+    cluster.create_shard(2, "80-81").await;
+    let output = tokio::time::timeout(PATIENCE, child.wait_with_output()).await.unwrap().unwrap();
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    assert!(output.status.success());
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_there_is_named() {
+    let cluster = Cluster::start().await;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let text = std::fs::read_to_string(cluster.kubeconfig()).unwrap();
+    let server = text.split('\'').nth(1).unwrap();
+    std::fs::write(cluster.kubeconfig(), text.replace(server, &format!("http://{address}")))
+        .unwrap();
+    let output = cluster.run(&["get", "nodes"]).await;
+    assert_eq!(output.code, 1);
+    let expect = format!("error: can't reach the API server at http://{address}");
+    assert!(output.stderr.starts_with(&expect), "{}", output.stderr);
+    assert_eq!(output.stderr.lines().count(), 1);
+}
+
+#[tokio::test]
+async fn without_a_configuration_it_says_where_it_looked() {
+    let cluster = Cluster::start().await;
+    std::fs::remove_file(cluster.kubeconfig()).unwrap();
+    let output = cluster.run(&["get", "nodes"]).await;
+    assert_eq!(output.code, 1);
+    let place = cluster.kubeconfig().display().to_string();
+    assert!(output.stderr.contains(&place), "{}", output.stderr);
+    // An explicit one that is missing is named as well.
+    let output = cluster.run(&["get", "nodes", "--kubeconfig", "nowhere"]).await;
+    assert_eq!(output.code, 1);
+    assert!(output.stderr.contains("nowhere"), "{}", output.stderr);
+}
+
+#[tokio::test]
+async fn wait_sees_what_happens_later() {
+    let cluster = Cluster::start().await;
+    let instance = "{apiVersion: exo.dev/v1alpha1, kind: InferenceInstance, \
+                    metadata: {name: chat}, spec: {model: tiny}}";
+    let args = ["wait", "instance/chat", "--for=condition=Ready"];
+    let waiting = cluster.run(&args);
+    let happening = async {
+        let applied = cluster.run_with_input(&["apply", "-f", "-"], instance).await;
+        assert_eq!(applied.code, 0, "{}", applied.stderr);
+        cluster.set_ready("chat", false).await;
+        cluster.set_ready("chat", true).await;
+    };
+    let (waited, ()) = tokio::join!(waiting, happening);
+    assert_eq!(waited.code, 0, "{}", waited.stderr);
+    assert_eq!(waited.stdout, "inferenceinstance.exo.dev/chat condition met\n");
+}
