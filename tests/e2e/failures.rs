@@ -16,10 +16,8 @@ fn ready_epoch(cluster: &Cluster) -> anyhow::Result<Option<u64>> {
 }
 
 fn wait_for_epoch_after(cluster: &Cluster, old: u64) -> u64 {
-    wait_for("a new epoch to be Ready", || {
-        Ok(ready_epoch(cluster)?.filter(|epoch| *epoch > old))
-    })
-    .unwrap_or_else(|error| panic!("{error}{:?}{}", cluster.shards(), cluster.logs()))
+    wait_for("a new epoch to be Ready", || Ok(ready_epoch(cluster)?.filter(|epoch| *epoch > old)))
+        .unwrap_or_else(|error| panic!("{error}{:?}{}", cluster.shards(), cluster.logs()))
 }
 
 fn kill(pid: u32) {

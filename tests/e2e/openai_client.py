@@ -9,7 +9,7 @@ import openai
 
 def options(question):
     chosen = {"model": "tiny", "messages": question["messages"], "temperature": 0,
-              "max_tokens": 256}
+              "max_tokens": 1024}
     if question.get("tools"):
         chosen["tools"] = question["tools"]
     return chosen

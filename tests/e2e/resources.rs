@@ -44,7 +44,8 @@ fn bad_manifests_are_refused_and_nothing_is_created() {
         let text = cluster.exoctl_ok(&["get", "instance", "bad", "-o", "json"])?;
         let instance: serde_json::Value = serde_json::from_str(&text)?;
         let conditions = instance["status"]["conditions"].to_string();
-        Ok((instance["status"]["phase"] == "Pending" && conditions.contains("nowhere")).then_some(()))
+        Ok((instance["status"]["phase"] == "Pending" && conditions.contains("nowhere"))
+            .then_some(()))
     })
     .unwrap();
     let described = cluster.exoctl_ok(&["describe", "instance", "bad"]).unwrap();

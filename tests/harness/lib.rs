@@ -166,12 +166,7 @@ pub struct Exo {
 }
 
 impl Exo {
-    fn start(
-        dir: &Path,
-        name: &str,
-        models: &Path,
-        args: Vec<String>,
-    ) -> anyhow::Result<Self> {
+    fn start(dir: &Path, name: &str, models: &Path, args: Vec<String>) -> anyhow::Result<Self> {
         let (data_dir, log) = (dir.join(name), dir.join(format!("{name}.log")));
         let child = Self::spawn(name, &data_dir, models, &log, &args)?;
         let mut exo = Self {

@@ -57,8 +57,7 @@ fn modules(file: &Path, is_root: bool) -> Vec<PathBuf> {
         let Some(name) = item.strip_prefix("mod ").and_then(|l| l.strip_suffix(';')) else {
             continue;
         };
-        let candidates =
-            [inner.join(format!("{name}.rs")), inner.join(name).join("mod.rs")];
+        let candidates = [inner.join(format!("{name}.rs")), inner.join(name).join("mod.rs")];
         let path = explicit.take().or_else(|| candidates.into_iter().find(|p| p.exists()));
         found.push(path.unwrap_or_else(|| panic!("{}: no file for `{line}`", file.display())));
     }

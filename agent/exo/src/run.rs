@@ -4,7 +4,11 @@
 //! lets answers end, then the agent stops its runners and says so, then controllers and API server,
 //! last the store. Each part has a limit, after which it is dropped.
 
-use std::{future::Future, net::SocketAddr, time::Duration};
+use std::{
+    future::{Future, IntoFuture as _},
+    net::SocketAddr,
+    time::Duration,
+};
 
 use anyhow::{Context as _, anyhow};
 use axum::{
@@ -17,7 +21,7 @@ use axum::{
     serve::ListenerExt as _,
 };
 use exo_agent::AgentConfig;
-use exo_apiserver::{ApiServer, Identity, in_process};
+use exo_apiserver::{ApiServer, Identity, collect_garbage, in_process};
 use exo_gateway::Gateway;
 use exo_store::{RaftConfig, Store};
 use exo_trust::{
@@ -163,7 +167,7 @@ impl ControlPlane {
         let store = open_store(data, api_address).await?;
         let registry = Registry::new();
         let server = ApiServer::new(store.clone(), &exo_crds::all(), &registry)?;
-        let router = exo_apiserver::app(server);
+        let router = exo_apiserver::app(server.clone());
         let own = Identity { name: "system:exo".to_owned(), groups: vec![GROUP_ADMINS.to_owned()] };
         let client = Client::new(in_process(router.clone(), own), "default");
         let host = join::Host {
@@ -179,10 +183,11 @@ impl ControlPlane {
         let tls = server_config(&data.tls(), ClientAuth::Optional)?;
         let listener = TlsListener::new(sockets.api, tls)?;
         let server = Part::start("API server", |stop| async move {
-            axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
-                .with_graceful_shutdown(stop.cancelled_owned())
-                .await?;
-            Ok(())
+            let collecting = collect_garbage(server, stop.clone().cancelled_owned());
+            let serving = axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
+                .with_graceful_shutdown(stop.cancelled_owned());
+            let (served, ()) = tokio::join!(serving.into_future(), collecting);
+            Ok(served?)
         });
         warn!("no join token is set: whoever reaches {api_address} may join this cluster");
         Ok(Self {
