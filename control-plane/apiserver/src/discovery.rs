@@ -46,7 +46,15 @@ pub(crate) async fn core_versions() -> Response {
 }
 
 pub(crate) async fn core_resources() -> Response {
-    json_response(StatusCode::OK, &resource_list("v1", Vec::new()))
+    let namespaces = json!({
+        "name": "namespaces",
+        "singularName": "namespace",
+        "namespaced": false,
+        "kind": "Namespace",
+        "shortNames": ["ns"],
+        "verbs": ["get", "list"],
+    });
+    json_response(StatusCode::OK, &resource_list("v1", vec![namespaces]))
 }
 
 pub(crate) async fn groups(State(server): State<ApiServer>) -> Response {

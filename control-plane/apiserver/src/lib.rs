@@ -11,6 +11,7 @@ mod error;
 mod garbage;
 mod jsonpath;
 mod metrics;
+mod namespace;
 mod object;
 mod openapi;
 mod request;

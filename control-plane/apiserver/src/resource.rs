@@ -110,7 +110,11 @@ impl Resource {
     }
 
     pub(crate) fn api_version(&self) -> String {
-        format!("{}/{}", self.group, self.version)
+        if self.group.is_empty() {
+            self.version.clone()
+        } else {
+            format!("{}/{}", self.group, self.version)
+        }
     }
 
     /// Key of one object in the store.

@@ -20,7 +20,7 @@ use crate::{
     auth, discovery,
     error::ApiError,
     metrics::Metrics,
-    openapi,
+    namespace, openapi,
     request::{Query, Target, Verb},
     resource::{DefinitionError, Resource},
     table::Form,
@@ -37,6 +37,7 @@ pub struct ApiServer(Arc<Inner>);
 struct Inner {
     store: Store,
     resources: Vec<Arc<Resource>>,
+    namespaces: Resource,
     metrics: Metrics,
 }
 
@@ -60,8 +61,9 @@ impl ApiServer {
             .iter()
             .map(|crd| Resource::from_crd(crd).map(Arc::new))
             .collect::<Result<_, _>>()?;
+        let namespaces = namespace::resource()?;
         let metrics = Metrics::register(registry).map_err(ServerError::Metrics)?;
-        Ok(Self(Arc::new(Inner { store, resources, metrics })))
+        Ok(Self(Arc::new(Inner { store, resources, namespaces, metrics })))
     }
 
     pub(crate) fn store(&self) -> &Store {
@@ -70,6 +72,11 @@ impl ApiServer {
 
     pub(crate) fn resources(&self) -> &[Arc<Resource>] {
         &self.0.resources
+    }
+
+    /// How namespaces look.
+    pub(crate) fn namespaces(&self) -> &Resource {
+        &self.0.namespaces
     }
 
     pub(crate) fn metrics(&self) -> &Metrics {
@@ -93,6 +100,8 @@ pub fn app(server: ApiServer) -> Router {
         .route("/version", get(discovery::version))
         .route("/api", get(discovery::core_versions))
         .route("/api/v1", get(discovery::core_resources))
+        .route("/api/v1/namespaces", get(namespace::list))
+        .route("/api/v1/namespaces/{name}", get(namespace::get))
         .route("/apis", get(discovery::groups))
         .route("/apis/{group}", get(discovery::group))
         .route("/apis/{group}/{version}", get(discovery::resources))
@@ -227,7 +236,7 @@ fn check_scope(resource: &Resource, verb: Verb, target: &Target) -> Result<(), A
     }
 }
 
-fn header_text(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
+pub(crate) fn header_text(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
     headers.get(name)?.to_str().ok()
 }
 

@@ -213,7 +213,7 @@ fn column_definitions(resource: &Resource) -> Vec<Value> {
     std::iter::once(name).chain(further).collect()
 }
 
-/// `null`, which clients print as `<none>`, where the object has nothing of the column's type.
+/// `null`, which kubectl prints as nothing, where the object has nothing of the column's type.
 fn cell(column: &Column, object: &Value, now: OffsetDateTime) -> Value {
     let Some(value) = column.path.first(object) else {
         return Value::Null;

@@ -7,6 +7,7 @@ use futures::{StreamExt as _, TryStreamExt as _, pin_mut};
 use kube::{
     Api, ResourceExt as _,
     api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, WatchEvent, WatchParams},
+    discovery::Discovery,
     runtime::{WatchStreamExt as _, watcher},
 };
 use serde_json::json;
@@ -214,6 +215,16 @@ async fn a_position_from_before_history_is_gone() {
     let error = api.list(&ListParams::default().limit(1).continue_token(&token)).await.unwrap_err();
     let kube::Error::Api(status) = error else { panic!("{error}") };
     assert_eq!(status.code, 410);
+}
+
+#[tokio::test]
+async fn kinds_are_discovered() {
+    let server = support::start();
+    let discovery = Discovery::new(server.client()).run().await.unwrap();
+    let shards = discovery.get("exo.dev").unwrap().recommended_kind("Shard").unwrap();
+    assert_eq!((shards.0.plural.as_str(), shards.0.version.as_str()), ("shards", "v1alpha1"));
+    let version = server.client().apiserver_version().await.unwrap();
+    assert_eq!(version.major, "1");
 }
 
 #[tokio::test]

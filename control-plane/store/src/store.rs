@@ -106,6 +106,7 @@ pub(crate) struct RaftPosition {
 
 struct Memory {
     index: AtomicU64,
+    leads: watch::Sender<bool>,
     leadership: watch::Sender<Leadership>,
 }
 
@@ -121,6 +122,7 @@ impl Store {
             shared: Shared::new(State::new(limits)),
             backend: Backend::Memory(Arc::new(Memory {
                 index: AtomicU64::new(0),
+                leads: watch::Sender::new(true),
                 leadership: watch::Sender::new(Leadership {
                     is_leader: true,
                     term: 1,
@@ -221,6 +223,14 @@ impl Store {
         match &self.backend {
             Backend::Memory(memory) => memory.leadership.subscribe(),
             Backend::Raft(raft) => raft.leadership(),
+        }
+    }
+
+    /// Follows whether this node leads: what only one node may do runs while this is true.
+    pub fn leads(&self) -> watch::Receiver<bool> {
+        match &self.backend {
+            Backend::Memory(memory) => memory.leads.subscribe(),
+            Backend::Raft(raft) => raft.leads(),
         }
     }
 

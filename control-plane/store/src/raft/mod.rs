@@ -84,6 +84,7 @@ pub(crate) struct RaftBackend {
     raft: NodeRaft,
     writer: Writer,
     leadership: watch::Receiver<Leadership>,
+    leads: watch::Receiver<bool>,
     follower: JoinHandle<()>,
     disk: Arc<Disk>,
 }
@@ -120,10 +121,12 @@ impl RaftBackend {
                 .map_err(|e| fault(&e))?;
         }
         start_alone(&raft, config.node_id).await?;
-        let (sender, leadership) = watch::channel(leadership(&raft.metrics().borrow()));
-        let follower = tokio::spawn(follow_leadership(raft.metrics(), sender));
+        let now = leadership(&raft.metrics().borrow());
+        let (leads_sender, leads) = watch::channel(now.is_leader);
+        let (sender, leadership) = watch::channel(now);
+        let follower = tokio::spawn(follow_leadership(raft.metrics(), sender, leads_sender));
         let backend =
-            Self { writer: Writer::start(raft.clone()), raft, leadership, follower, disk };
+            Self { writer: Writer::start(raft.clone()), raft, leadership, leads, follower, disk };
         Ok((shared, backend))
     }
 
@@ -148,6 +151,10 @@ impl RaftBackend {
 
     pub(crate) fn leadership(&self) -> watch::Receiver<Leadership> {
         self.leadership.clone()
+    }
+
+    pub(crate) fn leads(&self) -> watch::Receiver<bool> {
+        self.leads.clone()
     }
 
     pub(crate) fn metrics(&self) -> RaftMetrics<u64, BasicNode> {
@@ -205,21 +212,29 @@ fn leadership(metrics: &RaftMetrics<u64, BasicNode>) -> Leadership {
 /// Copies who leads out of openraft's metrics, which change with every write.
 async fn follow_leadership(
     mut metrics: watch::Receiver<RaftMetrics<u64, BasicNode>>,
-    leads: watch::Sender<Leadership>,
+    leadership_sender: watch::Sender<Leadership>,
+    leads: watch::Sender<bool>,
 ) {
+    let tell = |now: Leadership| {
+        set_if_changed(&leads, now.is_leader);
+        set_if_changed(&leadership_sender, now);
+    };
     loop {
-        let now = leadership(&metrics.borrow_and_update());
-        leads.send_if_modified(|known| {
-            let changed = *known != now;
-            *known = now;
-            changed
-        });
+        tell(leadership(&metrics.borrow_and_update()));
         if metrics.changed().await.is_err() {
             // Raft has stopped: nobody leads through this node.
-            leads.send_modify(|known| known.is_leader = false);
+            tell(Leadership::default());
             return;
         }
     }
+}
+
+fn set_if_changed<T: PartialEq>(sender: &watch::Sender<T>, now: T) {
+    sender.send_if_modified(|known| {
+        let changed = *known != now;
+        *known = now;
+        changed
+    });
 }
 
 /// The form in which snapshots travel.
