@@ -43,6 +43,10 @@ pub(crate) enum RankCommand {
     Ready,
     /// Rank 0 was asked to stop: so are the others.
     Shutdown,
+    /// Another rank is lost, and the group with it.
+    Abandon {
+        message: String,
+    },
 }
 
 /// What another rank tells rank 0.
@@ -160,6 +164,10 @@ pub(crate) struct Receiver {
 }
 
 impl Sender {
+    pub(crate) fn rank(&self) -> u32 {
+        self.rank
+    }
+
     pub(crate) async fn send(&mut self, message: &impl Serialize) -> Result<(), ChannelError> {
         send_all(std::slice::from_mut(self), message).await
     }

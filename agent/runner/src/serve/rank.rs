@@ -146,7 +146,8 @@ fn connect(start: &mut Start) -> Result<(Link, Loaded), Failure> {
     for peer in peers {
         let (sender, receiver) = Peer::split(peer);
         ends.push(sender);
-        runtime.spawn(take_notes(receiver, loaded.clone(), reporter.clone()));
+        let all = senders.clone();
+        runtime.spawn(take_notes(receiver, loaded.clone(), reporter.clone(), all));
     }
     drop(ends);
     Ok((Link::First, loaded))
@@ -161,6 +162,9 @@ async fn take_commands(
     loop {
         match receiver.receive().await {
             Ok(RankCommand::Shutdown) => exit(EXIT_STOPPED),
+            Ok(RankCommand::Abandon { message }) => {
+                reporter.fail(&Failure::retryable("PeerLost", message));
+            }
             // The engine's thread is gone only when it ends the process itself.
             Ok(command) => drop(orders.send(command)),
             Err(error) => reporter.fail(&channel_failure(error)),
@@ -169,18 +173,32 @@ async fn take_commands(
 }
 
 /// Rank 0: listens to one rank until it is lost.
-async fn take_notes(mut receiver: Receiver, loaded: Loaded, reporter: Reporter) {
-    loop {
+async fn take_notes(
+    mut receiver: Receiver,
+    loaded: Loaded,
+    reporter: Reporter,
+    senders: Arc<Mutex<Vec<Sender>>>,
+) {
+    let rank = receiver.rank();
+    let failure = loop {
         match receiver.receive().await {
             Ok(RankNote::Loaded) => loaded.one_more(),
             Ok(RankNote::Failed { message }) => {
-                let rank = receiver.rank();
                 let message = format!("rank {rank} failed: {message}");
-                reporter.fail(&Failure::retryable("PeerFailed", message));
+                break Failure::retryable("PeerFailed", message);
             }
-            Err(error) => reporter.fail(&channel_failure(error)),
+            Err(error) => break channel_failure(error),
         }
-    }
+    };
+    // The others would see the loss of rank 0 only.
+    let message = failure.message.clone();
+    let tell = async {
+        let mut senders = senders.lock().await;
+        senders.retain(|sender| sender.rank() != rank);
+        channel::send_all(&mut senders, &RankCommand::Abandon { message }).await
+    };
+    let _ = timeout(LAST_WORDS_LIMIT, tell).await;
+    reporter.fail(&failure)
 }
 
 fn serve(start: &Start, link: &mut Link, loaded: &Loaded) -> Result<(), Failure> {
@@ -393,7 +411,9 @@ impl Ranks {
                     self.step_limit = STEP_LIMIT;
                     self.reporter.phase(ShardPhase::Ready, 100);
                 }
-                RankCommand::Shutdown => exit(EXIT_STOPPED),
+                RankCommand::Shutdown | RankCommand::Abandon { .. } => {
+                    unreachable!("the channel's task ends the process")
+                }
             }
         }
         Ok(())

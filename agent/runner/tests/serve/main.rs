@@ -266,6 +266,22 @@ async fn the_loss_of_rank_0_is_named() {
 }
 
 #[tokio::test]
+async fn all_ranks_name_the_one_that_is_lost() {
+    let model = Model::new();
+    let group = model.group(4);
+    let mut runners = group.start_all();
+    let answer = client(&group).whole(&request("Hello", 8)).await;
+    assert_eq!(answer.tokens.len(), 8);
+    runners[2].signal("KILL");
+    for rank in [0, 1, 3] {
+        let (_, message, permanent) = runners[rank].failure();
+        assert!(message.contains("rank 2"), "rank {rank}: {message}");
+        assert!(!permanent);
+        assert_eq!(runners[rank].exit().code(), Some(1));
+    }
+}
+
+#[tokio::test]
 async fn ranks_of_different_groups_refuse_each_other() {
     let model = Model::new();
     let mut group = model.group(2);
@@ -333,11 +349,11 @@ async fn ask(world_size: usize, step: usize) {
 }
 
 #[tokio::test]
-async fn the_built_in_model_answers_all_questions() {
-    ask(1, 1).await;
+async fn the_built_in_model_answers_its_questions() {
+    ask(1, 3).await;
 }
 
 #[tokio::test]
 async fn the_built_in_model_answers_on_two_ranks() {
-    ask(2, 6).await;
+    ask(2, 9).await;
 }
