@@ -145,7 +145,7 @@ pub enum NodeReason {
     NoTransport(TransportKind),
     #[error("{free} free, one layer and its overhead need {needed}")]
     Memory { free: Quantity, needed: Quantity },
-    #[error("{free} free, room for {layers} layers")]
+    #[error("{free} free, room for {layers} layer(s)")]
     Room { free: Quantity, layers: u64 },
 }
 
@@ -438,7 +438,10 @@ impl<'a> Rules<'a> {
                     needed: Quantity::from_bytes(needed).rounded(),
                 }
             } else {
-                NodeReason::Room { free: Quantity::from_bytes(free).rounded(), layers: room }
+                NodeReason::Room {
+                    free: Quantity::from_bytes(free).rounded(),
+                    layers: room.min(u64::from(self.layers)),
+                }
             };
             reasons.insert(preference.name.clone(), reason);
         }
@@ -531,14 +534,14 @@ mod tests {
         check(
             &[ready()],
             |i| i.nodes.min = Some(2),
-            "2 node(s) wanted, 1 usable: a: 1Gi free, room for 384 layers",
+            "2 node(s) wanted, 1 usable: a: 1Gi free, room for 8 layer(s)",
         );
         check(
             &[node_state("a", 100 * MIB), node_state("b", (OVERHEAD_MIB + 4) * MIB)],
             |_| {},
             "8 layers need 272Mi, and 2 node(s) can hold only 2 of them: \
              a: 100Mi free, one layer and its overhead need 258Mi; \
-             b: 260Mi free, room for 2 layers",
+             b: 260Mi free, room for 2 layer(s)",
         );
         check(&[ready()], |i| i.sharding = Sharding::Tensor, "model tiny can't be split as Tensor");
         check(

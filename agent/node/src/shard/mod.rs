@@ -227,7 +227,9 @@ impl Local {
     pub(crate) fn exited(&mut self, exit: Exit) {
         self.alive = false;
         self.memory_bytes = None;
-        let last_line = exit.log_lines.last().map(|line| format!("; it said last: {line}"));
+        // Who is killed had no chance to say why: its last line would only mislead.
+        let last_line = exit.log_lines.last().filter(|_| exit.signal.is_none());
+        let last_line = last_line.map(|line| format!("; it said last: {line}"));
         let how = match (exit.code, exit.signal) {
             (Some(code), _) => format!("ended with status {code}"),
             (None, Some(signal)) => format!("was killed by signal {signal}"),
@@ -475,12 +477,10 @@ pub(crate) mod tests {
         check(code(0), "the runner ended with status 0", false);
         check(code(1), "the runner ended with status 1", false);
         check(code(2), "the runner ended with status 2", true);
-        let killed = Exit {
-            signal: Some(9),
-            log_lines: vec!["loading".to_owned(), "reading".to_owned()],
-            code: None,
-        };
-        check(killed, "the runner was killed by signal 9; it said last: reading", false);
+        let said = |exit| Exit { log_lines: vec!["loading".to_owned(), "bad".to_owned()], ..exit };
+        check(said(code(1)), "the runner ended with status 1; it said last: bad", false);
+        let killed = Exit { signal: Some(9), ..Exit::default() };
+        check(said(killed), "the runner was killed by signal 9", false);
     }
 
     #[test]

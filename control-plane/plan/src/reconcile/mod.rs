@@ -212,8 +212,13 @@ impl Planner<'_> {
                 }
                 status.ready_since = None;
                 let mut outcome = stopping(status, shards);
+                // Shards that are deleted for the next try were ended by what failed before.
+                let cause = match (&outcome.status.last_failure, &end) {
+                    (Some(failure), End::Deleted) => failure.clone(),
+                    _ => end.to_string(),
+                };
                 if let State::Stopping(message) = &mut outcome.state {
-                    *message = format!("{end}; {message}");
+                    *message = format!("{cause}; {message}");
                 }
                 outcome.actions = delete(&current);
                 outcome
