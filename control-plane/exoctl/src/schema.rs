@@ -166,6 +166,7 @@ mod tests {
 
     use super::*;
 
+    #[allow(clippy::needless_pass_by_value, reason = "literals read better")]
     fn problems(spec: Value) -> Vec<String> {
         let document = json!({"apiVersion": "exo.dev/v1alpha1", "kind": "InferenceInstance",
             "metadata": {"name": "a", "anything": 1}, "spec": spec});

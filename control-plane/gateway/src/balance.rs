@@ -87,11 +87,11 @@ mod tests {
         let pick = || balance.pick(&targets, &BTreeMap::new()).unwrap();
         let (first, first_lease) = pick();
         let (second, _second_lease) = pick();
-        let (third, _third_lease) = pick();
+        let (third, third_lease) = pick();
         let index = |target: &Target| target.replica.index;
         assert_eq!((index(&first), index(&second), index(&third)), (0, 1, 0));
         drop(first_lease);
-        drop(_third_lease);
+        drop(third_lease);
         assert_eq!(index(&pick().0), 0);
         assert!(balance.pick(&[], &BTreeMap::new()).is_none());
     }

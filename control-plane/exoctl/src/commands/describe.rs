@@ -212,14 +212,21 @@ fn age(time: &str, now: Timestamp) -> String {
     };
     let s = (now.as_second() - time.as_second()).max(0);
     let (m, h, d) = (s / 60, s / 3600, s / 86_400);
-    match s {
-        ..120 => format!("{s}s"),
-        120..600 if s % 60 > 0 => format!("{m}m{}s", s % 60),
-        ..10_800 => format!("{m}m"),
-        10_800..28_800 if m % 60 > 0 => format!("{h}h{}m", m % 60),
-        ..172_800 => format!("{h}h"),
-        172_800..691_200 if h % 24 > 0 => format!("{d}d{}h", h % 24),
-        _ => format!("{d}d"),
+    // The smaller unit is shown while it says something: up to ten minutes, eight hours, eight days.
+    if s < 120 {
+        format!("{s}s")
+    } else if m < 10 && s % 60 > 0 {
+        format!("{m}m{}s", s % 60)
+    } else if h < 3 {
+        format!("{m}m")
+    } else if h < 8 && m % 60 > 0 {
+        format!("{h}h{}m", m % 60)
+    } else if h < 48 {
+        format!("{h}h")
+    } else if d < 8 && h % 24 > 0 {
+        format!("{d}d{}h", h % 24)
+    } else {
+        format!("{d}d")
     }
 }
 

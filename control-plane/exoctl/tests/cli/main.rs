@@ -1,5 +1,7 @@
 //! `exoctl` itself against an API server in this process, over a real socket.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod cluster;
 mod golden;
 mod streams;

@@ -157,6 +157,7 @@ mod tests {
 
     use super::*;
 
+    #[allow(clippy::needless_pass_by_value, reason = "literals read better")]
     fn read(messages: Value) -> Result<Vec<Value>, ApiError> {
         let request = json!({"messages": messages});
         read_messages(Fields::new(request.as_object().unwrap(), ""))

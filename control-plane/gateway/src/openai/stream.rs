@@ -40,19 +40,19 @@ impl ChunkWriter {
     /// make the answer look complete.
     pub(crate) fn write(&self, piece: Piece) -> String {
         match piece {
-            Piece::Begin => self.delta(json!({"role": "assistant", "content": ""}), None),
+            Piece::Begin => self.delta(&json!({"role": "assistant", "content": ""}), None),
             Piece::Text { text, logprobs } => {
-                self.delta(json!({"content": text}), logprobs.as_ref())
+                self.delta(&json!({"content": text}), logprobs.as_ref())
             }
             Piece::ToolCall { index, call } => {
                 let mut call = tool_call(&self.head.id, index, &call);
                 call["index"] = index.into();
-                self.delta(json!({"tool_calls": [call]}), None)
+                self.delta(&json!({"tool_calls": [call]}), None)
             }
             Piece::Finish { reason, usage } => {
-                let mut text = self.chunk(json!([choice(json!({}), None, Some(reason))]), None);
+                let mut text = self.chunk(&json!([choice(&json!({}), None, Some(reason))]), None);
                 if self.include_usage {
-                    text += &self.chunk(json!([]), Some(usage));
+                    text += &self.chunk(&json!([]), Some(usage));
                 }
                 text + DONE
             }
@@ -60,11 +60,11 @@ impl ChunkWriter {
         }
     }
 
-    fn delta(&self, delta: Value, logprobs: Option<&Logprobs>) -> String {
-        self.chunk(json!([choice(delta, logprobs, None)]), None)
+    fn delta(&self, delta: &Value, logprobs: Option<&Logprobs>) -> String {
+        self.chunk(&json!([choice(delta, logprobs, None)]), None)
     }
 
-    fn chunk(&self, choices: Value, usage: Option<Usage>) -> String {
+    fn chunk(&self, choices: &Value, usage: Option<Usage>) -> String {
         let mut chunk = json!({
             "id": self.head.id,
             "object": "chat.completion.chunk",
@@ -79,7 +79,7 @@ impl ChunkWriter {
     }
 }
 
-fn choice(delta: Value, logprobs: Option<&Logprobs>, finish_reason: Option<&str>) -> Value {
+fn choice(delta: &Value, logprobs: Option<&Logprobs>, finish_reason: Option<&str>) -> Value {
     let logprobs = logprobs.map(|logprobs| json!({"content": [logprobs.json()]}));
     json!({"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason})
 }
