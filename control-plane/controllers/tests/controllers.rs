@@ -1,0 +1,255 @@
+//! The controllers against a real API server in the same process, with agents played by the test.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use exo_apiserver::{ApiServer, Identity, app, in_process};
+use exo_crds::{
+    InferenceInstance, InstancePhase, MemoryStatus, Model, Node, NodeAddress, NodeStatus, Quantity,
+    Shard, TransportKind, set_condition,
+};
+use exo_store::Store;
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use kube::{
+    Api, Client, ResourceExt as _,
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+};
+use serde_json::{Value, json};
+use tokio::{sync::watch, task::JoinHandle, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// An API server with its controllers; both end with the test.
+struct Cluster {
+    client: Client,
+    leadership: watch::Sender<bool>,
+    shutdown: CancellationToken,
+    controllers: JoinHandle<Result<(), exo_controllers::Ended>>,
+}
+
+impl Cluster {
+    fn start(leads: bool) -> Self {
+        let registry = prometheus::Registry::new();
+        let server = ApiServer::new(Store::memory(), &exo_crds::all(), &registry).unwrap();
+        let identity =
+            Identity { name: "test".to_owned(), groups: vec!["system:masters".to_owned()] };
+        let client = Client::new(in_process(app(server), identity), "default");
+        let (leadership, receiver) = watch::channel(leads);
+        let shutdown = CancellationToken::new();
+        let running = exo_controllers::run(client.clone(), receiver, shutdown.clone());
+        Self { client, leadership, shutdown, controllers: tokio::spawn(running) }
+    }
+
+    fn shards(&self) -> Api<Shard> {
+        Api::namespaced(self.client.clone(), "default")
+    }
+
+    fn instances(&self) -> Api<InferenceInstance> {
+        Api::namespaced(self.client.clone(), "default")
+    }
+
+    async fn create<K>(&self, api: Api<K>, value: Value)
+    where
+        K: Clone + std::fmt::Debug + serde::Serialize + serde::de::DeserializeOwned,
+    {
+        let object: K = serde_json::from_value(value).unwrap();
+        api.create(&PostParams::default(), &object).await.unwrap();
+    }
+
+    /// A node whose agent has just reported.
+    async fn node(&self, name: &str) {
+        let api: Api<Node> = Api::all(self.client.clone());
+        self.create(
+            api.clone(),
+            json!({
+                "apiVersion": "exo.dev/v1alpha1", "kind": "Node",
+                "metadata": {"name": name}, "spec": {},
+            }),
+        )
+        .await;
+        let mut conditions = Vec::new();
+        let now = Time(Timestamp::now());
+        set_condition(&mut conditions, "Ready", true, "AgentReady", "x", None, &now);
+        let memory = Quantity::from_bytes(1 << 30);
+        let status = NodeStatus {
+            addresses: vec![NodeAddress {
+                kind: "InternalIP".to_owned(),
+                address: "127.0.0.1".to_owned(),
+            }],
+            memory: Some(MemoryStatus {
+                total: memory,
+                free: memory,
+                total_bytes: 1 << 30,
+                usable_bytes: 1 << 30,
+                free_bytes: 1 << 30,
+            }),
+            transports: vec![TransportKind::Ring],
+            conditions,
+            ..NodeStatus::default()
+        };
+        let patch = Patch::Merge(json!({"status": status}));
+        api.patch_status(name, &PatchParams::default(), &patch).await.unwrap();
+    }
+
+    async fn model_and_instance(&self) {
+        self.create(
+            Api::<Model>::all(self.client.clone()),
+            json!({
+                "apiVersion": "exo.dev/v1alpha1", "kind": "Model",
+                "metadata": {"name": "tiny"},
+                "spec": {
+                    "source": {"path": "tiny"},
+                    "architecture": {
+                        "modelType": "llama", "layers": 8, "hiddenSize": 64, "heads": 4,
+                        "kvHeads": 4, "headDim": 16, "vocabSize": 64, "contextLength": 128,
+                    },
+                    "weights": {"layer": 1000, "embedding": 1000, "head": 1000},
+                    "shardings": ["Pipeline"],
+                },
+            }),
+        )
+        .await;
+        self.create(
+            self.instances(),
+            json!({
+                "apiVersion": "exo.dev/v1alpha1", "kind": "InferenceInstance",
+                "metadata": {"name": "chat"},
+                "spec": {"model": "tiny", "nodes": {"min": 2}},
+            }),
+        )
+        .await;
+    }
+
+    async fn patch_status(&self, shard: &str, status: Value) {
+        let patch = Patch::Merge(json!({"status": status}));
+        self.shards().patch_status(shard, &PatchParams::default(), &patch).await.unwrap();
+    }
+
+    /// Does what the agents of all nodes would do next.
+    async fn agents(&self) {
+        for shard in self.shards().list(&ListParams::default()).await.unwrap() {
+            let name = shard.name_any();
+            let phase = shard.status.as_ref().and_then(|status| status.phase);
+            if shard.metadata.deletion_timestamp.is_some() {
+                let patch = Patch::Merge(json!({"metadata": {"finalizers": null}}));
+                self.shards().patch(&name, &PatchParams::default(), &patch).await.unwrap();
+            } else if phase.is_none() {
+                let port = 7000 + 10 * shard.spec.rank;
+                let at = |offset| format!("127.0.0.1:{}", port + offset);
+                let listen = json!({"transport": at(0), "control": at(1), "serve": at(2)});
+                self.patch_status(&name, json!({"phase": "Downloaded", "listen": listen})).await;
+            } else if shard.spec.rendezvous.is_some()
+                && phase == Some(exo_crds::ShardPhase::Downloaded)
+            {
+                self.patch_status(&name, json!({"phase": "Ready"})).await;
+            }
+        }
+    }
+
+    /// Lets agents work until `condition` holds.
+    async fn until<T, F>(
+        &self,
+        what: &str,
+        condition: impl Fn(Arc<Cluster>) -> F,
+        me: &Arc<Self>,
+    ) -> T
+    where
+        F: Future<Output = Option<T>>,
+    {
+        let begin = Instant::now();
+        loop {
+            if let Some(value) = condition(me.clone()).await {
+                return value;
+            }
+            assert!(begin.elapsed() < DEADLINE, "waited {DEADLINE:?} for {what}");
+            self.agents().await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    async fn ready_epoch(self: &Arc<Self>, epoch: u64) -> InferenceInstance {
+        let ready = |cluster: Arc<Cluster>| async move {
+            let instance = cluster.instances().get("chat").await.unwrap();
+            let status = instance.status.clone()?;
+            let ready =
+                status.phase == Some(InstancePhase::Ready) && status.replicas[0].epoch == epoch;
+            ready.then_some(instance)
+        };
+        self.until(&format!("epoch {epoch}"), ready, self).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_instance_lives_through_failure_and_change() {
+    let cluster = Arc::new(Cluster::start(true));
+    cluster.node("a").await;
+    cluster.node("b").await;
+    cluster.model_and_instance().await;
+    let instance = cluster.ready_epoch(1).await;
+    let status = instance.status.unwrap();
+    assert_eq!(status.replicas[0].endpoint.as_deref(), Some("127.0.0.1:7002"));
+    assert_eq!(status.nodes.as_deref(), Some("a,b"));
+    let shard = cluster.shards().get("chat-0-a1-1").await.unwrap();
+    assert_eq!(shard.spec.rendezvous.unwrap().hosts, ["127.0.0.1:7000", "127.0.0.1:7010"]);
+    assert_eq!(shard.metadata.owner_references.unwrap()[0].name, "chat");
+
+    let failure = json!({"reason": "RunnerExited", "message": "gone", "permanent": false});
+    cluster.patch_status("chat-0-a1-0", json!({"phase": "Failed", "failure": failure})).await;
+    let status = cluster.ready_epoch(2).await.status.unwrap();
+    assert_eq!(status.replicas[0].failures, 1);
+
+    let patch = Patch::Merge(json!({"spec": {"contextLength": 64}}));
+    cluster.instances().patch("chat", &PatchParams::default(), &patch).await.unwrap();
+    cluster.ready_epoch(3).await;
+
+    // A Node that is taken away takes its shards along, and says what is missing.
+    let nodes: Api<Node> = Api::all(cluster.client.clone());
+    nodes.delete("b", &DeleteParams::default()).await.unwrap();
+    let waiting = |cluster: Arc<Cluster>| async move {
+        let status = cluster.instances().get("chat").await.unwrap().status?;
+        let placed = status.conditions.into_iter().find(|c| c.type_ == "Placed")?;
+        (placed.reason == "Unplaceable").then_some(placed.message)
+    };
+    let message = cluster.until("a refusal", waiting, &cluster).await;
+    assert!(message.starts_with("2 node(s) wanted, 1 usable: a: "), "{message}");
+    cluster.node("c").await;
+    let instance = cluster.ready_epoch(4).await;
+    assert_eq!(instance.status.unwrap().nodes.as_deref(), Some("a,c"));
+
+    cluster.shutdown.cancel();
+    let cluster = Arc::into_inner(cluster).unwrap();
+    tokio::time::timeout(DEADLINE, cluster.controllers).await.unwrap().unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_the_leader_acts() {
+    let cluster = Arc::new(Cluster::start(false));
+    cluster.node("a").await;
+    cluster.node("b").await;
+    cluster.model_and_instance().await;
+    // Long enough for a leader to have acted many times.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(cluster.instances().get("chat").await.unwrap().status, None);
+    cluster.leadership.send_replace(true);
+    cluster.ready_epoch(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_quiet_instance_is_not_written() {
+    let cluster = Arc::new(Cluster::start(true));
+    cluster.node("a").await;
+    cluster.node("b").await;
+    cluster.model_and_instance().await;
+    let before = cluster.ready_epoch(1).await;
+    // Each is a reason to look again, none a reason to write.
+    for speed in 0..5 {
+        cluster.patch_status("chat-0-a1-0", json!({"tokensPerSecond": speed})).await;
+        cluster.node(&format!("spare-{speed}")).await;
+    }
+    let idle = |_| async { None::<()> };
+    let quiet =
+        tokio::time::timeout(Duration::from_millis(500), cluster.until("", idle, &cluster)).await;
+    assert!(quiet.is_err());
+    let after = cluster.instances().get("chat").await.unwrap();
+    assert_eq!(before.metadata.resource_version, after.metadata.resource_version);
+}
