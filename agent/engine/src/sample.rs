@@ -56,7 +56,7 @@ pub(crate) struct Draw {
     pub(crate) report: Array,
 }
 
-/// What [`Draw::report`] says, read back.
+/// The outcome of a step that drew a token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepOutput {
     pub token: u32,
