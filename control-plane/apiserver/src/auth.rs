@@ -20,7 +20,7 @@ const PUBLIC: [&str; 4] = ["/healthz", "/livez", "/readyz", "/version"];
 
 pub(crate) async fn require_identity(request: Request, next: Next) -> Response {
     let known = request.extensions().get::<Identity>().is_some();
-    if known || PUBLIC.contains(&request.uri().path()) {
+    if known || PUBLIC.contains(&request.uri().path().trim_end_matches('/')) {
         next.run(request).await
     } else {
         ApiError::Unauthorized.into_response()

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Kubernetes' minor version whose wire protocol is spoken.
-const KUBERNETES_MINOR: &str = "34";
+const KUBERNETES_MINOR: &str = "33";
 
 pub(crate) async fn version() -> Response {
     let version = env!("CARGO_PKG_VERSION");

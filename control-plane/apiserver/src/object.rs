@@ -3,7 +3,7 @@
 use exo_store::Entry;
 use serde_json::{Map, Value};
 
-use crate::error::ApiError;
+use crate::{error::ApiError, server::MAX_BODY_BYTES};
 
 pub(crate) fn text<'a>(object: &'a Value, field: &str) -> Option<&'a str> {
     object.get("metadata")?.get(field)?.as_str()
@@ -90,8 +90,15 @@ pub(crate) fn decode_at(entry: &Entry, revision: u64) -> Result<Value, ApiError>
 }
 
 /// The stored form: its place in the store's history is its resource version.
-pub(crate) fn encode(object: &Value) -> String {
+///
+/// # Errors
+/// `TooLarge` for more than a request could have brought.
+pub(crate) fn encode(object: &Value) -> Result<String, ApiError> {
     let mut object = object.clone();
     set_metadata(&mut object, "resourceVersion", None);
-    object.to_string()
+    let text = object.to_string();
+    if text.len() > MAX_BODY_BYTES {
+        return Err(ApiError::TooLarge(MAX_BODY_BYTES));
+    }
+    Ok(text)
 }

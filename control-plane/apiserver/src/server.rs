@@ -12,7 +12,7 @@ use axum::{
     routing::get,
 };
 use bytes::Bytes;
-use exo_store::Store;
+use exo_store::{Entry, Store};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use serde_json::{Value, json};
 
@@ -27,8 +27,8 @@ use crate::{
     verbs,
 };
 
-/// Larger bodies are refused, as in Kubernetes.
-const MAX_BODY_BYTES: usize = 3 << 20;
+/// Larger bodies are refused, as in Kubernetes; and larger objects, however they came about.
+pub(crate) const MAX_BODY_BYTES: usize = 3 << 20;
 
 /// Resources served from a store. Clones share it.
 #[derive(Clone)]
@@ -93,20 +93,27 @@ impl ApiServer {
 /// The router. Who terminates the connection puts an [`Identity`](crate::Identity) into each
 /// request's extensions; without one, all but health and version is refused.
 pub fn app(server: ApiServer) -> Router {
-    Router::new()
-        .route("/healthz", get(healthy))
-        .route("/livez", get(healthy))
-        .route("/readyz", get(ready))
-        .route("/version", get(discovery::version))
-        .route("/api", get(discovery::core_versions))
-        .route("/api/v1", get(discovery::core_resources))
-        .route("/api/v1/namespaces", get(namespace::list))
-        .route("/api/v1/namespaces/{name}", get(namespace::get))
-        .route("/apis", get(discovery::groups))
-        .route("/apis/{group}", get(discovery::group))
-        .route("/apis/{group}/{version}", get(discovery::resources))
-        .route("/openapi/v3", get(openapi::index))
-        .route("/openapi/v3/apis/{group}/{version}", get(openapi::version_3))
+    let fixed = [
+        ("/healthz", get(healthy)),
+        ("/livez", get(healthy)),
+        ("/readyz", get(ready)),
+        ("/version", get(discovery::version)),
+        ("/api", get(discovery::core_versions)),
+        ("/api/v1", get(discovery::core_resources)),
+        ("/api/v1/namespaces", get(namespace::list)),
+        ("/api/v1/namespaces/{name}", get(namespace::get)),
+        ("/apis", get(discovery::groups)),
+        ("/apis/{group}", get(discovery::group)),
+        ("/apis/{group}/{version}", get(discovery::resources)),
+        ("/openapi/v3", get(openapi::index)),
+        ("/openapi/v3/apis/{group}/{version}", get(openapi::version_3)),
+    ];
+    let mut router = Router::new();
+    for (path, handler) in fixed {
+        // Some clients end these with a slash.
+        router = router.route(path, handler.clone()).route(&format!("{path}/"), handler);
+    }
+    router
         .fallback(resource_request)
         .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed })
         .layer(middleware::from_fn(auth::require_identity))
@@ -253,6 +260,18 @@ impl Call {
     /// Key of the named object.
     pub(crate) fn key(&self) -> String {
         self.resource.key(self.namespace.as_deref(), &self.name)
+    }
+
+    /// What the store holds of the named object. `resourceVersion=0` means that it may be a
+    /// little old.
+    pub(crate) async fn read(&self) -> Result<Option<Entry>, ApiError> {
+        let store = self.server.store();
+        let key = self.key();
+        Ok(if self.takes_old() { store.get_local(&key) } else { store.get(&key).await? })
+    }
+
+    pub(crate) fn takes_old(&self) -> bool {
+        self.query.get("resourceVersion") == Some("0")
     }
 
     pub(crate) fn not_found(&self) -> ApiError {

@@ -211,6 +211,12 @@ async fn a_position_from_before_history_is_gone() {
     }
     assert!(stream.try_next().await.unwrap().is_none(), "the stream ends");
 
+    let result = api.watch(&WatchParams::default(), "999").await;
+    let Err(kube::Error::Api(status)) = result.map(drop) else {
+        panic!("a position in the future is of another store")
+    };
+    assert_eq!(status.code, 410);
+
     let token = page.metadata.continue_.unwrap();
     let error = api.list(&ListParams::default().limit(1).continue_token(&token)).await.unwrap_err();
     let kube::Error::Api(status) = error else { panic!("{error}") };

@@ -95,6 +95,14 @@ async fn bad_objects_are_refused_and_nothing_is_created() {
         "resourceVersion should not be set",
     )
     .await;
+    check(
+        &strict,
+        with(a(), "/metadata", "lables", json!({})),
+        400,
+        &[],
+        "unknown field \"metadata.lables\"",
+    )
+    .await;
     check(INSTANCES, json!([1]), 400, &[], "not an object").await;
     check(&format!("{INSTANCES}?fieldValidation=Maybe"), a(), 400, &[], "fieldValidation").await;
     check(&format!("{INSTANCES}?dryRun=Some"), a(), 400, &[], "dryRun").await;
@@ -216,6 +224,13 @@ async fn media_types_and_sizes_are_checked() {
     assert_eq!(send(Method::PATCH, &a, json_patch, json, fails.into()).await, 422);
     let destroys = r#"[{"op": "replace", "path": "", "value": 5}]"#;
     assert_eq!(send(Method::PATCH, &a, json_patch, json, destroys.into()).await, 422);
+    let mut doubles = vec![json!({"op": "add", "path": "/spec/environment", "value": {"a": "x"}})];
+    for i in 0..60 {
+        let path = format!("/spec/environment/k{i}");
+        doubles.push(json!({"op": "copy", "from": "/spec/environment", "path": path}));
+    }
+    let doubles = Value::from(doubles).to_string();
+    assert_eq!(send(Method::PATCH, &a, json_patch, json, doubles).await, 413);
     let huge = " ".repeat((3 << 20) + 1);
     assert_eq!(send(Method::POST, INSTANCES, json, json, huge).await, 413);
     let deep = "[".repeat(100_000);
@@ -232,6 +247,7 @@ async fn without_identity_only_health_and_version_answer() {
         ("/livez", 200),
         ("/readyz", 200),
         ("/version", 200),
+        ("/version/", 200),
         ("/apis", 401),
         ("/openapi/v3", 401),
         (NODES, 401),

@@ -181,6 +181,11 @@ impl Store {
         Ok(self.shared.read().get(key))
     }
 
+    /// What `key` holds as this node has it now, which may be a little behind.
+    pub fn get_local(&self, key: &str) -> Option<Entry> {
+        self.shared.read().get(key)
+    }
+
     /// A range. Linearizable, or as of `query.revision`.
     pub async fn list(&self, query: &ListQuery) -> Result<Listing, StoreError> {
         self.barrier().await?;
@@ -195,6 +200,12 @@ impl Store {
     /// Follows the changes after `revision` of keys that begin with `prefix`.
     pub fn watch(&self, prefix: &str, revision: u64) -> Watch {
         self.shared.watch(prefix, revision)
+    }
+
+    /// The newest revision of all; linearizable.
+    pub async fn current_revision(&self) -> Result<u64, StoreError> {
+        self.barrier().await?;
+        Ok(self.revision())
     }
 
     /// The newest revision that this node has.

@@ -32,6 +32,24 @@ impl FieldValidation {
     }
 }
 
+/// Fields of the metadata that are stored.
+const METADATA_FIELDS: [&str; 13] = [
+    "name",
+    "generateName",
+    "namespace",
+    "uid",
+    "resourceVersion",
+    "generation",
+    "creationTimestamp",
+    "deletionTimestamp",
+    "deletionGracePeriodSeconds",
+    "labels",
+    "annotations",
+    "ownerReferences",
+    "finalizers",
+];
+/// Fields of the metadata that clients may send and nothing is done about.
+const IGNORED_METADATA_FIELDS: [&str; 2] = ["managedFields", "selfLink"];
 /// Fields of the metadata that clients have no say in.
 const SERVER_FIELDS: [&str; 5] =
     ["uid", "creationTimestamp", "generation", "deletionTimestamp", "deletionGracePeriodSeconds"];
@@ -42,14 +60,10 @@ const MAX_ANNOTATION_BYTES: usize = 256 << 10;
 pub(super) fn admit(call: &Call, object: &mut Value) -> Result<Vec<String>, ApiError> {
     let resource = &call.resource;
     let validation = FieldValidation::of(call)?;
-    object::set_metadata(object, "managedFields", None);
-    object::set_metadata(object, "selfLink", None);
-    let unknown: Vec<String> = resource
-        .schema
-        .prune(object)
-        .into_iter()
-        .map(|path| format!("unknown field \"{path}\""))
-        .collect();
+    let mut unknown = prune_metadata(object);
+    unknown.extend(resource.schema.prune(object));
+    let unknown: Vec<String> =
+        unknown.into_iter().map(|path| format!("unknown field \"{path}\"")).collect();
     if validation == FieldValidation::Strict && !unknown.is_empty() {
         let kind = &resource.kind;
         let version = &resource.version;
@@ -66,6 +80,20 @@ pub(super) fn admit(call: &Call, object: &mut Value) -> Result<Vec<String>, ApiE
         return Err(ApiError::Invalid { subject: resource.subject(object::name(object)), causes });
     }
     Ok(if validation == FieldValidation::Warn { unknown } else { Vec::new() })
+}
+
+/// Removes what isn't metadata, and empty fields; returns the paths of what isn't known.
+fn prune_metadata(object: &mut Value) -> Vec<String> {
+    let mut unknown = Vec::new();
+    object::metadata_mut(object).retain(|name, value| {
+        let name = name.as_str();
+        let known = METADATA_FIELDS.contains(&name);
+        if !known && !IGNORED_METADATA_FIELDS.contains(&name) {
+            unknown.push(format!("metadata.{name}"));
+        }
+        known && !value.is_null()
+    });
+    unknown
 }
 
 /// The object is of this resource, and where the path says.

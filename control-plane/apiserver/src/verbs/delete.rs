@@ -120,7 +120,7 @@ pub(crate) async fn remove(
         }
         let txn = if held {
             mark(&mut object);
-            Txn::replace(key, entry.mod_revision, object::encode(&object))
+            Txn::replace(key, entry.mod_revision, object::encode(&object)?)
         } else {
             Txn::delete(key, entry.mod_revision)
         };

@@ -18,8 +18,7 @@ use crate::{
 const PAGE: usize = 1000;
 
 pub(crate) async fn get(call: &Call) -> Result<Response, ApiError> {
-    let entry = call.server.store().get(&call.key()).await?;
-    let entry = entry.ok_or_else(|| call.not_found())?;
+    let entry = call.read().await?.ok_or_else(|| call.not_found())?;
     Ok(call.respond(StatusCode::OK, object::decode(&entry)?, &[]))
 }
 
@@ -91,14 +90,16 @@ async fn read_page(call: &Call) -> Result<Page, ApiError> {
         }
         None => (exact_revision(call)?, None),
     };
+    let store = call.server.store();
+    let mut local = call.takes_old();
     let mut objects = Vec::new();
     loop {
-        let listing = call
-            .server
-            .store()
-            .list(&ListQuery { prefix: prefix.clone(), after: after.take(), limit: PAGE, revision })
-            .await
-            .map_err(expired)?;
+        let query =
+            ListQuery { prefix: prefix.clone(), after: after.take(), limit: PAGE, revision };
+        let listing = if local { store.list_local(&query) } else { store.list(&query).await };
+        let listing = listing.map_err(expired)?;
+        // Further pages are of the same revision, which is here by now.
+        local = true;
         revision = Some(listing.revision);
         for entry in &listing.entries {
             if limit > 0 && objects.len() == limit {

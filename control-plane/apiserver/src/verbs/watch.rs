@@ -79,6 +79,13 @@ async fn start(call: &Call, prefix: &str) -> Result<Start, ApiError> {
     let from_now = version.is_none_or(|v| v == 0);
     let wants_initial = send_initial.unwrap_or(from_now);
     if let (false, Some(revision)) = (wants_initial || from_now, version) {
+        let current = call.server.store().current_revision().await?;
+        if revision > current {
+            // A position in another history, from before the store was made anew.
+            return Err(ApiError::Expired(format!(
+                "resource version {revision} is not of this store, which is at {current}"
+            )));
+        }
         return Ok(Start { revision, initial: Vec::new(), mark_initial: false });
     }
     let listing = call

@@ -8,7 +8,7 @@ use super::admission;
 use crate::{
     error::{ApiError, Cause},
     object,
-    server::{Call, Subresource},
+    server::{Call, MAX_BODY_BYTES, Subresource},
 };
 
 /// Tries of a write that names no resource version; each one looks anew.
@@ -64,7 +64,7 @@ async fn insert(call: &Call, object: &Value) -> Result<Option<u64>, ApiError> {
             None => Some(store.revision()),
         });
     }
-    match store.txn(Txn::create(key, object::encode(object))).await? {
+    match store.txn(Txn::create(key, object::encode(object)?)).await? {
         TxnOutcome::Committed { revision } => Ok(Some(revision)),
         TxnOutcome::Conflict { .. } => Ok(None),
     }
@@ -120,14 +120,33 @@ pub(crate) async fn patch(call: &Call) -> Result<Response, ApiError> {
             let patch: json_patch::Patch = serde_json::from_slice(&call.body).map_err(bad)?;
             change(call, |current| {
                 let mut wanted = current.clone();
-                json_patch::patch(&mut wanted, &patch)
-                    .map_err(|error| ApiError::Unprocessable(error.to_string()))?;
+                apply_json_patch(&mut wanted, &patch)?;
                 Ok(wanted)
             })
             .await
         }
         _ => Err(ApiError::UnsupportedMediaType(PATCH_TYPES)),
     }
+}
+
+/// Operations of one JSON patch, as in Kubernetes.
+const MAX_PATCH_OPERATIONS: usize = 10_000;
+
+fn apply_json_patch(object: &mut Value, patch: &json_patch::Patch) -> Result<(), ApiError> {
+    if patch.len() > MAX_PATCH_OPERATIONS {
+        return Err(ApiError::TooLarge(MAX_BODY_BYTES));
+    }
+    for operation in &patch.0 {
+        json_patch::patch(object, std::slice::from_ref(operation))
+            .map_err(|error| ApiError::Unprocessable(error.to_string()))?;
+        // A few copies of copies could fill the memory.
+        if matches!(operation, json_patch::PatchOperation::Copy(_))
+            && object.to_string().len() > MAX_BODY_BYTES
+        {
+            return Err(ApiError::TooLarge(MAX_BODY_BYTES));
+        }
+    }
+    Ok(())
 }
 
 /// Replaces the object by what `wanted` makes of it. Where that carries a resource version it must
@@ -157,7 +176,7 @@ async fn change(
         let txn = if gone {
             Txn::delete(key.as_str(), entry.mod_revision)
         } else {
-            Txn::replace(key.as_str(), entry.mod_revision, object::encode(&new))
+            Txn::replace(key.as_str(), entry.mod_revision, object::encode(&new)?)
         };
         if let TxnOutcome::Committed { revision } = store.txn(txn).await? {
             set_version(&mut new, revision);
