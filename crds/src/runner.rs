@@ -21,6 +21,9 @@ pub const EXIT_RETRYABLE: i32 = 1;
 /// Exit status after a failure that stays until something is changed: bad weights or config.
 pub const EXIT_PERMANENT: i32 = 2;
 
+/// Reason of a rank that ended only because another one did: never the cause.
+pub const REASON_PEER_LOST: &str = "PeerLost";
+
 /// A runner that says nothing for this long before it is `Ready` is taken for hung and killed. The
 /// runner's own deadlines are shorter, so that it can say which step hangs.
 pub const SILENCE_LIMIT_S: u64 = 120;

@@ -70,7 +70,7 @@ pub(crate) async fn run(
         .reconcile_all_on(trigger::elections(leadership))
         .with_config(Config::default().concurrency(1))
         .graceful_shutdown_on(shutdown.cancelled_owned())
-        .run(look, after_error, context)
+        .run(look, |instance, error, _context| after_error(&instance, error), context)
         .for_each(|result| async move {
             if let Err(error) = result {
                 tracing::debug!(%error, "instance controller");
@@ -151,11 +151,7 @@ async fn act(
     Ok(())
 }
 
-fn after_error(
-    instance: Arc<InferenceInstance>,
-    error: &WriteError,
-    _context: Arc<Context>,
-) -> Action {
+fn after_error(instance: &InferenceInstance, error: &WriteError) -> Action {
     if error.is_conflict() {
         return Action::requeue(RETRY_CONFLICT);
     }

@@ -1,4 +1,5 @@
 //! The controllers against a real API server in the same process, with agents played by the test.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{future::Future, sync::Arc, time::Duration};
 

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use exo_crds::{Rendezvous, Shard};
+use exo_crds::{Rendezvous, Shard, runner::REASON_PEER_LOST};
 use tokio::{
     sync::{Mutex as AsyncMutex, OwnedMutexGuard, watch},
     time::{Instant, sleep, sleep_until},
@@ -148,13 +148,18 @@ impl<F: Facilities> Task<F> {
         if let Some(failure) = self.local.failure()
             && !self.counted
         {
-            tracing::warn!(
-                shard = self.name(),
-                reason = failure.reason,
-                permanent = failure.permanent,
-                "shard failed: {}",
-                failure.message
-            );
+            // Ranks that lose a peer only follow it: the peer's own node tells what happened.
+            if failure.reason == REASON_PEER_LOST {
+                tracing::info!(shard = self.name(), "shard ended: {}", failure.message);
+            } else {
+                tracing::warn!(
+                    shard = self.name(),
+                    reason = failure.reason,
+                    permanent = failure.permanent,
+                    "shard failed: {}",
+                    failure.message
+                );
+            }
             self.shared.metrics.failures.with_label_values(&[failure.reason.as_str()]).inc();
             self.counted = true;
         }

@@ -439,10 +439,10 @@ fn whole_seconds(time: Timestamp) -> Time {
     Time(Timestamp::from_second(time.as_second()).unwrap_or(time))
 }
 
-/// The first whole second at least `delay_s` after `now`.
+/// About `delay_s` after `now`. Cut to a whole second, so up to one second early: a group of ranks
+/// that broke should be back soon.
 fn after(now: Timestamp, delay_s: i64) -> Time {
-    let rounding = i64::from(now.subsec_nanosecond() > 0);
-    let second = now.as_second().saturating_add(delay_s).saturating_add(rounding);
+    let second = now.as_second().saturating_add(delay_s);
     Time(Timestamp::from_second(second).unwrap_or(Timestamp::MAX))
 }
 

@@ -1,6 +1,6 @@
 //! Judges the shards of one epoch: alive, or ended and why.
 
-use exo_crds::{Node, Rendezvous, Shard, ShardListen, ShardPhase};
+use exo_crds::{Node, Rendezvous, Shard, ShardListen, ShardPhase, runner::REASON_PEER_LOST};
 
 use super::{Action, Observed, build, by_rank, is_deleting, phase_of};
 
@@ -74,7 +74,7 @@ fn failure(shards: &[&Shard]) -> Option<End> {
         let failure = shard.status.as_ref().and_then(|s| s.failure.as_ref());
         (
             !failure.is_some_and(|f| f.permanent),
-            failure.is_some_and(|f| f.reason == "PeerLost"),
+            failure.is_some_and(|f| f.reason == REASON_PEER_LOST),
             shard.spec.rank,
         )
     };
