@@ -54,7 +54,7 @@ pub(crate) async fn core_resources() -> Response {
         "shortNames": ["ns"],
         "verbs": ["get", "list"],
     });
-    json_response(StatusCode::OK, &resource_list("v1", vec![namespaces]))
+    json_response(StatusCode::OK, &resource_list("v1", &[namespaces]))
 }
 
 pub(crate) async fn groups(State(server): State<ApiServer>) -> Response {
@@ -106,11 +106,11 @@ pub(crate) async fn resources(
     if resources.is_empty() {
         return Err(ApiError::UnknownPath);
     }
-    let list = resource_list(&format!("{group}/{version}"), resources);
+    let list = resource_list(&format!("{group}/{version}"), &resources);
     Ok(json_response(StatusCode::OK, &list))
 }
 
-fn resource_list(group_version: &str, resources: Vec<Value>) -> Value {
+fn resource_list(group_version: &str, resources: &[Value]) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "APIResourceList",

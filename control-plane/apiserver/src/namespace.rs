@@ -56,9 +56,9 @@ pub(crate) async fn list(
     }
     let form = form(&request)?;
     let (names, revision) = in_use(&server).await?;
-    let objects = names.iter().map(|name| namespace(name)).collect();
+    let objects: Vec<Value> = names.iter().map(|name| namespace(name)).collect();
     let metadata = json!({"resourceVersion": revision.to_string()});
-    let body = form.list(server.namespaces(), objects, &metadata, clock::now());
+    let body = form.list(server.namespaces(), &objects, &metadata, clock::now());
     Ok(json_response(StatusCode::OK, &body))
 }
 

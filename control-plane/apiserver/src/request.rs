@@ -182,21 +182,23 @@ impl Verb {
 mod tests {
     use super::*;
 
+    /// Namespace, plural, name, subresource.
+    type Parts<'a> = (Option<&'a str>, &'a str, Option<&'a str>, Option<&'a str>);
+
     #[test]
     fn paths_are_read_or_refused() {
-        let check =
-            |path: &str, expect: Option<(Option<&str>, &str, Option<&str>, Option<&str>)>| {
-                let target = Target::parse(path);
-                let found = target.as_ref().map(|t| {
-                    (
-                        t.namespace.as_deref(),
-                        t.plural.as_str(),
-                        t.name.as_deref(),
-                        t.subresource.as_deref(),
-                    )
-                });
-                assert_eq!(found, expect, "{path}");
-            };
+        let check = |path: &str, expect: Option<Parts<'_>>| {
+            let target = Target::parse(path);
+            let found = target.as_ref().map(|t| {
+                (
+                    t.namespace.as_deref(),
+                    t.plural.as_str(),
+                    t.name.as_deref(),
+                    t.subresource.as_deref(),
+                )
+            });
+            assert_eq!(found, expect, "{path}");
+        };
         check("/apis/g/v/nodes", Some((None, "nodes", None, None)));
         check("/apis/g/v/nodes/a", Some((None, "nodes", Some("a"), None)));
         check("/apis/g/v/nodes/a/status", Some((None, "nodes", Some("a"), Some("status"))));

@@ -132,7 +132,7 @@ impl Form {
     pub(crate) fn list(
         self,
         resource: &Resource,
-        objects: Vec<Value>,
+        objects: &[Value],
         metadata: &Value,
         now: OffsetDateTime,
     ) -> Value {
@@ -149,7 +149,7 @@ impl Form {
                 "metadata": metadata,
                 "items": objects.iter().map(partial).collect::<Vec<_>>(),
             }),
-            Self::Table(row) => table(resource, &objects, metadata, row, true, now),
+            Self::Table(row) => table(resource, objects, metadata, row, true, now),
         }
     }
 }

@@ -1,4 +1,5 @@
 //! The server as kube-rs sees it.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! What is owned goes with its owner.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
 

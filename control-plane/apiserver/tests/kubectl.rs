@@ -1,4 +1,5 @@
 //! kubectl against the server, over a socket. Skipped where there is no kubectl.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 #[path = "support/serve.rs"]
 mod serve;

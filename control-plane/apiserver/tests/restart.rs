@@ -1,4 +1,5 @@
 //! Objects outlive the process.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! No request, however odd, makes the server fail.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! What every backend does the same way.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::time::Duration;
 

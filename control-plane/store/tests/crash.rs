@@ -1,4 +1,5 @@
 //! A process that is killed loses nothing that it acknowledged.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},

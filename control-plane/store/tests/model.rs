@@ -1,4 +1,5 @@
 //! The state against a model that keeps every revision as a whole map.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::BTreeMap;
 

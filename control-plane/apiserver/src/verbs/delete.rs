@@ -190,6 +190,6 @@ pub(crate) async fn delete_collection(call: &Call) -> Result<Response, ApiError>
         }
     }
     let metadata = json!({"resourceVersion": revision.to_string()});
-    let body = call.form.list(&call.resource, objects, &metadata, clock::now());
+    let body = call.form.list(&call.resource, &objects, &metadata, clock::now());
     Ok(json_response(StatusCode::OK, &body))
 }

@@ -28,7 +28,7 @@ pub(crate) async fn list(call: &Call) -> Result<Response, ApiError> {
     if let Some(token) = page.next {
         metadata["continue"] = json!(token.encode());
     }
-    let body = call.form.list(&call.resource, page.objects, &metadata, clock::now());
+    let body = call.form.list(&call.resource, &page.objects, &metadata, clock::now());
     Ok(json_response(StatusCode::OK, &body))
 }
 

@@ -30,8 +30,7 @@ pub(crate) async fn create(call: &Call) -> Result<Response, ApiError> {
     admission::stamp_new(&call.resource, &mut object);
     let base = match object::text(&object, "generateName") {
         Some(base) if object::name(&object).is_empty() && !base.is_empty() => {
-            let end = base.floor_char_boundary(MAX_GENERATE_BASE);
-            Some(base[..end].to_owned())
+            Some(base.chars().take(MAX_GENERATE_BASE).collect::<String>())
         }
         _ => None,
     };
