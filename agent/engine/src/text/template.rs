@@ -8,7 +8,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
+use minijinja::{
+    Environment, Error, ErrorKind, Value, context,
+    syntax::SyntaxConfig,
+    value::{Kwargs, ValueKind},
+};
 use time::{OffsetDateTime, format_description};
 
 use super::{
@@ -27,6 +31,8 @@ const SPECIAL_TOKENS: [&str; 7] =
 /// A model's chat templates.
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    /// Names in `environment`, which errors show, by the templates' own names.
+    names: BTreeMap<String, String>,
     special_tokens: BTreeMap<String, String>,
 }
 
@@ -45,9 +51,8 @@ pub struct ChatInput<'a> {
 
 impl fmt::Debug for ChatTemplate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<&str> = self.environment.templates().map(|(name, _)| name).collect();
         f.debug_struct("ChatTemplate")
-            .field("templates", &names)
+            .field("names", &self.names)
             .field("special_tokens", &self.special_tokens)
             .finish_non_exhaustive()
     }
@@ -88,26 +93,26 @@ impl ChatTemplate {
 
     fn new(sources: &Sources, special_tokens: BTreeMap<String, String>) -> Result<Self, TextError> {
         let mut environment = environment();
+        let mut names = BTreeMap::new();
         for (name, path, source) in sources {
-            environment
-                .add_template_owned(name.clone(), without_generation_marks(source))
-                .map_err(|error| TextError::Invalid {
-                    path: path.clone(),
-                    message: format!("{error}"),
-                })?;
+            let file = path.file_name().unwrap_or_default().to_string_lossy();
+            let shown = if name == DEFAULT { file.into_owned() } else { format!("{file}, {name}") };
+            environment.add_template_owned(shown.clone(), normalized(source)).map_err(|error| {
+                TextError::Invalid { path: path.clone(), message: error.to_string() }
+            })?;
+            names.insert(name.clone(), shown);
         }
-        Ok(Self { environment, special_tokens })
+        Ok(Self { environment, names, special_tokens })
     }
 
     /// Renders a conversation. The text carries its special tokens: encode it without adding any.
     pub fn render(&self, input: &ChatInput<'_>) -> Result<String, TextError> {
-        let name = if !input.tools.is_empty() && self.environment.get_template(TOOL_USE).is_ok() {
-            TOOL_USE
-        } else {
-            DEFAULT
-        };
+        let tool_use = self.names.get(TOOL_USE).filter(|_| !input.tools.is_empty());
+        let name = tool_use
+            .or_else(|| self.names.get(DEFAULT))
+            .ok_or_else(|| TextError::Render(format!("there is no template named `{DEFAULT}`")))?;
         let template = (self.environment.get_template(name))
-            .map_err(|error| TextError::Render(format!("no template `{name}`: {error}")))?;
+            .map_err(|error| TextError::Render(error.to_string()))?;
         let messages: Value = input.messages.iter().map(message).collect();
         let tools = if input.tools.is_empty() {
             Value::from(())
@@ -141,14 +146,29 @@ fn environment() -> Environment<'static> {
     environment.set_syntax(syntax);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment
-        .add_filter("tojson", |value: &Value, args: minijinja::value::Kwargs| tojson(value, &args));
+    environment.add_filter("tojson", |value: &Value, args: Kwargs| tojson(value, &args));
+    environment.add_test("iterable", is_iterable);
+    // In Python what has a length and items is one: texts and mappings as well as lists.
+    environment.add_test("sequence", is_iterable);
     environment.add_function("raise_exception", |text: String| {
         Err::<Value, Error>(
             Error::new(ErrorKind::InvalidOperation, text.clone()).with_source(Refusal(text)),
         )
     });
     environment
+}
+
+/// Python's `None` can't be iterated over, its undefined values can.
+fn is_iterable(value: &Value) -> bool {
+    match value.kind() {
+        ValueKind::Undefined
+        | ValueKind::String
+        | ValueKind::Seq
+        | ValueKind::Map
+        | ValueKind::Iterable => true,
+        ValueKind::Plain => value.try_iter().is_ok(),
+        _ => false,
+    }
 }
 
 /// What a template says by `raise_exception`.
@@ -188,18 +208,20 @@ fn message(message: &serde_json::Value) -> Value {
     to_template(&message)
 }
 
-/// Turns `{% generation %}` … `{% endgeneration %}`, which mark the learned parts in training, into
-/// blocks that only group; their effect on white space stays.
-fn without_generation_marks(source: &str) -> String {
+/// The source as Python's Jinja with transformers' extension reads it: all line ends are `\n`, and
+/// `{% generation %}` … `{% endgeneration %}`, which mark the learned parts in training, only group
+/// what is between them. Their effect on white space stays.
+fn normalized(source: &str) -> String {
+    let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len());
-    let mut rest = source;
+    let mut rest = source.as_str();
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
         out.push_str(before);
         let end = tag.find("%}").map_or(tag.len(), |at| at + 2);
         let (tag, after) = tag.split_at(end);
         let name = tag.trim_start_matches("{%").trim_end_matches("%}");
-        match name.trim_matches(['-', '+', ' ', '\t', '\n', '\r']) {
+        match name.trim_matches(['-', '+', ' ', '\t', '\n']) {
             "generation" => out.push_str(&tag.replace("generation", "if true")),
             "endgeneration" => out.push_str(&tag.replace("endgeneration", "endif")),
             _ => out.push_str(tag),
@@ -421,7 +443,15 @@ mod tests {
     fn failures_say_where() {
         let failed = render("a\n{{ messages[0].content.nothing.more }}", &chat(), &[]);
         let text = failed.unwrap_err().to_string();
-        assert!(text.contains("default:2"), "{text}");
+        assert!(text.contains("(in t:2)"), "{text}");
+    }
+
+    #[test]
+    fn tests_and_line_ends_are_pythons() {
+        let source = "{{ none is iterable }} {{ x is iterable }} {{ 'a' is sequence }}\r\n\
+                      {{ {} is iterable }} {{ 1 is sequence }} {{ [] is sequence }}\r\n";
+        let out = render(source, &[], &[]).unwrap();
+        assert_eq!(out, "False True True\nTrue False True");
     }
 
     #[test]

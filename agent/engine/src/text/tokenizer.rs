@@ -135,7 +135,7 @@ pub(super) mod samples {
         }))
     }
 
-    fn bpe(vocab: Map<String, Value>, merges: &[&str], byte_fallback: bool) -> Value {
+    fn bpe(vocab: &Map<String, Value>, merges: &[&str], byte_fallback: bool) -> Value {
         json!({"type": "BPE", "dropout": null, "unk_token": null,
                "continuing_subword_prefix": null, "end_of_word_suffix": null,
                "fuse_unk": false, "byte_fallback": byte_fallback, "ignore_merges": false,
@@ -156,7 +156,7 @@ pub(super) mod samples {
             &[added(258, "<|end|>"), added(259, "<|start|>")],
             &byte_level,
             &byte_level,
-            &bpe(vocab, &["h e", "Ġ he"], false),
+            &bpe(&vocab, &["h e", "Ġ he"], false),
         )
     }
 
@@ -176,7 +176,7 @@ pub(super) mod samples {
         ]});
         let pre = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first",
                          "split": false});
-        tokenizer(&[added(260, "</s>")], &decoder, &pre, &bpe(vocab, &["▁ a"], true))
+        tokenizer(&[added(260, "</s>")], &decoder, &pre, &bpe(&vocab, &["▁ a"], true))
     }
 }
 

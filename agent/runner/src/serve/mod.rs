@@ -218,7 +218,7 @@ async fn report_throughput(metrics: Metrics, reporter: Reporter) {
 async fn listen(address: std::net::SocketAddr) -> Result<TcpListener, Failure> {
     TcpListener::bind(address)
         .await
-        .map_err(|source| channel_failure(ChannelError::Listen { address, source }))
+        .map_err(|source| channel_failure(&ChannelError::Listen { address, source }))
 }
 
 fn bad_certificates(error: &TrustError) -> Failure {

@@ -135,13 +135,14 @@ fn connect(start: &mut Start) -> Result<(Link, Loaded), Failure> {
     let me = Hello::from(&*config);
     let Some(listener) = control.take() else {
         let connecting = channel::connect(config.control, tls, &me, CONNECT_LIMIT);
-        let (sender, receiver) = runtime.block_on(connecting).map_err(channel_failure)?.split();
+        let (sender, receiver) =
+            runtime.block_on(connecting).map_err(|error| channel_failure(&error))?.split();
         let (orders, commands) = mpsc::channel();
         runtime.spawn(take_commands(receiver, orders, reporter.clone()));
         return Ok((Link::Other { commands, sender }, loaded));
     };
     let gathering = channel::gather(&listener, tls, &me, CONNECT_LIMIT);
-    let peers = runtime.block_on(gathering).map_err(channel_failure)?;
+    let peers = runtime.block_on(gathering).map_err(|error| channel_failure(&error))?;
     let mut ends = senders.blocking_lock();
     for peer in peers {
         let (sender, receiver) = Peer::split(peer);
@@ -167,7 +168,7 @@ async fn take_commands(
             }
             // The engine's thread is gone only when it ends the process itself.
             Ok(command) => drop(orders.send(command)),
-            Err(error) => reporter.fail(&channel_failure(error)),
+            Err(error) => reporter.fail(&channel_failure(&error)),
         }
     }
 }
@@ -187,7 +188,7 @@ async fn take_notes(
                 let message = format!("rank {rank} failed: {message}");
                 break Failure::retryable("PeerFailed", message);
             }
-            Err(error) => break channel_failure(error),
+            Err(error) => break channel_failure(&error),
         }
     };
     // The others would see the loss of rank 0 only.
@@ -317,7 +318,7 @@ fn load(
     };
     let engine = Engine::load(&load, &mut progress)?;
     watchdog.rest();
-    told.map_err(channel_failure)?;
+    told.map_err(|error| channel_failure(&error))?;
     let info = engine.info();
     let (model_type, layers) = (&config.model_type, config.total_layers as usize);
     if (&info.model_type, info.layers) != (model_type, layers) {
@@ -423,7 +424,7 @@ impl Ranks {
     fn tell(&self, command: &RankCommand) -> Result<(), Failure> {
         let send = async { channel::send_all(&mut self.senders.lock().await, command).await };
         // On this thread: a socket rarely makes a writer wait, so nobody must be woken.
-        self.runtime.block_on(send).map_err(channel_failure)
+        self.runtime.block_on(send).map_err(|error| channel_failure(&error))
     }
 
     /// Runs a step on this rank.
@@ -477,12 +478,12 @@ impl Executor for Ranks {
     }
 }
 
-pub(crate) fn channel_failure(error: ChannelError) -> Failure {
-    let (reason, permanent) = match &error {
+pub(crate) fn channel_failure(error: &ChannelError) -> Failure {
+    let (reason, permanent) = match error {
         ChannelError::Trust(_) => ("BadCertificates", true),
         ChannelError::Listen { .. } => ("PortInUse", false),
         ChannelError::Missing { .. } | ChannelError::Unreachable { .. } => ("PeerMissing", false),
         ChannelError::Lost { .. } => ("PeerLost", false),
     };
-    Failure { reason, message: chain(&error), permanent }
+    Failure { reason, message: chain(error), permanent }
 }

@@ -146,7 +146,7 @@ fn print(event: &RunnerEvent) {
 /// `std::process::exit` would run the destructors of MLX's globals, which join threads that may be
 /// stuck in a collective.
 pub(crate) fn exit(code: i32) -> ! {
-    #[allow(unsafe_code)]
+    #[allow(unsafe_code, reason = "std has no safe way to it")]
     // SAFETY: always sound; nothing of this process is used after it.
     unsafe {
         libc::_exit(code)

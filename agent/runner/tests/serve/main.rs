@@ -1,5 +1,7 @@
 //! `exo-runner serve` as agents and gateways meet it: real processes, real MLX, real certificates.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod client;
 mod model;
 mod process;

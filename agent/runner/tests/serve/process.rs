@@ -100,10 +100,7 @@ impl Group {
     }
 
     pub(crate) fn start(&self, rank: usize) -> Runner {
-        self.start_with(rank, self.config(rank))
-    }
-
-    pub(crate) fn start_with(&self, rank: usize, config: RunnerConfig) -> Runner {
+        let config = self.config(rank);
         let path = self.dir.path().join(format!("config-{rank}.json"));
         fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
         let log = self.dir.path().join(format!("log-{rank}"));
