@@ -343,8 +343,11 @@ async fn read<T: DeserializeOwned>(
         Some(Err(LinesCodecError::MaxLineLengthExceeded)) => {
             Err(format!("it sent a line of more than {LINE_BYTES_MAX} bytes"))
         }
-        Some(Err(LinesCodecError::Io(error))) => Err(error.to_string()),
-        None => Err("it closed the connection".to_owned()),
+        // A process that is killed sends no TLS farewell.
+        Some(Err(LinesCodecError::Io(error))) if error.kind() != io::ErrorKind::UnexpectedEof => {
+            Err(error.to_string())
+        }
+        Some(Err(LinesCodecError::Io(_))) | None => Err("it closed the connection".to_owned()),
     }
 }
 
