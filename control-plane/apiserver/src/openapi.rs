@@ -1,16 +1,17 @@
-//! OpenAPI 3 documents, for clients that explain and validate by them.
+//! OpenAPI 3 documents, for clients that explain and validate by them; and an OpenAPI 2 document
+//! without definitions, for old clients that can't begin without one.
 
 use axum::{
     extract::{Path, State},
-    http::StatusCode,
-    response::Response,
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse as _, Response},
 };
 use serde_json::{Map, Value, json};
 
 use crate::{
     error::ApiError,
     resource::Resource,
-    server::{ApiServer, json_response},
+    server::{ApiServer, header_text, json_response},
 };
 
 const META: &str = "io.k8s.apimachinery.pkg.apis.meta.v1";
@@ -60,8 +61,47 @@ pub(crate) async fn version_3(
     Ok(json_response(StatusCode::OK, &document))
 }
 
+/// Media type of OpenAPI 2 as a protocol buffer, the only form that kubectl reads. Old clients ask
+/// for it with an `@` that they themselves can't parse in an answer.
+const PROTOBUF_2: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
+
+/// The document of version 2: it defines nothing, which tells kubectl before 1.27 to leave
+/// validation to the server.
+pub(crate) async fn version_2(headers: HeaderMap) -> Response {
+    let accept = header_text(&headers, header::ACCEPT).unwrap_or_default();
+    if accept.replace('@', ".").contains(PROTOBUF_2) {
+        let headers = [(header::CONTENT_TYPE, PROTOBUF_2)];
+        return (StatusCode::OK, headers, document_2_protobuf()).into_response();
+    }
+    let document = json!({"swagger": "2.0", "info": info(), "paths": {}, "definitions": {}});
+    json_response(StatusCode::OK, &document)
+}
+
+/// `Document` of gnostic's OpenAPIv2.proto: 1 is `swagger`, 2 is `info` (with 1 `title` and 2
+/// `version`), 8 is `paths`.
+fn document_2_protobuf() -> Vec<u8> {
+    let mut info = Vec::new();
+    put_bytes(&mut info, 1, TITLE.as_bytes());
+    put_bytes(&mut info, 2, env!("CARGO_PKG_VERSION").as_bytes());
+    let mut document = Vec::new();
+    put_bytes(&mut document, 1, b"2.0");
+    put_bytes(&mut document, 2, &info);
+    put_bytes(&mut document, 8, &[]);
+    document
+}
+
+/// A length-delimited field; number and length take one byte each here.
+fn put_bytes(out: &mut Vec<u8>, field: u8, bytes: &[u8]) {
+    let len = u8::try_from(bytes.len()).ok().filter(|len| *len < 0x80);
+    out.push(field << 3 | 2);
+    out.push(len.expect("title and version are short"));
+    out.extend_from_slice(bytes);
+}
+
+const TITLE: &str = "exo";
+
 fn info() -> Value {
-    json!({"title": "exo", "version": env!("CARGO_PKG_VERSION")})
+    json!({"title": TITLE, "version": env!("CARGO_PKG_VERSION")})
 }
 
 /// Name of a resource's schema: the group reversed, as Kubernetes does it.

@@ -105,6 +105,7 @@ pub fn app(server: ApiServer) -> Router {
         ("/apis", get(discovery::groups)),
         ("/apis/{group}", get(discovery::group)),
         ("/apis/{group}/{version}", get(discovery::resources)),
+        ("/openapi/v2", get(openapi::version_2)),
         ("/openapi/v3", get(openapi::index)),
         ("/openapi/v3/apis/{group}/{version}", get(openapi::version_3)),
     ];

@@ -339,6 +339,8 @@ async fn discovery_lists_what_is_served() {
     ] {
         assert!(names.iter().any(|n| n == expect), "{expect} in {names:?}");
     }
+    let (_, old) = server.get("/openapi/v2").await;
+    assert_eq!((&old["swagger"], &old["definitions"]), (&json!("2.0"), &json!({})));
     let (_, index) = server.get("/openapi/v3").await;
     let url = &index["paths"]["apis/exo.dev/v1alpha1"]["serverRelativeURL"];
     let (_, document) = server.get(url.as_str().unwrap()).await;

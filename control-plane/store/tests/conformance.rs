@@ -202,3 +202,26 @@ async fn a_store_that_is_shut_down_refuses() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_tell_size_and_leadership() {
+    each(async |store| {
+        let registry = prometheus::Registry::new();
+        store.register_metrics(&registry).unwrap();
+        create(&store, "/a", "123").await;
+        create(&store, "/b", "123").await;
+        let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+        for line in [
+            "exo_store_revision 2",
+            "exo_store_objects 2",
+            "exo_store_bytes 10",
+            "exo_store_history_events 2",
+            "exo_raft_is_leader 1",
+            "exo_raft_term 1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} in {text}");
+        }
+        assert!(*store.leads().borrow());
+    })
+    .await;
+}
