@@ -25,11 +25,8 @@ def text_of(message):
 
 
 def expected(question):
-    answer = question["answer"]
-    if "<tool_call>" not in answer:
-        return answer, []
-    content, _, rest = answer.partition("<tool_call>")
-    return content, [json.loads(rest.partition("</tool_call>")[0])]
+    content, *calls = question["answer"].split("<tool_call>")
+    return content.strip(), [json.loads(call.partition("</tool_call>")[0]) for call in calls]
 
 
 def ask(client, question):
@@ -74,7 +71,7 @@ def main():
         answers = list(pool.map(lambda q: ask(client, q), questions))
     wrong = [(q["messages"][-1]["content"], a, expected(q))
              for q, a in zip(questions, answers)
-             if (a[0], a[1]) != (expected(q)[0].strip(), expected(q)[1])]
+             if a != expected(q)]
     assert not wrong, f"{len(wrong)} of {len(questions)} are wrong: {wrong[:5]}"
 
     plain = [q for q in questions if "<tool_call>" not in q["answer"]][:20]
