@@ -298,6 +298,31 @@ async fn updates_and_deletions_mind_their_preconditions() {
 }
 
 #[tokio::test]
+async fn objects_from_before_a_stricter_schema_stay_usable() {
+    let server = support::start();
+    let old = json!({
+        "apiVersion": "exo.dev/v1alpha1", "kind": "InferenceInstance",
+        "metadata": {"name": "a", "namespace": "default", "uid": "u", "generation": 1,
+                     "creationTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["exo.dev/x"]},
+        "spec": {"model": "tiny", "replicas": -3, "gone": true}
+    });
+    let key = "/registry/exo.dev/inferenceinstances/default/a";
+    server.store.txn(exo_store::Txn::create(key, old.to_string())).await.unwrap();
+    let a = &format!("{INSTANCES}/a?fieldValidation=Strict");
+    let status = json!({"status": {"phase": "Failed"}});
+    let path = format!("{INSTANCES}/a/status?fieldValidation=Strict");
+    let (code, body) = server.call(Method::PATCH, &path, Some(status)).await;
+    assert_eq!((code.as_u16(), &body["status"]["phase"]), (200, &json!("Failed")), "{body}");
+    let worse = json!({"spec": {"replicas": -4}});
+    let answer = server.call(Method::PATCH, a, Some(worse)).await;
+    assert_eq!(refusal(&answer).3, ["spec.replicas"]);
+    server.call(Method::DELETE, &format!("{INSTANCES}/a"), None).await;
+    let free = json!({"metadata": {"finalizers": null}});
+    assert_eq!(server.call(Method::PATCH, a, Some(free)).await.0, 200);
+    assert_eq!(server.get(a).await.0, 404);
+}
+
+#[tokio::test]
 async fn generated_names_are_unique() {
     let server = support::start();
     let mut object = without(instance("x"), "/metadata", "name");

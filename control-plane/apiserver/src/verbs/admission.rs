@@ -57,7 +57,14 @@ const SERVER_FIELDS: [&str; 5] =
 const MAX_ANNOTATION_BYTES: usize = 256 << 10;
 
 /// Prunes, defaults and validates `object`; returns warnings about what was pruned.
-pub(super) fn admit(call: &Call, object: &mut Value) -> Result<Vec<String>, ApiError> {
+///
+/// Faults that `current` has too are let pass: an object from before a stricter schema must stay
+/// able to report its status and to lose its finalizers.
+pub(super) fn admit(
+    call: &Call,
+    object: &mut Value,
+    current: Option<&Value>,
+) -> Result<Vec<String>, ApiError> {
     let resource = &call.resource;
     let validation = FieldValidation::of(call)?;
     let mut unknown = prune_metadata(object);
@@ -76,6 +83,10 @@ pub(super) fn admit(call: &Call, object: &mut Value) -> Result<Vec<String>, ApiE
     resource.schema.default(object);
     let mut causes = metadata_causes(object);
     causes.extend(resource.schema.validate(object));
+    if let (false, Some(current)) = (causes.is_empty(), current) {
+        let known = resource.schema.validate(current);
+        causes.retain(|cause| !known.contains(cause));
+    }
     if !causes.is_empty() {
         return Err(ApiError::Invalid { subject: resource.subject(object::name(object)), causes });
     }

@@ -39,7 +39,7 @@ pub(crate) async fn create(call: &Call) -> Result<Response, ApiError> {
             let name = format!("{base}{}", random_suffix());
             object::set_metadata(&mut object, "name", Some(json!(name)));
         }
-        let warnings = admission::admit(call, &mut object)?;
+        let warnings = admission::admit(call, &mut object, None)?;
         if let Some(revision) = insert(call, &object).await? {
             set_version(&mut object, revision);
             return Ok(call.respond(StatusCode::CREATED, object, &warnings));
@@ -158,11 +158,13 @@ async fn change(
     let key = call.key();
     for _ in 0..MAX_TRIES {
         let entry = store.get(&key).await?.ok_or_else(|| call.not_found())?;
-        let current = object::decode(&entry)?;
+        let mut current = object::decode(&entry)?;
+        // What an older schema knew is not the client's mistake.
+        call.resource.schema.prune(&mut current);
         let mut new = wanted(&current)?;
         check_target(call, &current, &mut new)?;
         admission::merge_update(call, &current, &mut new);
-        let warnings = admission::admit(call, &mut new)?;
+        let warnings = admission::admit(call, &mut new, Some(&current))?;
         check_finalizers(call, &current, &new)?;
         if call.subresource != Some(Subresource::Status) {
             admission::bump_generation(&current, &mut new);
