@@ -74,7 +74,11 @@ async fn write<F: Facilities>(
             }
             continue;
         }
-        let minor = wanted.phase == written.phase && wanted.listen == written.listen;
+        // A failed shard has little left to say, and its replica waits for it to be gone.
+        let minor = wanted.phase == written.phase
+            && wanted.listen == written.listen
+            && wanted.last_log_lines == written.last_log_lines
+            && wanted.failure == written.failure;
         let earliest = last + MINOR_PERIOD;
         if minor && Instant::now() < earliest {
             tokio::select! {
