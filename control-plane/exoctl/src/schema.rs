@@ -196,16 +196,16 @@ mod tests {
         check(
             json!({"model": "a", "replicas": "two", "nodes": {"min": -1, "most": 1}}),
             &[
+                "spec.replicas: must be an integer, not `two`",
                 "spec.nodes.min: must be at least 1, not -1",
                 "spec.nodes.most: unknown field",
-                "spec.replicas: must be an integer, not `two`",
             ],
         );
         check(
             json!({"model": "a", "sharding": "Pipelin", "environment": {"A": 1}}),
             &[
-                "spec.environment.A: must be a string, not `1`",
                 "spec.sharding: `Pipelin` is not one of Auto, Pipeline, Tensor; did you mean `Pipeline`?",
+                "spec.environment.A: must be a string, not `1`",
             ],
         );
         check(json!([]), &["spec: must be an object, not an array"]);

@@ -91,7 +91,12 @@ fn page(object: &Value, now: Timestamp) -> String {
         .get_mut("status")
         .and_then(Value::as_object_mut)
         .and_then(|status| status.remove("conditions"));
-    write_fields(&mut page, &rest, 0);
+    // By name, whatever their order on the wire.
+    let mut rest = Value::Object(rest);
+    rest.sort_all_objects();
+    if let Some(rest) = rest.as_object() {
+        write_fields(&mut page, rest, 0);
+    }
     if let Some(Value::Array(conditions)) = conditions {
         write_conditions(&mut page, &conditions, now);
     }

@@ -295,13 +295,16 @@ fn write_object(
 }
 
 fn write_value(form: Output, value: &Value, out: &mut dyn Write) -> anyhow::Result<()> {
+    // kubectl prints fields by name, whatever their order on the wire.
+    let mut value = value.clone();
+    value.sort_all_objects();
     match form {
-        Output::Yaml => write!(out, "{}", exo_crds::yaml::to_string(value)?)?,
+        Output::Yaml => write!(out, "{}", exo_crds::yaml::to_string(&value)?)?,
         Output::Json | Output::Name | Output::Wide => {
             // Pretty, as kubectl prints it, but with its indentation of four.
             let formatter = serde_json::ser::PrettyFormatter::with_indent(b"    ");
             let mut serializer = serde_json::Serializer::with_formatter(&mut *out, formatter);
-            serde::Serialize::serialize(value, &mut serializer)?;
+            serde::Serialize::serialize(&value, &mut serializer)?;
             writeln!(out)?;
         }
     }

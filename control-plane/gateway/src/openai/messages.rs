@@ -47,14 +47,13 @@ fn read_message(message: &Value, path: &str) -> Result<Value, ApiError> {
         Some(content) => Some(read_content(fields, content)?),
     };
     let mut read = object.clone();
-    // A client's nulls (`"refusal": null` of an earlier answer) only confuse templates.
-    read.retain(|_, value| !value.is_null());
+    // A client's nulls (`"refusal": null` of an earlier answer) only confuse templates, as does an
+    // empty list of calls.
+    read.retain(|key, value| !value.is_null() && (key != "tool_calls" || !calls.is_empty()));
     read.insert("role".into(), role.into());
     // Templates concatenate it: absent content is an empty text.
     read.insert("content".into(), content.unwrap_or_default().into());
-    if calls.is_empty() {
-        read.remove("tool_calls");
-    } else {
+    if !calls.is_empty() {
         read.insert("tool_calls".into(), calls.into());
     }
     Ok(Value::Object(read))

@@ -181,7 +181,7 @@ mod tests {
     }
 
     /// The stream of `events`, with what all chunks repeat cut out.
-    fn transcript(with_tools: bool, include_usage: bool, events: Vec<GenerateEvent>) -> String {
+    fn transcript(with_tools: bool, include_usage: bool, events: Vec<GenerateEvent>) -> Vec<Value> {
         let mut answer = ChatAnswer::new(with_tools);
         let writer = ChunkWriter::new(head(), include_usage);
         let text: String = events
@@ -189,22 +189,28 @@ mod tests {
             .flat_map(|event| answer.push(event))
             .map(|piece| writer.write(piece))
             .collect();
-        let mut lines = Vec::new();
-        for line in text.lines().filter(|line| !line.is_empty()) {
-            let data = line.strip_prefix("data: ").expect("only data lines");
-            let Ok(mut chunk) = serde_json::from_str::<Value>(data) else {
-                lines.push(data.to_owned());
-                continue;
-            };
-            if let Some(object) = chunk.as_object_mut().filter(|o| o.contains_key("object")) {
-                assert_eq!(object.remove("id").unwrap(), "chatcmpl-1");
-                assert_eq!(object.remove("object").unwrap(), "chat.completion.chunk");
-                assert_eq!(object.remove("created").unwrap(), 5);
-                assert_eq!(object.remove("model").unwrap(), "m");
-            }
-            lines.push(chunk.to_string());
-        }
-        lines.join("\n")
+        let lines = text.lines().filter(|line| !line.is_empty());
+        lines
+            .map(|line| {
+                let mut chunk = parsed(line.strip_prefix("data: ").expect("only data lines"));
+                if let Some(object) = chunk.as_object_mut().filter(|o| o.contains_key("object")) {
+                    assert_eq!(object.remove("id").unwrap(), "chatcmpl-1");
+                    assert_eq!(object.remove("object").unwrap(), "chat.completion.chunk");
+                    assert_eq!(object.remove("created").unwrap(), 5);
+                    assert_eq!(object.remove("model").unwrap(), "m");
+                }
+                chunk
+            })
+            .collect()
+    }
+
+    /// `[DONE]` is no JSON and stands for itself.
+    fn parsed(line: &str) -> Value {
+        serde_json::from_str(line).unwrap_or_else(|_| line.into())
+    }
+
+    fn all_parsed(lines: &str) -> Vec<Value> {
+        lines.trim().lines().map(parsed).collect()
     }
 
     #[test]
@@ -223,7 +229,7 @@ mod tests {
 {"choices":[{"delta":{"content":"!"},"finish_reason":null,"index":0,"logprobs":null}]}
 {"choices":[{"delta":{},"finish_reason":"length","index":0,"logprobs":null}]}
 [DONE]"#;
-        assert_eq!(transcript(false, false, events), expect.trim());
+        assert_eq!(transcript(false, false, events), all_parsed(expect));
     }
 
     #[test]
@@ -239,7 +245,7 @@ mod tests {
 {"choices":[{"delta":{},"finish_reason":"tool_calls","index":0,"logprobs":null}],"usage":null}
 {"choices":[],"usage":{"completion_tokens":1,"prompt_tokens":3,"total_tokens":4}}
 [DONE]"#;
-        assert_eq!(transcript(true, true, events), expect.trim());
+        assert_eq!(transcript(true, true, events), all_parsed(expect));
     }
 
     #[test]
@@ -250,8 +256,10 @@ mod tests {
         };
         let text = transcript(false, false, vec![start(3), token(1, "a"), error]);
         assert_eq!(
-            text.lines().last().unwrap(),
-            r#"{"error":{"code":"service_unavailable","message":"the runner is stopping","param":null,"type":"server_error"}}"#
+            *text.last().unwrap(),
+            parsed(
+                r#"{"error":{"code":"service_unavailable","message":"the runner is stopping","param":null,"type":"server_error"}}"#
+            )
         );
     }
 
@@ -271,8 +279,10 @@ mod tests {
     fn log_probabilities_come_with_tokens_that_have_no_text_yet() {
         let text = transcript(false, false, vec![start(3), with_logprobs()]);
         assert_eq!(
-            text.lines().last().unwrap(),
-            r#"{"choices":[{"delta":{"content":""},"finish_reason":null,"index":0,"logprobs":{"content":[{"bytes":[195,169],"logprob":-0.5,"token":"é","top_logprobs":[{"bytes":[101],"logprob":-1.5,"token":"e"}]}]}}]}"#
+            *text.last().unwrap(),
+            parsed(
+                r#"{"choices":[{"delta":{"content":""},"finish_reason":null,"index":0,"logprobs":{"content":[{"bytes":[195,169],"logprob":-0.5,"token":"é","top_logprobs":[{"bytes":[101],"logprob":-1.5,"token":"e"}]}]}}]}"#
+            )
         );
     }
 

@@ -63,9 +63,13 @@ impl Cluster {
 
     /// Creates an instance named `chat` of the model `tiny`.
     pub(crate) async fn create_instance(&self) {
+        self.create("chat").await;
+    }
+
+    async fn create(&self, name: &str) {
         let instance = serde_json::from_value(json!({
             "apiVersion": "exo.dev/v1alpha1", "kind": "InferenceInstance",
-            "metadata": {"name": "chat"}, "spec": {"model": "tiny", "seed": 11}}))
+            "metadata": {"name": name}, "spec": {"model": "tiny", "seed": 11}}))
         .unwrap();
         self.instances().create(&PostParams::default(), &instance).await.unwrap();
     }
@@ -92,6 +96,16 @@ impl Cluster {
         self.instances().patch_status("chat", &parameters, &patch).await.unwrap();
     }
 
+    /// Lets `chat` serve another model, and waits until the gateway knows.
+    pub(crate) async fn set_model(&self, model: &str) {
+        let patch = Patch::Merge(json!({"spec": {"model": model}}));
+        self.instances().patch("chat", &PatchParams::default(), &patch).await.unwrap();
+        // Changes of one kind arrive in order: what is created next is seen after this.
+        self.create("marker").await;
+        let seen = async { while self.get("/v1/models/marker").await.status() != 200 {} };
+        tokio::time::timeout(PATIENCE, seen).await.unwrap();
+    }
+
     pub(crate) async fn delete_instance(&self) {
         self.instances().delete("chat", &DeleteParams::default()).await.unwrap();
     }
@@ -107,7 +121,9 @@ impl Cluster {
     }
 
     pub(crate) fn post(&self, body: &Value) -> reqwest::RequestBuilder {
-        self.http.post(format!("{}/v1/chat/completions", self.url)).json(body)
+        let url = format!("{}/v1/chat/completions", self.url);
+        // A test may take its time between the events that it sends.
+        self.http.post(url).json(body).timeout(2 * PATIENCE)
     }
 
     /// Starts a request; the answer comes from the returned task.

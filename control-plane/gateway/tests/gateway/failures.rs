@@ -230,3 +230,19 @@ async fn requests_spread_over_replicas() {
     assert_eq!(one.await.unwrap().status(), 200);
     assert_eq!(two.await.unwrap().status(), 200);
 }
+
+#[tokio::test]
+async fn tokens_of_one_model_are_not_continued_by_another() {
+    let mut runner = Runner::start().await;
+    let cluster = Cluster::start().await;
+    cluster.serving(&runner).await;
+    let answer = cluster.ask(&hello(true));
+    let mut arrived = runner.next().await;
+    arrived.send_all([start(), token(7, "one")]).await;
+    cluster.set_model("other").await;
+    arrived.cut().await;
+    let chunks = chunks(&answer.await.unwrap().text().await.unwrap());
+    let error = &chunks.last().unwrap()["error"];
+    assert_eq!(error["message"], "`chat` serves another model now");
+    assert_eq!(*runner.seen.lock().unwrap(), 1);
+}

@@ -14,6 +14,8 @@ use bytes::Bytes;
 use exo_crds::generate::{self, GenerateEvent, GenerateRequest};
 use tokio::{net::TcpListener, sync::mpsc};
 
+use crate::cluster::PATIENCE;
+
 /// One request as it reached the runner.
 pub(crate) struct Arrived {
     pub(crate) request: GenerateRequest,
@@ -45,7 +47,8 @@ impl Runner {
 
     /// The next request that arrives.
     pub(crate) async fn next(&mut self) -> Arrived {
-        self.arrivals.recv().await.expect("a request arrives")
+        let arrived = tokio::time::timeout(PATIENCE, self.arrivals.recv()).await;
+        arrived.expect("a request arrives in time").expect("the runner is up")
     }
 
     /// Refuses connections from now on, and breaks none.
