@@ -2,42 +2,26 @@
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-/// Sets one condition, keeping `lastTransitionTime` while its status stays the same.
-/// `now` is used only on a transition. Conditions stay ordered by type.
-pub fn set_condition(
-    conditions: &mut Vec<Condition>,
-    kind: &str,
-    status: bool,
-    reason: &str,
-    message: &str,
-    observed_generation: Option<i64>,
-    now: &Time,
-) {
-    let status = if status { "True" } else { "False" };
-    let since = conditions
-        .iter()
-        .find(|c| c.type_ == kind && c.status == status)
-        .map_or_else(|| now.clone(), |c| c.last_transition_time.clone());
-    conditions.retain(|c| c.type_ != kind);
-    conditions.push(Condition {
-        type_: kind.to_owned(),
-        status: status.to_owned(),
-        reason: reason.to_owned(),
-        message: message.to_owned(),
-        observed_generation,
-        last_transition_time: since,
-    });
+/// Sets one condition. Its `last_transition_time` (now) counts only when its status changes; else
+/// the earlier time stays. Conditions stay ordered by type.
+pub fn set_condition(conditions: &mut Vec<Condition>, mut new: Condition) {
+    let same = conditions.iter().find(|c| c.type_ == new.type_ && c.status == new.status);
+    if let Some(same) = same {
+        new.last_transition_time = same.last_transition_time.clone();
+    }
+    conditions.retain(|c| c.type_ != new.type_);
+    conditions.push(new);
     conditions.sort_by(|a, b| a.type_.cmp(&b.type_));
 }
 
-/// Equal in everything but the transition times: such an update need not be written.
-pub fn conditions_equal(a: &[Condition], b: &[Condition]) -> bool {
-    a.len() == b.len()
-        && a.iter().zip(b).all(|(a, b)| {
-            a.type_ == b.type_
-                && a.status == b.status
-                && a.reason == b.reason
-                && a.message == b.message
-                && a.observed_generation == b.observed_generation
-        })
+/// A condition that came to be `now`; it belongs to no generation until the caller says so.
+pub fn condition(kind: &str, is: bool, reason: &str, message: &str, now: &Time) -> Condition {
+    Condition {
+        type_: kind.to_owned(),
+        status: if is { "True" } else { "False" }.to_owned(),
+        reason: reason.to_owned(),
+        message: message.to_owned(),
+        observed_generation: None,
+        last_transition_time: now.clone(),
+    }
 }

@@ -1,5 +1,7 @@
 //! `InferenceInstance`: a model that shall be served.
 
+#![expect(clippy::duplicated_attributes, reason = "columns of one type; a false positive")]
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;

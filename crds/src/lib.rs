@@ -17,7 +17,7 @@ pub mod yaml;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt as _;
 
-pub use condition::{conditions_equal, set_condition};
+pub use condition::{condition, set_condition};
 pub use instance::{
     InferenceInstance, InferenceInstanceSpec, InferenceInstanceStatus, InstancePhase,
     NodeRequirements, ReplicaStatus, Sharding, Transport,

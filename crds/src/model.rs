@@ -1,5 +1,7 @@
 //! `Model`: where weights come from and what placement must know about them.
 
+#![expect(clippy::duplicated_attributes, reason = "columns of one type; a false positive")]
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::CustomResource;
 use schemars::JsonSchema;

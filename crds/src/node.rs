@@ -1,5 +1,7 @@
 //! `Node`: one machine, as its agent describes it.
 
+#![expect(clippy::duplicated_attributes, reason = "columns of one type; a false positive")]
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, MicroTime};
 use kube::CustomResource;
 use schemars::JsonSchema;

@@ -55,7 +55,7 @@ fn binary_unit(bytes: u64) -> (&'static str, u64) {
 
 impl fmt::Display for Quantity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let exact = |unit: &&(&str, u64)| self.bytes > 0 && self.bytes % unit.1 == 0;
+        let exact = |unit: &&(&str, u64)| self.bytes > 0 && self.bytes.is_multiple_of(unit.1);
         let (suffix, unit) = UNITS[..5].iter().rev().find(exact).copied().unwrap_or(("", 1));
         write!(f, "{}{suffix}", self.bytes / unit)
     }

@@ -1,5 +1,7 @@
 //! `Shard`: the part of one replica that one node runs as one rank.
 
+#![expect(clippy::duplicated_attributes, reason = "columns of one type; a false positive")]
+
 use std::{borrow::Cow, collections::BTreeMap, fmt, ops::Range, str::FromStr};
 
 use kube::CustomResource;

@@ -1,5 +1,7 @@
 //! The CRD files in `manifests/crds` are what the types say. `EXO_BLESS=1` writes them anew.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::{fs, path::PathBuf};
 
 #[test]

@@ -1,5 +1,7 @@
 //! End-to-end tests: real processes, real clients, real failures.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod failures;
 mod resources;
 mod samples;

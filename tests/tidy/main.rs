@@ -1,5 +1,7 @@
 //! Checks of the workspace itself: nothing orphaned, arrows only downwards, lints inherited.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,

@@ -16,6 +16,6 @@ pub mod text;
 pub use config::ConfigError;
 pub use engine::{Engine, EngineError, LoadConfig, ModelInfo, SeqId, Step};
 pub use loader::{LoadError, LoadProgress, Mismatch, Misshaped};
-pub use mlx::distributed;
+pub use mlx::{distributed, exit_now};
 pub use sample::{Sampling, StepOutput};
 pub use seed::derive_shard_seed;

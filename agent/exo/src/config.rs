@@ -265,7 +265,7 @@ mod tests {
             (&["--peers", "a:1"], "add --no-control-plane"),
             (&["--no-control-plane", "--peers", "a"], "`a` is not HOST:PORT"),
             (&["--name", "Bad_Name"], "--name"),
-            (&["--cluster", "-x"], "--cluster"),
+            (&["--cluster=-x"], "--cluster"),
         ] {
             let error = format!("{:#}", parse(args).unwrap_err());
             assert!(error.contains(needle), "{args:?}: {error}");

@@ -12,6 +12,9 @@ use clap::Parser as _;
 use config::{Command, LogFormat, RawArgs, Surroundings};
 use tracing_subscriber::EnvFilter;
 
+/// State changes of our own; libraries only when something is odd.
+const DEFAULT_LOG: &str = "info,openraft=warn,kube=warn,tower=warn,hyper=warn";
+
 fn main() -> ExitCode {
     let args = RawArgs::parse();
     if let Some(Command::Version) = args.command {
@@ -36,7 +39,7 @@ fn start(args: RawArgs) -> anyhow::Result<()> {
 }
 
 fn start_log(format: LogFormat) {
-    let filter = EnvFilter::try_from_env("EXO_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("EXO_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match format {
         LogFormat::Text => log.with_target(false).init(),

@@ -1,8 +1,8 @@
 //! Starts and stops the parts, in the right order.
 //!
 //! Start: data directory, sockets, store, API server, then its clients. Stop: first the gateway
-//! lets answers end, then the agent stops its runners and says so, then controllers and API server,
-//! last the store. Each part has a limit, after which it is dropped.
+//! lets answers end, then the agent stops its runners and says so, then the controllers, the store
+//! with its watches, last the API server. Each part has a limit, after which it is dropped.
 
 use std::{
     future::{Future, IntoFuture as _},
@@ -32,7 +32,6 @@ use kube::Client;
 use prometheus::{Registry, TextEncoder};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::watch,
     task::JoinHandle,
     time::timeout,
 };
@@ -49,7 +48,7 @@ use crate::{
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 /// Runners are given three seconds; then the agent reports.
 const AGENT_LIMIT: Duration = Duration::from_secs(8);
-/// Watches never end by themselves.
+/// What is left by then are idle connections.
 const SERVER_LIMIT: Duration = Duration::from_millis(500);
 
 /// Runs until a signal comes or a part fails.
@@ -166,6 +165,7 @@ impl ControlPlane {
         data.write_kubeconfig(&authority, api_address)?;
         let store = open_store(data, api_address).await?;
         let registry = Registry::new();
+        store.register_metrics(&registry)?;
         let server = ApiServer::new(store.clone(), &exo_crds::all(), &registry)?;
         let router = exo_apiserver::app(server.clone());
         let own = Identity { name: "system:exo".to_owned(), groups: vec![GROUP_ADMINS.to_owned()] };
@@ -232,27 +232,17 @@ impl ControlPlane {
             agent.stop(AGENT_LIMIT).await;
         }
         controllers.stop(SERVER_LIMIT).await;
-        server.stop(SERVER_LIMIT).await;
+        // Ends the watches, which would otherwise keep the server's connections open.
         store.shutdown().await;
+        server.stop(SERVER_LIMIT).await;
         failure.map_or(Ok(()), Err)
     }
 }
 
 fn start_controllers(client: Client, store: &Store) -> Part {
-    let mut leadership = store.leadership();
-    let (leads, receiver) = watch::channel(leadership.borrow().is_leader);
+    let leads = store.leads();
     Part::start("controllers", |stop| async move {
-        let follow = async {
-            while leadership.changed().await.is_ok() {
-                leads.send_replace(leadership.borrow().is_leader);
-            }
-            std::future::pending::<()>().await;
-        };
-        // Cancel-safe: `follow` only copies a value that is read anew.
-        tokio::select! {
-            result = exo_controllers::run(client, receiver, stop) => Ok(result?),
-            () = follow => Ok(()),
-        }
+        Ok(exo_controllers::run(client, leads, stop).await?)
     })
 }
 

@@ -3,7 +3,8 @@
 use std::{path::PathBuf, time::Duration};
 
 use exo_crds::{
-    Node, NodeAddress, NodeSpec, NodeStatus, NodeVersions, Quantity, TransportKind, set_condition,
+    Node, NodeAddress, NodeSpec, NodeStatus, NodeVersions, Quantity, TransportKind, condition,
+    set_condition,
 };
 use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{MicroTime, Time},
@@ -161,7 +162,8 @@ impl Reporter {
         };
         // Conditions keep whole seconds.
         let second = Time(Timestamp::from_second(now.as_second()).unwrap_or(now));
-        set_condition(&mut conditions, "Ready", running, reason, message, None, &second);
+        let new = condition("Ready", running, reason, message, &second);
+        set_condition(&mut conditions, new);
         let address = |kind: &str, address: String| NodeAddress { kind: kind.to_owned(), address };
         let mut addresses = vec![address("InternalIP", self.config.address.to_string())];
         addresses.extend(self.host_name.clone().map(|name| address("Hostname", name)));

@@ -6,7 +6,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 use exo_apiserver::{ApiServer, Identity, app, in_process};
 use exo_crds::{
     InferenceInstance, InstancePhase, MemoryStatus, Model, Node, NodeAddress, NodeStatus, Quantity,
-    Shard, TransportKind, set_condition,
+    Shard, TransportKind, condition, set_condition,
 };
 use exo_store::Store;
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
@@ -70,7 +70,7 @@ impl Cluster {
         .await;
         let mut conditions = Vec::new();
         let now = Time(Timestamp::now());
-        set_condition(&mut conditions, "Ready", true, "AgentReady", "x", None, &now);
+        set_condition(&mut conditions, condition("Ready", true, "AgentReady", "x", &now));
         let memory = Quantity::from_bytes(1 << 30);
         let status = NodeStatus {
             addresses: vec![NodeAddress {
@@ -133,7 +133,13 @@ impl Cluster {
             let phase = shard.status.as_ref().and_then(|status| status.phase);
             if shard.metadata.deletion_timestamp.is_some() {
                 let patch = Patch::Merge(json!({"metadata": {"finalizers": null}}));
-                self.shards().patch(&name, &PatchParams::default(), &patch).await.unwrap();
+                let patched = self.shards().patch(&name, &PatchParams::default(), &patch).await;
+                // The controller releases shards of a lost node itself, perhaps just now.
+                match patched {
+                    Ok(_) => {}
+                    Err(kube::Error::Api(status)) if status.code == 404 => {}
+                    Err(error) => panic!("{error}"),
+                }
             } else if phase.is_none() {
                 let port = 7000 + 10 * shard.spec.rank;
                 let at = |offset| format!("127.0.0.1:{}", port + offset);

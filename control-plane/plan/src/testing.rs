@@ -3,7 +3,7 @@
 use exo_crds::{
     Architecture, InferenceInstance, InferenceInstanceSpec, MemoryStatus, Model, ModelSource,
     ModelSpec, Node, NodeAddress, NodeRequirements, NodeSpec, NodeStatus, Quantity, Sharding,
-    ShardingKind, Transport, TransportKind, WeightBytes, set_condition,
+    ShardingKind, Transport, TransportKind, WeightBytes, condition, set_condition,
 };
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 
@@ -73,15 +73,8 @@ pub(crate) fn node(name: &str, free_bytes: u64) -> Node {
     let mut node = Node::new(name, NodeSpec::default());
     let mut conditions = Vec::new();
     let since = Time(Timestamp::UNIX_EPOCH);
-    set_condition(
-        &mut conditions,
-        "Ready",
-        true,
-        "AgentReady",
-        "the agent is running",
-        None,
-        &since,
-    );
+    let running = condition("Ready", true, "AgentReady", "the agent is running", &since);
+    set_condition(&mut conditions, running);
     node.status = Some(NodeStatus {
         addresses: vec![NodeAddress {
             kind: "InternalIP".to_owned(),
@@ -104,13 +97,7 @@ pub(crate) fn node(name: &str, free_bytes: u64) -> Node {
 /// Marks a node as its agent being lost.
 pub(crate) fn lose(node: &mut Node) {
     let status = node.status.get_or_insert_default();
-    set_condition(
-        &mut status.conditions,
-        "Ready",
-        false,
-        "HeartbeatLost",
-        "no sign of life from the agent for 10 s",
-        None,
-        &Time(Timestamp::UNIX_EPOCH),
-    );
+    let message = "no sign of life from the agent for 10 s";
+    let lost = condition("Ready", false, "HeartbeatLost", message, &Time(Timestamp::UNIX_EPOCH));
+    set_condition(&mut status.conditions, lost);
 }

@@ -1,5 +1,7 @@
 //! Real handshakes over loopback.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::{net::Ipv4Addr, path::Path};
 
 use axum::{Router, extract::ConnectInfo, routing::get};

@@ -40,6 +40,13 @@ pub(crate) fn init() {
     });
 }
 
+/// Ends the process at once, whatever its threads do. `std::process::exit` would run the destructors
+/// of MLX's globals, which join threads that may be stuck in a collective.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: always sound; nothing of this process is used after it.
+    unsafe { libc::_exit(code) }
+}
+
 /// Waits until everything that was submitted to the default stream is done.
 pub(crate) fn synchronize() {
     let stream = mlx_rs::Stream::thread_local_or_default();

@@ -25,6 +25,7 @@ use std::{
 };
 
 use exo_crds::runner::{EXIT_STOPPED, RunnerConfig};
+use exo_engine::exit_now;
 use exo_trust::{ClientAuth, TlsListener, TlsPaths, TrustError};
 use tokio::{
     net::TcpListener,
@@ -41,7 +42,7 @@ use self::{
     http::Shared,
     metrics::Metrics,
     rank::{Start, channel_failure},
-    report::{Failure, Reporter, chain, exit},
+    report::{Failure, Reporter, chain},
     watchdog::Watchdog,
 };
 
@@ -165,14 +166,14 @@ fn exit_with_stdin() {
         loop {
             match std::io::stdin().read(&mut buffer) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Ok(0) | Err(_) => exit(EXIT_STOPPED),
+                Ok(0) | Err(_) => exit_now(EXIT_STOPPED),
                 Ok(_) => {}
             }
         }
     };
     if let Err(error) = thread::Builder::new().name("stdin".to_owned()).spawn(watch) {
         error!(%error, "no thread to watch stdin");
-        exit(exo_crds::runner::EXIT_RETRYABLE);
+        exit_now(exo_crds::runner::EXIT_RETRYABLE);
     }
 }
 
@@ -195,7 +196,7 @@ fn exit_with_signals(
         };
         // The ends of the connections tell the others as well.
         let _ = timeout(GOODBYE_LIMIT, goodbye).await;
-        exit(EXIT_STOPPED);
+        exit_now(EXIT_STOPPED);
     })
 }
 

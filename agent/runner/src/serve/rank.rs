@@ -11,10 +11,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use exo_crds::{ShardPhase, TransportKind, runner::EXIT_STOPPED, runner::RunnerConfig};
+use exo_crds::{
+    ShardPhase, TransportKind,
+    runner::{EXIT_STOPPED, REASON_PEER_LOST, RunnerConfig},
+};
 use exo_engine::{
     Engine, EngineError, LoadConfig, LoadProgress, Sampling, SeqId, Step,
     distributed::{Backend, Group},
+    exit_now,
     text::{ChatTemplate, TextError, Tokenizer},
 };
 use exo_trust::TlsPaths;
@@ -26,7 +30,7 @@ use super::{
     channel::{self, ChannelError, Hello, Peer, RankCommand, RankNote, Receiver, Sender},
     driver::{Driver, Executor, Stepped},
     http::{Service, Shared, WAITING_MAX},
-    report::{Failure, Reporter, chain, exit},
+    report::{Failure, Reporter, chain},
     request::{ModelLimits, ModelText},
     scheduler::Limits,
     watchdog::Watchdog,
@@ -162,9 +166,9 @@ async fn take_commands(
 ) {
     loop {
         match receiver.receive().await {
-            Ok(RankCommand::Shutdown) => exit(EXIT_STOPPED),
+            Ok(RankCommand::Shutdown) => exit_now(EXIT_STOPPED),
             Ok(RankCommand::Abandon { message }) => {
-                reporter.fail(&Failure::retryable("PeerLost", message));
+                reporter.fail(&Failure::retryable(REASON_PEER_LOST, message));
             }
             // The engine's thread is gone only when it ends the process itself.
             Ok(command) => drop(orders.send(command)),
@@ -483,7 +487,7 @@ pub(crate) fn channel_failure(error: &ChannelError) -> Failure {
         ChannelError::Trust(_) => ("BadCertificates", true),
         ChannelError::Listen { .. } => ("PortInUse", false),
         ChannelError::Missing { .. } | ChannelError::Unreachable { .. } => ("PeerMissing", false),
-        ChannelError::Lost { .. } => ("PeerLost", false),
+        ChannelError::Lost { .. } => (REASON_PEER_LOST, false),
     };
     Failure { reason, message: chain(error), permanent }
 }

@@ -12,7 +12,7 @@ use exo_crds::{
     ShardPhase,
     runner::{EXIT_PERMANENT, EXIT_RETRYABLE, RunnerEvent},
 };
-use exo_engine::EngineError;
+use exo_engine::{EngineError, exit_now};
 use tracing::{error, info};
 
 /// While a rank loads for long or waits for others that do, it says so again this often; the agent
@@ -114,7 +114,7 @@ impl Reporter {
             message: failure.message.clone(),
             permanent: failure.permanent,
         });
-        exit(if failure.permanent { EXIT_PERMANENT } else { EXIT_RETRYABLE })
+        exit_now(if failure.permanent { EXIT_PERMANENT } else { EXIT_RETRYABLE })
     }
 
     /// Repeats the phase from time to time while loading.
@@ -139,18 +139,6 @@ fn print(event: &RunnerEvent) {
     let mut out = std::io::stdout().lock();
     // A closed pipe means that the agent is gone: the end of stdin tells that, too.
     let _ = out.write_all(line.as_bytes()).and_then(|()| out.flush());
-}
-
-/// Ends the process at once, whatever its threads do.
-///
-/// `std::process::exit` would run the destructors of MLX's globals, which join threads that may be
-/// stuck in a collective.
-pub(crate) fn exit(code: i32) -> ! {
-    #[allow(unsafe_code, reason = "std has no safe way to it")]
-    // SAFETY: always sound; nothing of this process is used after it.
-    unsafe {
-        libc::_exit(code)
-    }
 }
 
 #[cfg(test)]

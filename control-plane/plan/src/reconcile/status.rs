@@ -1,7 +1,8 @@
 //! The words: status, phase and conditions of an instance.
 
 use exo_crds::{
-    InferenceInstance, InferenceInstanceStatus, InstancePhase, ReplicaStatus, Shard, set_condition,
+    InferenceInstance, InferenceInstanceStatus, InstancePhase, ReplicaStatus, Shard, condition,
+    set_condition,
 };
 use k8s_openapi::jiff::Timestamp;
 
@@ -21,15 +22,9 @@ pub(super) fn summarise(
     let phase = phase(&states, ready);
     let mut conditions = before.conditions.clone();
     let mut set = |kind: &str, (is, reason, message): (bool, &str, String)| {
-        set_condition(
-            &mut conditions,
-            kind,
-            is,
-            reason,
-            &message,
-            instance.metadata.generation,
-            &whole_seconds(now),
-        );
+        let mut new = condition(kind, is, reason, &message, &whole_seconds(now));
+        new.observed_generation = instance.metadata.generation;
+        set_condition(&mut conditions, new);
     };
     set("Placed", placed(&states));
     set("Ready", readiness(&states, ready));
