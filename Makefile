@@ -4,6 +4,7 @@ SHELL := bash
 CARGO ?= cargo
 PYTHON ?= python3
 PROFILE_DIR := target/release
+BINARIES := -p exo -p exoctl -p exo-runner
 
 ifeq ($(shell uname -s),Darwin)
 # JACCL is compiled in only from this deployment target on.
@@ -22,7 +23,7 @@ setup: ## get MLX and write .cargo/config.toml (every target does this when need
 	@deploy/mlx/setup.sh
 
 build: setup ## build all binaries, optimised, into target/release
-	$(CARGO) build --release --bins --locked
+	$(CARGO) build --release --locked $(BINARIES)
 
 run: build ## start a two-shard cluster with the built-in tiny model, in the foreground
 	@$(PYTHON) deploy/demo.py run --bin $(PROFILE_DIR)
@@ -35,7 +36,7 @@ test-setup: setup
 	@tests/setup.sh
 
 test: test-setup ## run all tests
-	$(CARGO) build --bins --locked
+	$(CARGO) build --locked $(BINARIES)
 	$(CARGO) $(TEST_RUNNER) --workspace --locked
 	.venv/bin/python -m pytest -q tests/parity
 
