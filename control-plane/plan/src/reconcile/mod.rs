@@ -4,6 +4,8 @@
 //! - A replica gets shards of a new epoch only when none of its older shards is left.
 //! - An epoch number is never used twice: the decision that takes a number also writes it into the
 //!   status, and whoever acts writes the status first, on condition that nobody else did.
+//! - Shards that the server would refuse for their names are never asked for; those that it refuses
+//!   for something else count as a failed epoch (see [`create_refused`]), so that the next try waits.
 //! - Shards of an epoch that failed stay, for their messages to be read, until the next try; their
 //!   peers are stopped at once.
 //!
@@ -39,6 +41,8 @@ const LONGEST_DELAY_S: i64 = 60;
 const PERMANENT_DELAY_S: i64 = 300;
 /// After answering for this long, earlier failures are forgotten.
 const STABLE_S: i64 = 60;
+/// Reason of the conditions of an instance whose name does not fit into a label.
+const NAME_TOO_LONG: &str = "NameTooLong";
 /// Memory of nodes changes without a trigger of its own.
 const UNPLACEABLE_RETRY: Duration = Duration::from_secs(5);
 
@@ -80,6 +84,10 @@ pub enum Action {
     Release {
         namespace: String,
         name: String,
+        /// Finalizers that stay.
+        finalizers: Vec<String>,
+        /// Of the shard that was decided about: one that has changed since is to be looked at anew.
+        resource_version: Option<String>,
     },
 }
 
@@ -157,17 +165,37 @@ pub fn release_lost<'a>(
 ) -> Vec<Action> {
     shards
         .into_iter()
-        .filter(|shard| {
+        .filter_map(|shard| {
             let finalizers = shard.metadata.finalizers.as_deref().unwrap_or_default();
-            is_deleting(shard)
+            let release = is_deleting(shard)
                 && finalizers.iter().any(|f| f == SHARD_FINALIZER)
-                && verdict::lost_node(nodes, &shard.spec.node).is_some()
-        })
-        .map(|shard| Action::Release {
-            namespace: shard.metadata.namespace.clone().unwrap_or_default(),
-            name: shard.metadata.name.clone().unwrap_or_default(),
+                && verdict::lost_node(nodes, &shard.spec.node).is_some();
+            release.then(|| Action::Release {
+                namespace: shard.metadata.namespace.clone().unwrap_or_default(),
+                name: shard.metadata.name.clone().unwrap_or_default(),
+                finalizers: finalizers.iter().filter(|f| *f != SHARD_FINALIZER).cloned().collect(),
+                resource_version: shard.metadata.resource_version.clone(),
+            })
         })
         .collect()
+}
+
+/// What to write into an instance's status when the server refused to create `shard`, with its
+/// words: the epoch has failed, and the next one waits as after any other failure. Conditions
+/// follow with the next decision.
+pub fn create_refused(
+    status: &mut InferenceInstanceStatus,
+    shard: &Shard,
+    why: &str,
+    now: Timestamp,
+) {
+    let replica = status.replicas.iter_mut().find(|r| r.index == shard.spec.replica);
+    if let Some(replica) = replica {
+        let name = shard.metadata.name.as_deref().unwrap_or_default();
+        replica.failures = replica.failures.saturating_add(1);
+        replica.last_failure = Some(format!("the API server refused the shard {name}: {why}"));
+        replica.retry_after = Some(after(now, back_off_s(replica.failures)));
+    }
 }
 
 /// Decides about the replicas one after the other, each with the memory that the earlier ones left.
@@ -319,6 +347,11 @@ impl Planner<'_> {
             state: State::Unplaceable { reason, message },
             requeue_after: Some(UNPLACEABLE_RETRY),
         };
+        if let Some(message) = build::name_too_long(observed.instance) {
+            // Names don't change: nothing to come back for.
+            let outcome = unplaceable(status, NAME_TOO_LONG, message);
+            return Outcome { requeue_after: None, ..outcome };
+        }
         let wanted = &observed.instance.spec.model;
         let Some(model) = observed.models.get(wanted) else {
             let message = format!("there is no model named {wanted}");
