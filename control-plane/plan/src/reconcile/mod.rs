@@ -37,6 +37,9 @@ use crate::{NodeState, Placing, memory_needed, place};
 /// A first failure is often a neighbour's: try again soon, then ever more slowly.
 const FIRST_DELAY_S: i64 = 1;
 const LONGEST_DELAY_S: i64 = 60;
+/// An agent's report of its own runner's end comes within this; cut to a whole second, so it may be
+/// one less.
+const HEARSAY_DELAY_S: i64 = 2;
 /// Bad weights don't get better by themselves, but somebody may replace the files.
 const PERMANENT_DELAY_S: i64 = 300;
 /// After answering for this long, earlier failures are forgotten.
@@ -103,6 +106,13 @@ enum State {
         reason: &'static str,
         message: String,
     },
+}
+
+/// Why an epoch failed; see [`End::Failed`].
+struct Failure<'a> {
+    message: &'a str,
+    permanent: bool,
+    hearsay: bool,
 }
 
 /// One replica's part of a decision.
@@ -231,8 +241,9 @@ impl Planner<'_> {
             Verdict::Empty if old.is_empty() => self.next_epoch(status),
             Verdict::Empty => stopping(status, &old),
             Verdict::Live { ready, rendezvous } => self.live(status, &current, ready, rendezvous),
-            Verdict::Ended(End::Failed { message, permanent, .. }) if !self.edited => {
-                self.failed(status, &current, &message, permanent)
+            Verdict::Ended(End::Failed { message, permanent, hearsay }) if !self.edited => {
+                let failure = Failure { message: &message, permanent, hearsay };
+                self.failed(status, &current, &failure)
             }
             Verdict::Ended(end) => {
                 if self.edited || end == End::Changed {
@@ -287,14 +298,16 @@ impl Planner<'_> {
         Outcome { actions: rendezvous, status, state, requeue_after }
     }
 
-    /// A shard has failed: its peers stop now, the failed ones when it is time to try again.
+    /// A shard has failed: its peers stop now, the failed ones when it is time to try again. While
+    /// there is only hearsay nothing is stopped: the rank that knows the cause must be able to say
+    /// so, and a broken group ends by itself.
     fn failed(
         &self,
         mut status: ReplicaStatus,
         shards: &[&Shard],
-        message: &str,
-        permanent: bool,
+        failure: &Failure<'_>,
     ) -> Outcome {
+        let &Failure { message, permanent, hearsay } = failure;
         let now = self.observed.now;
         let fresh_message = status.last_failure.as_deref() != Some(message);
         let counted = status.retry_after.is_some();
@@ -305,17 +318,23 @@ impl Planner<'_> {
                 .is_some_and(|since| since.0.as_second() + STABLE_S <= now.as_second());
             status.failures = if stable { 1 } else { status.failures.saturating_add(1) };
         }
-        // A permanent failure that comes to light later overrules what its peers said first.
-        if !counted || (permanent && fresh_message) {
+        // A cause that comes to light later overrules what its peers said first.
+        if !counted || (fresh_message && !hearsay) {
             status.last_failure = Some(message.to_owned());
-            let delay = if permanent { PERMANENT_DELAY_S } else { back_off_s(status.failures) };
+        }
+        if !counted || (fresh_message && permanent) {
+            let delay = match (permanent, hearsay) {
+                (true, _) => PERMANENT_DELAY_S,
+                (false, true) => back_off_s(status.failures).max(HEARSAY_DELAY_S),
+                (false, false) => back_off_s(status.failures),
+            };
             status.retry_after = Some(after(now, delay));
         }
         let wait = time_left(status.retry_after.as_ref(), now);
         let to_delete: Vec<&Shard> = shards
             .iter()
             .copied()
-            .filter(|shard| wait.is_none() || !verdict::has_failed(shard))
+            .filter(|shard| wait.is_none() || !(hearsay || verdict::has_failed(shard)))
             .collect();
         Outcome {
             actions: delete(&to_delete),

@@ -353,6 +353,8 @@ fn bad_weights_wait_longest_and_name_the_tensor() {
     world.settle();
     world.fail("chat-0-a1-0", "PeerLost", "rank 1 went away", false);
     world.settle();
+    // Rank 1, which knows the cause, is left the time to say so.
+    assert_eq!(world.names(), ["chat-0-a1-0", "chat-0-a1-1"]);
     world.fail("chat-0-a1-1", "BadWeights", "tensor `lm_head.weight` is missing", true);
     world.settle();
     let message = world.message("Ready");
@@ -365,6 +367,18 @@ fn bad_weights_wait_longest_and_name_the_tensor() {
     world.settle();
     assert_eq!(world.names(), ["chat-0-a2-0", "chat-0-a2-1"]);
     assert_eq!(world.status().replicas[0].failures, 0);
+}
+
+#[test]
+fn hearsay_alone_ends_an_epoch_after_a_moment() {
+    let mut world = World::new(&["a", "b"], 2);
+    world.settle();
+    world.fail("chat-0-a1-0", "PeerLost", "rank 1 went away", false);
+    world.settle();
+    assert_eq!(world.decide().requeue_after, Some(Duration::from_secs(2)));
+    world.pass_time(2);
+    world.settle();
+    assert_eq!(world.names(), ["-chat-0-a1-0", "-chat-0-a1-1"]);
 }
 
 #[test]
