@@ -20,6 +20,7 @@ const MAX_NAME: usize = 63;
 #[derive(Debug, Parser)]
 #[command(
     name = "exo",
+    version,
     about = "Run one model on all your machines. `exo` starts a cluster; a further machine joins \
              it with `exo --no-control-plane --peers HOST:8443`.",
     args_conflicts_with_subcommands = true

@@ -7,6 +7,7 @@
 use std::{
     future::{Future, IntoFuture as _},
     net::SocketAddr,
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -323,18 +324,19 @@ fn metrics_route(registry: Registry) -> Router {
     Router::new().route("/metrics", get(handler))
 }
 
+fn runner_path() -> anyhow::Result<PathBuf> {
+    let path = std::env::current_exe()?.with_file_name("exo-runner");
+    anyhow::ensure!(path.exists(), "{} is missing: install it beside exo", path.display());
+    Ok(path)
+}
+
 fn start_agent(
     config: &Config,
     data: &DataDir,
     client: Client,
     registry: &Registry,
 ) -> anyhow::Result<Part> {
-    let runner = std::env::current_exe()?.with_file_name("exo-runner");
-    anyhow::ensure!(
-        runner.exists(),
-        "{} is missing: install it beside exo, or start exo with --no-agent",
-        runner.display()
-    );
+    let runner = runner_path()?;
     let config = AgentConfig {
         node_name: config.node_name.clone(),
         data_dir: data.path().to_owned(),
@@ -356,6 +358,8 @@ async fn run_agent_alone(
     peers: &[String],
     signal: CancellationToken,
 ) -> anyhow::Result<()> {
+    // Before joining, so that a cluster never hears of a node that can do nothing.
+    runner_path()?;
     let peer = if data.has_current_identity() {
         join::first_member(&data.tls(), peers).await
     } else {
