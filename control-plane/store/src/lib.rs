@@ -11,7 +11,14 @@ mod state;
 mod store;
 
 pub use command::{Command, Compare, Entry, Meta, Op, Outcome, Txn};
-pub use raft::{DiskError, OpenError, RaftConfig};
+pub use raft::{Begin, DiskError, Member, OpenError, Peering, RaftConfig, node_id};
 pub use shared::Watch;
 pub use state::{Batch, Event, HistoryLimits, ListQuery, Listing, ReadError, State};
 pub use store::{Leadership, Store, StoreError, TxnOutcome};
+
+/// What the nodes of a store serve to each other: mount it at the address that other nodes know,
+/// for callers that have proved to be nodes of this cluster, and for nobody else. Empty for stores
+/// that are not replicated.
+pub fn raft_routes(store: &Store) -> axum::Router {
+    store.routes()
+}

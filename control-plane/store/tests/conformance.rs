@@ -1,11 +1,14 @@
 //! What every backend does the same way.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod support;
+
 use std::time::Duration;
 
 use exo_store::{
     Compare, ListQuery, Op, RaftConfig, ReadError, Store, StoreError, Txn, TxnOutcome,
 };
+use support::Cluster;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
@@ -22,6 +25,17 @@ async fn each<F: AsyncFn(Store)>(body: F) {
     .unwrap();
     body(store.clone()).await;
     store.shutdown().await;
+    let cluster = Cluster::start(3).await;
+    body(cluster.store(cluster.leader().await)).await;
+}
+
+/// The same, and over a node that doesn't lead.
+async fn everywhere<F: AsyncFn(Store)>(body: F) {
+    each(&body).await;
+    let cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await;
+    body(cluster.store(leader % 3 + 1)).await;
+    cluster.shutdown().await;
 }
 
 fn committed(outcome: TxnOutcome) -> u64 {
@@ -45,7 +59,7 @@ fn below(prefix: &str) -> ListQuery {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn writes_compare_and_set() {
-    each(async |store| {
+    everywhere(async |store| {
         assert_eq!(create(&store, "/a", "1").await, 1);
         let conflict = store.txn(Txn::create("/a", "2")).await.unwrap();
         let TxnOutcome::Conflict { current } = conflict else { panic!("{conflict:?}") };
@@ -66,7 +80,7 @@ async fn writes_compare_and_set() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transaction_is_one_revision() {
-    each(async |store| {
+    everywhere(async |store| {
         let put = |key: &str| Op::Put { key: key.into(), value: "v".into() };
         let txn = Txn { compare: vec![], ops: vec![put("/b"), put("/a")] };
         assert_eq!(committed(store.txn(txn).await.unwrap()), 1);
@@ -86,7 +100,7 @@ async fn a_transaction_is_one_revision() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lists_show_one_revision() {
-    each(async |store| {
+    everywhere(async |store| {
         for key in ["/x/a", "/x/b", "/x/c", "/y/a"] {
             create(&store, key, "1").await;
         }
@@ -116,7 +130,7 @@ async fn lists_show_one_revision() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn watches_tell_all_changes_in_order() {
-    each(async |store| {
+    everywhere(async |store| {
         create(&store, "/x/a", "1").await;
         let mut watch = store.watch("/x/", 0);
         let batch = watch.next().await.unwrap();
@@ -146,7 +160,7 @@ async fn watches_tell_all_changes_in_order() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn compaction_ends_what_asks_for_the_past() {
-    each(async |store| {
+    everywhere(async |store| {
         create(&store, "/a", "1").await;
         for revision in 1..5 {
             store.txn(Txn::replace("/a", revision, "v")).await.unwrap();
@@ -173,7 +187,7 @@ async fn compaction_ends_what_asks_for_the_past() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_writers_each_get_their_revision() {
-    each(async |store| {
+    everywhere(async |store| {
         let writes = (0..200).map(|i| {
             let store = store.clone();
             tokio::spawn(async move { create(&store, &format!("/{i:03}"), "v").await })

@@ -1,0 +1,170 @@
+//! Who belongs to the cluster: nodes join as learners, become voters, and leave.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use openraft::{
+    BasicNode, ChangeMembers,
+    error::{ChangeMembershipError, ClientWriteError, RaftError},
+};
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, timeout_at};
+
+use super::{
+    NodeRaft,
+    network::json,
+    node::{Node, Place, Refusal},
+};
+use crate::StoreError;
+
+/// A learner must catch up in this time, including a whole snapshot.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A node of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    pub id: u64,
+    /// `IP:port`.
+    pub address: String,
+    /// Decides with the others; a learner only follows.
+    pub is_voter: bool,
+}
+
+/// One change of membership, in the form in which nodes tell each other.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Change {
+    /// Returns when the node has caught up.
+    AddLearner {
+        id: u64,
+        address: String,
+    },
+    /// Exactly these; former voters become learners.
+    Voters {
+        ids: BTreeSet<u64>,
+    },
+    Remove {
+        id: u64,
+    },
+    /// A node moved.
+    Address {
+        id: u64,
+        address: String,
+    },
+}
+
+impl Node {
+    pub(super) fn members(&self) -> Vec<Member> {
+        let metrics = self.metrics();
+        let metrics = metrics.borrow();
+        let membership = metrics.membership_config.membership();
+        let voters: BTreeSet<u64> = membership.voter_ids().collect();
+        membership
+            .nodes()
+            .map(|(id, node)| Member {
+                id: *id,
+                address: node.addr.clone(),
+                is_voter: voters.contains(id),
+            })
+            .collect()
+    }
+
+    /// Has the leader make a change. Changes may be repeated: they say what shall be.
+    pub(super) async fn change(&self, change: &Change) -> Result<(), StoreError> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let answer = match self.place() {
+                Place::Here => self.change_here(change).await,
+                Place::There(leader) => {
+                    let limit = deadline.saturating_duration_since(Instant::now());
+                    self.caller
+                        .post(&leader, "members", json(change), limit)
+                        .await
+                        .unwrap_or_else(|error| Err(error.into()))
+                }
+                Place::Nowhere(why) => Err(Refusal::Unavailable(why)),
+            };
+            match answer {
+                Ok(()) => return Ok(()),
+                Err(refusal) if !refusal.is_definite() => return Err(refusal.into()),
+                Err(refusal) => {
+                    if !self.news(deadline).await {
+                        return Err(refusal.into());
+                    }
+                }
+            }
+        }
+    }
+
+    /// The leader's part.
+    pub(super) async fn change_here(&self, change: &Change) -> Result<(), Refusal> {
+        let deadline = Instant::now() + PATIENCE;
+        let known = self.members();
+        let voters: BTreeSet<u64> = known.iter().filter(|m| m.is_voter).map(|m| m.id).collect();
+        let moved = match change {
+            Change::AddLearner { id, address } | Change::Address { id, address } => {
+                known.iter().any(|m| m.id == *id && m.address != *address)
+            }
+            Change::Voters { .. } | Change::Remove { .. } => false,
+        };
+        // A change has two steps. It goes on when the caller goes away in between.
+        let work = tokio::spawn(carry_out(self.raft.clone(), change.clone(), voters, moved));
+        match timeout_at(deadline, work).await {
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(error))) => Err(refusal(error)),
+            Ok(Err(error)) => Err(Refusal::Unknown(error.to_string())),
+            Err(_) => Err(Refusal::Unknown("the change goes on, but takes long".to_owned())),
+        }
+    }
+}
+
+async fn carry_out(
+    raft: NodeRaft,
+    change: Change,
+    voters: BTreeSet<u64>,
+    moved: bool,
+) -> Result<(), Failure> {
+    if let (true, Change::AddLearner { id, address } | Change::Address { id, address }) =
+        (moved, &change)
+    {
+        let node = BTreeMap::from([(*id, BasicNode::new(address))]);
+        raft.change_membership(ChangeMembers::SetNodes(node), true).await?;
+    }
+    match change {
+        Change::AddLearner { id, address } => {
+            raft.add_learner(id, BasicNode::new(address), true).await?;
+        }
+        Change::Voters { ids } => {
+            raft.change_membership(ids, true).await?;
+        }
+        Change::Remove { id } => {
+            let ids = BTreeSet::from([id]);
+            let change = if voters.contains(&id) {
+                ChangeMembers::RemoveVoters(ids)
+            } else {
+                ChangeMembers::RemoveNodes(ids)
+            };
+            raft.change_membership(change, false).await?;
+        }
+        Change::Address { .. } => {}
+    }
+    Ok(())
+}
+
+type Failure = RaftError<u64, ClientWriteError<u64, BasicNode>>;
+
+fn refusal(error: Failure) -> Refusal {
+    match error {
+        RaftError::APIError(ClientWriteError::ForwardToLeader(forward)) => {
+            Refusal::NotLeader { leader: forward.leader_node.map(|node| node.addr) }
+        }
+        RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => match error {
+            ChangeMembershipError::InProgress(error) => Refusal::Unavailable(error.to_string()),
+            ChangeMembershipError::EmptyMembership(error) => Refusal::Invalid(error.to_string()),
+            ChangeMembershipError::LearnerNotFound(error) => Refusal::Invalid(error.to_string()),
+        },
+        RaftError::Fatal(error) => Refusal::Unknown(error.to_string()),
+    }
+}
