@@ -4,6 +4,8 @@
 //! Owns: replicated state and its durability. Never: the meaning of keys or values.
 
 mod command;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod metrics;
 mod raft;
 mod shared;
@@ -11,6 +13,8 @@ mod state;
 mod store;
 
 pub use command::{Command, Compare, Entry, Meta, Op, Outcome, Txn};
+#[cfg(feature = "etcd")]
+pub use etcd::{EtcdConfig, EtcdError, EtcdTls};
 pub use raft::{Begin, DiskError, Member, OpenError, Peering, RaftConfig, node_id};
 pub use shared::Watch;
 pub use state::{Batch, Event, HistoryLimits, ListQuery, Listing, ReadError, State};

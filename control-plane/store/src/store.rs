@@ -11,6 +11,8 @@ use std::{
 
 use tokio::sync::watch;
 
+#[cfg(feature = "etcd")]
+use crate::etcd::{EtcdBackend, EtcdConfig, EtcdError};
 use crate::{
     command::{Command, Entry, Meta, Outcome, Txn},
     raft::{self, Member, OpenError, Peering, RaftBackend, RaftConfig},
@@ -88,6 +90,8 @@ pub struct Store {
 enum Backend {
     Memory(Arc<Memory>),
     Raft(Arc<RaftBackend>),
+    #[cfg(feature = "etcd")]
+    Etcd(Arc<EtcdBackend>),
 }
 
 /// How much the store holds.
@@ -153,10 +157,21 @@ impl Store {
         Ok(Self { shared, backend: Backend::Raft(Arc::new(backend)) })
     }
 
+    /// A store in an etcd cluster. This node follows all of it in memory, and stands for election
+    /// as the one that [leads](Self::leads).
+    #[cfg(feature = "etcd")]
+    pub async fn etcd(config: EtcdConfig) -> Result<Self, EtcdError> {
+        let backend = Box::pin(EtcdBackend::open(config)).await?;
+        let shared = Arc::clone(backend.shared());
+        Ok(Self { shared, backend: Backend::Etcd(Arc::new(backend)) })
+    }
+
     /// The nodes of the cluster as this one knows them; none where Raft is not used.
     pub fn members(&self) -> Vec<Member> {
         match &self.backend {
             Backend::Memory(_) => Vec::new(),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(_) => Vec::new(),
             Backend::Raft(raft) => raft.members(),
         }
     }
@@ -190,6 +205,8 @@ impl Store {
         }
         match &self.backend {
             Backend::Memory(_) => Err(StoreError::Invalid("this store has no members".to_owned())),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(_) => Err(StoreError::Invalid("etcd keeps its own members".to_owned())),
             Backend::Raft(raft) => Ok(raft),
         }
     }
@@ -197,6 +214,8 @@ impl Store {
     pub(crate) fn routes(&self) -> axum::Router {
         match &self.backend {
             Backend::Memory(_) => axum::Router::new(),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(_) => axum::Router::new(),
             Backend::Raft(raft) => raft::routes(Arc::clone(raft)),
         }
     }
@@ -233,6 +252,8 @@ impl Store {
                 };
                 state.apply(meta, &command)
             })),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(etcd) => etcd.command(command).await,
             Backend::Raft(raft) => raft.command(command).await,
         }
     }
@@ -282,6 +303,8 @@ impl Store {
         }
         match &self.backend {
             Backend::Memory(_) => Ok(()),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(etcd) => etcd.barrier().await,
             Backend::Raft(raft) => raft.barrier().await,
         }
     }
@@ -295,6 +318,8 @@ impl Store {
     pub fn leadership(&self) -> watch::Receiver<Leadership> {
         match &self.backend {
             Backend::Memory(memory) => memory.leadership.subscribe(),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(etcd) => etcd.leadership(),
             Backend::Raft(raft) => raft.leadership(),
         }
     }
@@ -303,6 +328,8 @@ impl Store {
     pub fn leads(&self) -> watch::Receiver<bool> {
         match &self.backend {
             Backend::Memory(memory) => memory.leads.subscribe(),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(etcd) => etcd.leads(),
             Backend::Raft(raft) => raft.leads(),
         }
     }
@@ -312,6 +339,8 @@ impl Store {
         self.shared.close();
         match &self.backend {
             Backend::Memory(_) => {}
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(etcd) => etcd.shutdown(),
             Backend::Raft(raft) => raft.shutdown().await,
         }
     }
@@ -320,6 +349,8 @@ impl Store {
     pub(crate) fn raft_backend(&self) -> Option<&RaftBackend> {
         match &self.backend {
             Backend::Memory(_) => None,
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(_) => None,
             Backend::Raft(raft) => Some(raft),
         }
     }
@@ -341,6 +372,8 @@ impl Store {
                 let index = memory.index.load(Ordering::Relaxed);
                 RaftPosition { log_index: index, applied_index: index }
             }
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(_) => RaftPosition { log_index: 0, applied_index: 0 },
             Backend::Raft(raft) => {
                 let metrics = raft.metrics();
                 RaftPosition {

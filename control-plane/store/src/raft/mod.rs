@@ -44,7 +44,7 @@ use crate::{
         machine::StateMachine,
         members::Change,
         network::Peers,
-        node::{Node, Proposals},
+        node::Node,
         reads::Reads,
         writer::Writer,
     },

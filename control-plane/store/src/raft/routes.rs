@@ -45,7 +45,7 @@ pub(crate) fn routes(backend: Arc<RaftBackend>) -> Router {
 async fn check_target(State(backend): Backend, request: HttpRequest, next: Next) -> Response {
     let target = request.headers().get(TARGET).and_then(|v| v.to_str().ok());
     let own = backend.node.id;
-    match target.map(str::parse) {
+    match target.map(str::parse::<u64>) {
         Some(Ok(id)) if id == own => {}
         _ => {
             let text = format!("this is node {own}");

@@ -6,7 +6,10 @@
 
 use std::sync::Arc;
 
-use openraft::error::{ClientWriteError, RaftError};
+use openraft::{
+    error::{ClientWriteError, RaftError},
+    raft::ClientWriteResult,
+};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
@@ -14,7 +17,7 @@ use tokio::{
 };
 
 use super::{
-    Request, Response,
+    Request, Response, TypeConfig,
     network::json,
     node::{Node, PATIENCE, Place, Refusal},
 };
@@ -196,7 +199,7 @@ impl Batch {
 enum Proposal {
     Begun {
         mark: u64,
-        answer: openraft::type_config::alias::ResponderReceiverOf<super::TypeConfig>,
+        answer: oneshot::Receiver<ClientWriteResult<TypeConfig>>,
     },
     Refused(Refusal),
 }
