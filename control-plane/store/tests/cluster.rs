@@ -192,6 +192,7 @@ async fn a_node_far_behind_gets_a_snapshot_in_parts() {
     // So does a node that is new, and it keeps what it got.
     cluster.join(4).await;
     let wanted = keys(&cluster.store(leader));
+    cluster.store(4).current_revision().await.unwrap();
     assert_eq!(keys(&cluster.store(4)), wanted);
     cluster.stop(4).await;
     cluster.restart(4).await;
@@ -208,7 +209,7 @@ async fn nodes_join_and_leave() {
     let learner = cluster.store(4);
     let is_voter =
         |store: &Store, id: u64| store.members().iter().find(|m| m.id == id).map(|m| m.is_voter);
-    assert_eq!(is_voter(&learner, 4), Some(false));
+    cluster.until("it knows itself", || is_voter(&learner, 4) == Some(false)).await;
     // A learner serves like the others.
     create(&learner, "/b", "1").await;
     assert!(learner.get("/a").await.unwrap().is_some());
@@ -221,7 +222,7 @@ async fn nodes_join_and_leave() {
     cluster.leader_among(&others).await;
     learner.remove_node(leader).await.unwrap();
     cluster.until("it is gone", || is_voter(&learner, leader).is_none()).await;
-    assert_eq!(is_voter(&learner, 4), Some(true));
+    cluster.until("it votes", || is_voter(&learner, 4) == Some(true)).await;
     cluster.stop(leader).await;
     // Still three voters: one of them may be lost.
     let another = others.iter().copied().find(|id| *id != 4).unwrap();

@@ -6,7 +6,7 @@ use std::{
 };
 
 use openraft::{
-    BasicNode, ChangeMembers,
+    BasicNode, ChangeMembers, RaftMetrics,
     error::{ChangeMembershipError, ClientWriteError, RaftError},
 };
 use serde::{Deserialize, Serialize};
@@ -134,7 +134,15 @@ async fn carry_out(
     }
     match change {
         Change::AddLearner { id, address } => {
-            raft.add_learner(id, BasicNode::new(address), true).await?;
+            let added = raft.add_learner(id, BasicNode::new(address), false).await?;
+            // Until it has all that came before it, or this node no longer leads.
+            let caught_up = |m: &RaftMetrics<u64, BasicNode>| {
+                m.replication.as_ref().is_none_or(|followers| {
+                    followers.get(&id).is_some_and(|matching| *matching >= Some(added.log_id))
+                })
+            };
+            // It fails only when Raft stops, and then the next change says so.
+            let _ = raft.wait(Some(PATIENCE)).metrics(caught_up, "a learner caught up").await;
         }
         Change::Voters { ids } => {
             raft.change_membership(ids, true).await?;

@@ -110,8 +110,6 @@ const KEEP_BEHIND_SNAPSHOT: u64 = 1_000;
 const CHUNK_BYTES: u64 = 1 << 20;
 /// Time for one part, and for the last one with all that is written then.
 const CHUNK_LIMIT_MS: u64 = 10_000;
-/// A learner that is so few entries behind has caught up.
-const CAUGHT_UP: u64 = 100;
 /// A single voter leads at once; this bounds the replay of its log.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
@@ -154,7 +152,6 @@ fn settings() -> Result<Arc<openraft::Config>, OpenError> {
         max_in_snapshot_log_to_keep: KEEP_BEHIND_SNAPSHOT,
         snapshot_max_chunk_size: CHUNK_BYTES,
         install_snapshot_timeout: CHUNK_LIMIT_MS,
-        replication_lag_threshold: CAUGHT_UP,
         ..openraft::Config::default()
     };
     Ok(Arc::new(settings.validate().map_err(|e| fault(&e))?))

@@ -197,10 +197,7 @@ impl Batch {
 
 /// A batch that was handed to Raft on this node.
 enum Proposal {
-    Begun {
-        mark: u64,
-        answer: oneshot::Receiver<ClientWriteResult<TypeConfig>>,
-    },
+    Begun { mark: u64, answer: oneshot::Receiver<ClientWriteResult<TypeConfig>> },
     Refused(Refusal),
 }
 
