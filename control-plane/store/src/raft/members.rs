@@ -22,6 +22,9 @@ use crate::StoreError;
 /// A learner must catch up in this time, including a whole snapshot.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Several elections fit into this.
+const HAND_OVER: Duration = Duration::from_secs(5);
+
 /// A node of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
@@ -158,7 +161,26 @@ async fn carry_out(
         }
         Change::Address { .. } => {}
     }
+    hand_over(&raft).await;
     Ok(())
+}
+
+/// A leader that is no voter any more would lead on as long as the voters hear of it: it falls
+/// silent until they have chosen another, or for a while if nobody tells it of that.
+async fn hand_over(raft: &NodeRaft) {
+    let own_id = raft.metrics().borrow().id;
+    let leads_without_vote = |m: &RaftMetrics<u64, BasicNode>| {
+        let membership = m.membership_config.membership();
+        m.current_leader == Some(own_id) && !membership.voter_ids().any(|id| id == own_id)
+    };
+    if !leads_without_vote(&raft.metrics().borrow()) {
+        return;
+    }
+    raft.runtime_config().heartbeat(false);
+    let wait = raft.wait(Some(HAND_OVER));
+    // In time or not: a heartbeat with an old vote does no harm, and tells this node the truth.
+    let _ = wait.metrics(|m| !leads_without_vote(m), "another leader").await;
+    raft.runtime_config().heartbeat(true);
 }
 
 type Failure = RaftError<u64, ClientWriteError<u64, BasicNode>>;

@@ -133,6 +133,9 @@ impl Node {
             return Place::Nowhere(format!("Raft has stopped: {error}"));
         }
         match metrics.current_leader {
+            Some(id) if id == self.id && !membership.voter_ids().any(|voter| voter == id) => {
+                Place::Nowhere("this node has lost its vote and hands over".to_owned())
+            }
             Some(id) if id == self.id && metrics.state == ServerState::Leader => {
                 match metrics.millis_since_quorum_ack {
                     Some(ms) if ms > QUORUM_LOST_MS && membership.voter_ids().count() > 1 => {

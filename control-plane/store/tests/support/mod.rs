@@ -2,6 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 #![allow(dead_code, unreachable_pub, reason = "not every test uses all of it")]
 
+#[cfg(feature = "etcd")]
+pub mod etcd;
+
 use std::{
     collections::BTreeSet,
     net::SocketAddr,
