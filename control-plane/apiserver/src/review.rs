@@ -15,9 +15,18 @@ pub(crate) const REVIEWS: [(&str, &str, &str); 3] = [
     ("authentication.k8s.io", "SelfSubjectReview", "selfsubjectreviews"),
 ];
 
+/// How Kubernetes' protocol buffers begin. Some clients ask with them whatever the server is; the
+/// answer doesn't depend on what is in them.
+const PROTOBUF_MAGIC: &[u8] = b"k8s\0";
+
 fn answer(body: &[u8], kind: &str, status: &Value) -> Result<Response, ApiError> {
-    let mut review: Value = serde_json::from_slice(body)
-        .map_err(|error| ApiError::BadRequest(format!("the body is not JSON: {error}")))?;
+    let group = REVIEWS.iter().find(|(_, of, _)| *of == kind).map_or("", |(group, ..)| group);
+    let mut review = if body.starts_with(PROTOBUF_MAGIC) {
+        json!({"apiVersion": format!("{group}/v1"), "kind": kind, "metadata": {}, "spec": {}})
+    } else {
+        serde_json::from_slice(body)
+            .map_err(|error| ApiError::BadRequest(format!("the body is not JSON: {error}")))?
+    };
     if review.get("kind").and_then(Value::as_str) != Some(kind) {
         return Err(ApiError::BadRequest(format!("a {kind} is expected here")));
     }

@@ -258,9 +258,11 @@ async fn kubernetes_own_types_are_served() {
     let garbage = tokio::spawn(garbage);
     let message = kubectl.fails("-n team apply -f -", &instance("1")).await;
     assert!(message.contains("namespaces \"team\" not found"), "{message}");
-    kubectl.ok("create namespace team", "").await;
+    let team = "{apiVersion: v1, kind: Namespace, metadata: {name: team}}";
+    kubectl.ok("apply -f -", team).await;
     kubectl.ok("-n team apply -f -", &instance("1")).await;
-    kubectl.ok("-n team create secret generic key --from-literal=a=b", "").await;
+    let secret = "{apiVersion: v1, kind: Secret, metadata: {name: key}, stringData: {a: b}}";
+    kubectl.ok("-n team apply -f -", secret).await;
     let secret = "-n team get secret key -o jsonpath={.type}/{.data.a}";
     assert_eq!(kubectl.ok(secret, "").await, "Opaque/Yg==");
     kubectl.ok("-n team annotate secret key note=x", "").await;

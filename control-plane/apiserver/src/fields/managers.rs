@@ -12,6 +12,9 @@ use crate::object;
 const BEFORE_FIRST_APPLY: &str = "before-first-apply";
 /// Stands for the updates of managers that were forgotten.
 const ANCIENT_CHANGES: &str = "ancient-changes";
+/// Name that kubectl applies under, and where it kept what it applied by itself.
+const KUBECTL: &str = "kubectl";
+const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 /// Entries by updates, as in Kubernetes; the oldest are put together.
 const MAX_UPDATE_ENTRIES: usize = 10;
 /// Fields that belong to the server, within the metadata.
@@ -301,7 +304,8 @@ pub(crate) fn apply(
             fields.map(|field| FieldConflict { manager: entry.shown(), field })
         })
         .collect();
-    if !force && !conflicts.is_empty() {
+    let is_forced = force || is_own_past(schema, current, &difference, &conflicts, author);
+    if !is_forced && !conflicts.is_empty() {
         return Err(conflicts);
     }
     take_over(&mut entries, &difference);
@@ -312,6 +316,27 @@ pub(crate) fn apply(
     entries.push(entry);
     store(&mut object, entries);
     Ok(object)
+}
+
+/// kubectl keeps what it applied by itself in an annotation. What it has from there is its own when
+/// it goes over to server-side apply.
+fn is_own_past(
+    schema: &Value,
+    current: &Value,
+    difference: &Difference,
+    conflicts: &[FieldConflict],
+    author: &Author<'_>,
+) -> bool {
+    let annotations = current.pointer("/metadata/annotations");
+    let text = annotations.and_then(|a| a.get(LAST_APPLIED)?.as_str());
+    let last = text.and_then(|text| serde_json::from_str::<Value>(text).ok());
+    let Some(last) = last.filter(|_| author.manager == KUBECTL) else {
+        return false;
+    };
+    let mut fields = FieldSet::default();
+    typed::collect(Some(schema), &last, false, &mut fields);
+    let own = fields.shared(&difference.changed);
+    conflicts.iter().all(|conflict| own.contains(&conflict.field))
 }
 
 fn before_first_apply(schema: &Value, current: &Value) -> Entry {
