@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
     shortname = "ii",
     namespaced,
     status = "InferenceInstanceStatus",
+    scale(spec_replicas_path = ".spec.replicas", status_replicas_path = ".status.replicaCount"),
     derive = "PartialEq",
     printcolumn(name = "Model", type_ = "string", json_path = ".spec.model"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
@@ -140,6 +141,7 @@ pub struct InferenceInstanceStatus {
     #[serde(default)]
     pub replicas: Vec<ReplicaStatus>,
     #[serde(default)]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
 

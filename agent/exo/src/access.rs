@@ -1,5 +1,5 @@
-//! Who may do what with the cluster's resources: admins everything; a node reads everything, writes
-//! its own Node and what concerns the Shards bound to it.
+//! Who may do what with the cluster's resources: admins everything; a node reads everything but
+//! secrets, writes its own Node and what concerns the Shards bound to it, and reports events.
 
 use exo_apiserver::Attributes;
 use exo_trust::GROUP_ADMINS;
@@ -15,11 +15,13 @@ pub(crate) fn allow(request: &Attributes<'_>) -> Result<(), String> {
     let Some(node) = identity.name.strip_prefix(NODE_USER_PREFIX) else {
         return Err("only admins and nodes have rights here".to_owned());
     };
-    let reads = ["get", "list", "watch"].contains(&request.verb);
+    let reads =
+        ["get", "list", "watch"].contains(&request.verb) && request.resource != "secrets";
     let edits = ["update", "patch"].contains(&request.verb);
     let own = match request.resource {
         // An object that is not there yet is named by its body; one that exists is not overwritten.
         "nodes" => request.verb == "create" || (edits && request.name == node),
+        "events" => request.verb == "create",
         "shards" => edits && request.object.is_some_and(|shard| shard["spec"]["node"] == node),
         _ => false,
     };
@@ -73,6 +75,7 @@ mod tests {
             ("patch", ("shards", "x"), None),
             ("delete", ("shards", "x"), shard_of("a")),
             ("create", ("shards", ""), None),
+            ("get", ("secrets", "keys"), None),
             ("patch", ("inferenceinstances", "i"), None),
             ("create", ("inferenceinstances", ""), None),
             ("deletecollection", ("models", ""), None),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use crate::{auth::Identity, error::ApiError, object, request::Verb, server::Call};
+use crate::{auth::Identity, error::ApiError, object, request::Verb, server::{Call, Subresource}};
 
 /// One request on a resource, as a policy sees it.
 #[derive(Clone, Debug)]
@@ -38,7 +38,10 @@ pub(crate) async fn authorize(
         verb: verb.policy_name(),
         group: &call.resource.group,
         resource: &call.resource.plural,
-        subresource: call.subresource.map(|_| "status"),
+        subresource: call.subresource.map(|subresource| match subresource {
+            Subresource::Status => "status",
+            Subresource::Scale => "scale",
+        }),
         // A new object's name is in its body.
         name: &call.name,
         object: object.as_ref(),

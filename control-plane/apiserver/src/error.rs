@@ -2,6 +2,8 @@
 //!
 //! One table: every refusal of this crate is a variant here, with its HTTP code and reason.
 
+use std::collections::BTreeMap;
+
 use axum::{
     body::Body,
     http::{HeaderValue, StatusCode, header},
@@ -9,6 +11,8 @@ use axum::{
 };
 use exo_store::{ReadError, StoreError};
 use serde_json::{Value, json};
+
+use crate::fields::FieldConflict;
 
 /// One thing wrong with an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +54,9 @@ pub(crate) enum ApiError {
     AlreadyExists(Subject),
     #[error("Operation cannot be fulfilled on {} \"{}\": {message}", subject.resource(), subject.name)]
     Conflict { subject: Subject, message: String },
+    /// An applied configuration changes what other managers hold.
+    #[error("{}", apply_message(conflicts))]
+    ApplyConflict { subject: Subject, conflicts: Vec<FieldConflict> },
     #[error("{}", invalid_message(subject, causes))]
     Invalid { subject: Subject, causes: Vec<Cause> },
     #[error("{0}")]
@@ -57,6 +64,13 @@ pub(crate) enum ApiError {
     /// A patch that can't be applied to the object as it is.
     #[error("{0}")]
     Unprocessable(String),
+    #[error("{} \"{}\" is forbidden: {message}", subject.resource(), subject.name)]
+    Forbidden { subject: Subject, message: String },
+    #[error("Too large resource version: {wanted}, current: {current}")]
+    FutureVersion { wanted: u64, current: u64 },
+    /// Too much at once; of this client, or of all.
+    #[error("{0}")]
+    TooManyRequests(&'static str),
     #[error("Unauthorized")]
     Unauthorized,
     #[error("{0}")]
@@ -87,6 +101,23 @@ fn invalid_message(subject: &Subject, causes: &[Cause]) -> String {
     }
 }
 
+/// One line for each manager, and below it its fields.
+fn apply_message(conflicts: &[FieldConflict]) -> String {
+    if let [FieldConflict { manager, field }] = conflicts {
+        return format!("Apply failed with 1 conflict: conflict with {manager}: {field}");
+    }
+    let mut by_manager: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for FieldConflict { manager, field } in conflicts {
+        by_manager.entry(manager).or_default().push(field);
+    }
+    let mut lines = Vec::new();
+    for (manager, fields) in by_manager {
+        lines.push(format!("conflicts with {manager}:"));
+        lines.extend(fields.iter().map(|field| format!("- {field}")));
+    }
+    format!("Apply failed with {} conflicts: {}", conflicts.len(), lines.join("\n"))
+}
+
 /// Clients that are told to come back wait this long.
 const RETRY_AFTER_S: u32 = 1;
 
@@ -103,9 +134,14 @@ impl ApiError {
     pub(crate) fn code(&self) -> StatusCode {
         match self {
             Self::UnknownPath | Self::NotFound(_) => StatusCode::NOT_FOUND,
-            Self::AlreadyExists(_) | Self::Conflict { .. } => StatusCode::CONFLICT,
+            Self::AlreadyExists(_) | Self::Conflict { .. } | Self::ApplyConflict { .. } => {
+                StatusCode::CONFLICT
+            }
             Self::Invalid { .. } | Self::Unprocessable(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Self::Forbidden { .. } => StatusCode::FORBIDDEN,
+            Self::FutureVersion { .. } => StatusCode::GATEWAY_TIMEOUT,
+            Self::TooManyRequests(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
@@ -122,9 +158,12 @@ impl ApiError {
         match self {
             Self::UnknownPath | Self::NotFound(_) => "NotFound",
             Self::AlreadyExists(_) => "AlreadyExists",
-            Self::Conflict { .. } => "Conflict",
+            Self::Conflict { .. } | Self::ApplyConflict { .. } => "Conflict",
             Self::Invalid { .. } | Self::Unprocessable(_) => "Invalid",
             Self::BadRequest(_) => "BadRequest",
+            Self::Forbidden { .. } => "Forbidden",
+            Self::FutureVersion { .. } => "Timeout",
+            Self::TooManyRequests(_) => "TooManyRequests",
             Self::Unauthorized => "Unauthorized",
             Self::Forbidden(_) => "Forbidden",
             Self::MethodNotAllowed => "MethodNotAllowed",
@@ -139,7 +178,10 @@ impl ApiError {
 
     fn details(&self) -> Option<Value> {
         match self {
-            Self::NotFound(s) | Self::AlreadyExists(s) | Self::Conflict { subject: s, .. } => {
+            Self::NotFound(s)
+            | Self::AlreadyExists(s)
+            | Self::Conflict { subject: s, .. }
+            | Self::Forbidden { subject: s, .. } => {
                 Some(json!({"name": s.name, "group": s.group, "kind": s.plural}))
             }
             Self::Invalid { subject, causes } => {
@@ -154,7 +196,33 @@ impl ApiError {
                     "causes": causes,
                 }))
             }
-            Self::Unavailable(_) => Some(json!({"retryAfterSeconds": RETRY_AFTER_S})),
+            Self::ApplyConflict { subject, conflicts } => {
+                let causes: Vec<Value> = conflicts
+                    .iter()
+                    .map(|c| {
+                        json!({
+                            "reason": "FieldManagerConflict",
+                            "message": format!("conflict with {}", c.manager),
+                            "field": c.field,
+                        })
+                    })
+                    .collect();
+                Some(json!({
+                    "name": subject.name,
+                    "group": subject.group,
+                    "kind": subject.plural,
+                    "causes": causes,
+                }))
+            }
+            Self::FutureVersion { .. } => Some(json!({
+                "retryAfterSeconds": RETRY_AFTER_S,
+                "causes": [{
+                    "reason": "ResourceVersionTooLarge", "message": "Too large resource version",
+                }],
+            })),
+            Self::Unavailable(_) | Self::TooManyRequests(_) => {
+                Some(json!({"retryAfterSeconds": RETRY_AFTER_S}))
+            }
             _ => None,
         }
     }
@@ -200,7 +268,10 @@ impl IntoResponse for ApiError {
         *response.status_mut() = self.code();
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if matches!(self, Self::Unavailable(_)) {
+        if matches!(
+            self,
+            Self::Unavailable(_) | Self::TooManyRequests(_) | Self::FutureVersion { .. }
+        ) {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
         }
         response

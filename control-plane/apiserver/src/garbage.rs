@@ -1,4 +1,6 @@
-//! Garbage collection by owner reference: an object whose owners are all gone is deleted.
+//! Garbage collection: an object whose owners are all gone is deleted; owners that wait for their
+//! dependents (foreground), or to be forgotten by them (orphan), go once they can; namespaces that
+//! are deleted are emptied; events expire.
 //!
 //! Runs where the store is led. Owners are known by uid only, and looked for among the objects of
 //! this server.
@@ -9,16 +11,18 @@ use std::{
     sync::Arc,
 };
 
-use exo_store::{Event, ListQuery, Store, StoreError};
+use exo_store::{ListQuery, StoreError, Txn};
 use serde_json::Value;
+use time::OffsetDateTime;
 use tokio::time::{Duration, sleep};
 
 use crate::{
+    builtin, clock,
     error::ApiError,
     object,
     resource::{PREFIX, Resource},
     server::ApiServer,
-    verbs::{self, Preconditions},
+    verbs::{self, FOREGROUND, ORPHAN, Preconditions, Propagation},
 };
 
 /// After a failure everything is read anew, after this long.
@@ -42,6 +46,7 @@ async fn lead_and_collect(server: &ApiServer) {
         let result = tokio::select! {
             // Cancel safe, as above.
             result = collect(server) => result,
+            error = expire_events(server) => Err(error),
             changed = leadership.wait_for(|l| !l.is_leader) => {
                 if changed.is_err() {
                     return;
@@ -68,46 +73,176 @@ async fn collect(server: &ApiServer) -> Result<(), ApiError> {
     for entry in &listing.entries {
         graph.apply(&entry.key, Some(&object::decode(entry)?));
     }
-    for key in graph.orphans() {
-        delete(server, &graph, &key).await?;
-    }
+    let mut suspects = graph.suspects();
     let mut watch = store.watch(PREFIX, listing.revision);
     loop {
+        for key in suspects {
+            for job in graph.jobs(&key) {
+                carry_out(server, &graph, job).await?;
+            }
+        }
+        empty_namespaces(server, &graph).await?;
         let batch = match watch.next().await {
             Ok(batch) => batch,
             Err(StoreError::Closed) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
-        let mut suspects = BTreeSet::new();
+        suspects = BTreeSet::new();
         for event in &batch.events {
-            suspects.extend(observe(&mut graph, event)?);
-        }
-        for key in suspects {
-            delete(server, &graph, &key).await?;
+            let current = event.current.as_ref().map(object::decode).transpose()?;
+            suspects.extend(graph.apply(&event.key, current.as_ref()));
         }
     }
 }
 
-/// Keys of objects that may have become garbage.
-fn observe(graph: &mut Graph, event: &Event) -> Result<BTreeSet<Arc<str>>, ApiError> {
-    let current = event.current.as_ref().map(object::decode).transpose()?;
-    Ok(graph.apply(&event.key, current.as_ref()))
+async fn carry_out(server: &ApiServer, graph: &Graph, job: Job) -> Result<(), ApiError> {
+    let key = match &job {
+        Job::Delete(key) | Job::Disown { key, .. } | Job::Release { key, .. } => key,
+    };
+    let (Some(node), Some(resource)) = (graph.nodes.get(key), resource_of(server, key)) else {
+        return Ok(());
+    };
+    let uid = Some(node.uid.clone());
+    match &job {
+        Job::Delete(key) => {
+            let preconditions = Preconditions { uid, resource_version: None };
+            // What it owns in turn goes first where its owner waits for it.
+            let policy = if graph.is_awaited(key) && graph.dependents.contains_key(&node.uid) {
+                Propagation::Foreground
+            } else {
+                Propagation::Background
+            };
+            match verbs::remove(server.store(), resource, key, &preconditions, policy).await {
+                // Another one of that name is no garbage.
+                Ok(_) | Err(ApiError::Conflict { .. }) => Ok(()),
+                Err(error) => Err(error),
+            }
+        }
+        Job::Disown { owner, .. } => {
+            edit(server, resource, key, &node.uid, |object| {
+                retain(object, "ownerReferences", |reference| {
+                    reference.get("uid").and_then(Value::as_str) != Some(owner)
+                });
+            })
+            .await
+        }
+        Job::Release { finalizer, .. } => {
+            edit(server, resource, key, &node.uid, |object| {
+                retain(object, "finalizers", |f| f.as_str() != Some(finalizer));
+            })
+            .await
+        }
+    }
 }
 
-async fn delete(server: &ApiServer, graph: &Graph, key: &Arc<str>) -> Result<(), ApiError> {
-    let Some(node) = graph.nodes.get(key).filter(|_| graph.is_orphan(key)) else {
-        return Ok(());
-    };
-    let Some(resource) = resource_of(server, key) else {
-        return Ok(());
-    };
-    let preconditions = Preconditions { uid: Some(node.uid.clone()), resource_version: None };
-    let store: &Store = server.store();
-    match verbs::remove(store, resource, key, &preconditions).await {
-        // Another one of that name is no garbage.
-        Ok(_) | Err(ApiError::Conflict { .. }) => Ok(()),
-        Err(error) => Err(error),
+/// Keeps of a list of the metadata what `keep` says; an empty list goes.
+fn retain(object: &mut Value, field: &str, keep: impl Fn(&Value) -> bool) {
+    let metadata = object::metadata_mut(object);
+    if let Some(Value::Array(items)) = metadata.get_mut(field) {
+        items.retain(|item| keep(item));
+        if items.is_empty() {
+            metadata.remove(field);
+        }
     }
+}
+
+/// Changes one object, if it is still the one of that uid. It goes if nothing holds it any more. A
+/// conflict needs no further try: the other change is seen by the watch and judged anew.
+async fn edit(
+    server: &ApiServer,
+    resource: &Resource,
+    key: &Arc<str>,
+    uid: &str,
+    change: impl Fn(&mut Value),
+) -> Result<(), ApiError> {
+    let store = server.store();
+    let Some(entry) = store.get(key).await? else {
+        return Ok(());
+    };
+    let mut object = resource.decode(&entry)?;
+    if object::uid(&object) != Some(uid) {
+        return Ok(());
+    }
+    change(&mut object);
+    let txn = if object::is_deleting(&object) && !object::is_held(&object) {
+        Txn::delete(Arc::clone(key), entry.mod_revision)
+    } else {
+        Txn::replace(Arc::clone(key), entry.mod_revision, resource.encode(&object)?)
+    };
+    store.txn(txn).await?;
+    Ok(())
+}
+
+/// Deletes the content of namespaces that are to go; those that are empty go.
+async fn empty_namespaces(server: &ApiServer, graph: &Graph) -> Result<(), ApiError> {
+    for key in &graph.namespaces {
+        let name = key.rsplit('/').next().unwrap_or_default();
+        let mut is_empty = true;
+        for resource in server.resources().iter().filter(|r| r.namespaced) {
+            let prefix = resource.prefix(Some(name));
+            let query = ListQuery { prefix, ..ListQuery::default() };
+            for entry in &server.store().list(&query).await?.entries {
+                let any = Preconditions::default();
+                let policy = Propagation::Background;
+                let removed = verbs::remove(server.store(), resource, &entry.key, &any, policy);
+                is_empty &= !matches!(removed.await?, Some(verbs::Removed::Marked(_)));
+            }
+        }
+        if let (true, Some(node)) = (is_empty, graph.nodes.get(key)) {
+            edit(server, server.namespaces(), key, &node.uid, |object| {
+                object["spec"]["finalizers"] = Value::Array(Vec::new());
+            })
+            .await?;
+        }
+    }
+    Ok(())
+}
+
+/// Events are kept so long, as in Kubernetes.
+const EVENT_LIFETIME: time::Duration = time::Duration::HOUR;
+/// More than these are not kept; the oldest go.
+const MAX_EVENTS: usize = 10_000;
+const EXPIRY_PERIOD: Duration = Duration::from_secs(60);
+
+/// Deletes old events; ends with an error only.
+async fn expire_events(server: &ApiServer) -> ApiError {
+    loop {
+        if let Err(error) = expire_once(server, clock::now()).await {
+            return error;
+        }
+        sleep(EXPIRY_PERIOD).await;
+    }
+}
+
+async fn expire_once(server: &ApiServer, now: OffsetDateTime) -> Result<(), ApiError> {
+    let mut resources = server.resources().iter();
+    let Some(events) = resources.find(|r| r.builtin && r.kind == builtin::EVENT) else {
+        return Ok(());
+    };
+    let query = ListQuery { prefix: events.prefix(None), ..ListQuery::default() };
+    let listing = server.store().list(&query).await?;
+    let mut by_age = Vec::new();
+    for entry in &listing.entries {
+        by_age.push((last_seen(&events.decode(entry)?), entry));
+    }
+    by_age.sort_by_key(|(seen, _)| *seen);
+    let excess = by_age.len().saturating_sub(MAX_EVENTS);
+    for (index, (seen, entry)) in by_age.iter().enumerate() {
+        let is_old = seen.is_none_or(|seen| now - seen > EVENT_LIFETIME);
+        if index < excess || is_old {
+            let key = Arc::clone(&entry.key);
+            server.store().txn(Txn::delete(key, entry.mod_revision)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// When an event happened last, as far as it says.
+fn last_seen(event: &Value) -> Option<OffsetDateTime> {
+    ["/series/lastObservedTime", "/lastTimestamp", "/eventTime", "/metadata/creationTimestamp"]
+        .iter()
+        .filter_map(|field| event.pointer(field)?.as_str().and_then(clock::parse))
+        .max()
 }
 
 fn resource_of<'a>(server: &'a ApiServer, key: &str) -> Option<&'a Resource> {
@@ -115,71 +250,177 @@ fn resource_of<'a>(server: &'a ApiServer, key: &str) -> Option<&'a Resource> {
     resources.find(|r| key.starts_with(&r.prefix(None))).map(|r| &**r)
 }
 
+/// Something to do about an object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Job {
+    Delete(Arc<str>),
+    /// Remove one owner.
+    Disown {
+        key: Arc<str>,
+        owner: String,
+    },
+    Release {
+        key: Arc<str>,
+        finalizer: &'static str,
+    },
+}
+
 /// Who owns whom.
 #[derive(Debug, Default)]
 struct Graph {
     nodes: BTreeMap<Arc<str>, Node>,
-    /// uids of the objects that exist.
-    uids: BTreeSet<String>,
+    /// Keys of the objects that exist.
+    uids: BTreeMap<String, Arc<str>>,
     /// By the owner's uid, whether or not it exists: keys of what it owns.
     dependents: BTreeMap<String, BTreeSet<Arc<str>>>,
+    /// Keys of the namespaces that are to go.
+    namespaces: BTreeSet<Arc<str>>,
 }
 
 #[derive(Debug)]
 struct Node {
     uid: String,
-    owners: BTreeSet<String>,
+    /// uids, each with whether this blocks its deletion in the foreground.
+    owners: BTreeMap<String, bool>,
     deleting: bool,
+    foreground: bool,
+    orphan: bool,
+}
+
+impl Node {
+    fn new(object: &Value) -> Self {
+        let deleting = object::is_deleting(object);
+        let finalizers = object::finalizers(object);
+        Self {
+            uid: object::uid(object).unwrap_or_default().to_owned(),
+            owners: object::owners(object).map(|(uid, blocks)| (uid.to_owned(), blocks)).collect(),
+            deleting,
+            foreground: deleting && finalizers.contains(&FOREGROUND),
+            orphan: deleting && finalizers.contains(&ORPHAN),
+        }
+    }
 }
 
 impl Graph {
-    /// Takes in what a key holds now. Returns what may have become garbage by it.
+    /// Takes in what a key holds now. Returns where there may be something to do by it.
     fn apply(&mut self, key: &Arc<str>, object: Option<&Value>) -> BTreeSet<Arc<str>> {
         let mut suspects = BTreeSet::new();
-        let new = object.map(|object| Node {
-            uid: object::uid(object).unwrap_or_default().to_owned(),
-            owners: object::owners(object).map(str::to_owned).collect(),
-            deleting: object::is_deleting(object),
-        });
+        let new = object.map(Node::new);
         if let Some(old) = self.nodes.remove(key) {
-            for owner in &old.owners {
+            for owner in old.owners.keys() {
                 if let Some(keys) = self.dependents.get_mut(owner) {
                     keys.remove(key);
                     if keys.is_empty() {
                         self.dependents.remove(owner);
                     }
                 }
+                suspects.extend(self.uids.get(owner).cloned());
             }
             if new.as_ref().is_none_or(|new| new.uid != old.uid) {
                 self.uids.remove(&old.uid);
                 suspects.extend(self.dependents.get(&old.uid).into_iter().flatten().cloned());
             }
         }
+        let is_leaving = new.as_ref().is_some_and(|new| new.deleting);
+        let is_namespace = object.and_then(|o| o.get("kind")?.as_str()) == Some(builtin::NAMESPACE);
+        if is_leaving && is_namespace {
+            self.namespaces.insert(Arc::clone(key));
+        } else {
+            self.namespaces.remove(key);
+        }
         if let Some(node) = new {
-            for owner in &node.owners {
+            for owner in node.owners.keys() {
                 let keys = self.dependents.entry(owner.clone()).or_default();
                 keys.insert(Arc::clone(key));
+                suspects.extend(self.uids.get(owner).cloned());
             }
-            self.uids.insert(node.uid.clone());
+            self.uids.insert(node.uid.clone(), Arc::clone(key));
             self.nodes.insert(Arc::clone(key), node);
             suspects.insert(Arc::clone(key));
         }
-        suspects.retain(|key| self.is_orphan(key));
+        suspects.retain(|key| !self.jobs(key).is_empty());
         suspects
     }
 
-    /// It has owners, none of them exists, and it isn't on its way out already.
-    fn is_orphan(&self, key: &Arc<str>) -> bool {
-        self.nodes.get(key).is_some_and(|node| {
-            !node.deleting
-                && !node.owners.is_empty()
-                && node.owners.iter().all(|owner| !self.uids.contains(owner))
-        })
+    /// All keys where there is something to do.
+    fn suspects(&self) -> BTreeSet<Arc<str>> {
+        self.nodes.keys().filter(|key| !self.jobs(key).is_empty()).cloned().collect()
     }
 
-    fn orphans(&self) -> Vec<Arc<str>> {
-        let keys = self.nodes.keys();
-        keys.filter(|key| self.is_orphan(key)).cloned().collect()
+    /// What is to be done about an object, or for its sake.
+    fn jobs(&self, key: &Arc<str>) -> Vec<Job> {
+        let Some(node) = self.nodes.get(key) else {
+            return Vec::new();
+        };
+        let none = BTreeSet::new();
+        let dependents = self.dependents.get(&node.uid).unwrap_or(&none);
+        let owner = || node.uid.clone();
+        if node.orphan {
+            if dependents.is_empty() {
+                return vec![Job::Release { key: Arc::clone(key), finalizer: ORPHAN }];
+            }
+            return dependents
+                .iter()
+                .map(|key| Job::Disown { key: Arc::clone(key), owner: owner() })
+                .collect();
+        }
+        if node.foreground {
+            return self.foreground_jobs(key, node, dependents);
+        }
+        if self.is_orphan(node) { vec![Job::Delete(Arc::clone(key))] } else { Vec::new() }
+    }
+
+    fn foreground_jobs(
+        &self,
+        key: &Arc<str>,
+        node: &Node,
+        dependents: &BTreeSet<Arc<str>>,
+    ) -> Vec<Job> {
+        let mut jobs = Vec::new();
+        let mut is_blocked = false;
+        for dependent_key in dependents {
+            let Some(dependent) = self.nodes.get(dependent_key) else {
+                continue;
+            };
+            is_blocked |= dependent.owners.get(&node.uid) == Some(&true);
+            if dependent.deleting {
+                continue;
+            }
+            let is_kept = dependent.owners.keys().any(|owner| self.is_solid(owner));
+            jobs.push(if is_kept {
+                Job::Disown { key: Arc::clone(dependent_key), owner: node.uid.clone() }
+            } else {
+                Job::Delete(Arc::clone(dependent_key))
+            });
+        }
+        if !is_blocked {
+            jobs.push(Job::Release { key: Arc::clone(key), finalizer: FOREGROUND });
+        }
+        jobs
+    }
+
+    /// The owner exists and doesn't wait for its dependents to go.
+    fn is_solid(&self, uid: &str) -> bool {
+        let owner = self.uids.get(uid).and_then(|key| self.nodes.get(key));
+        owner.is_some_and(|owner| !owner.foreground)
+    }
+
+    /// An owner waits for it to be gone.
+    fn is_awaited(&self, key: &Arc<str>) -> bool {
+        let node = self.nodes.get(key);
+        node.is_some_and(|n| n.owners.iter().any(|(uid, blocks)| *blocks && self.is_waiting(uid)))
+    }
+
+    fn is_waiting(&self, uid: &str) -> bool {
+        let owner = self.uids.get(uid).and_then(|key| self.nodes.get(key));
+        owner.is_some_and(|owner| owner.foreground)
+    }
+
+    /// It has owners, none of them exists, and it isn't on its way out already.
+    fn is_orphan(&self, node: &Node) -> bool {
+        !node.deleting
+            && !node.owners.is_empty()
+            && node.owners.keys().all(|owner| !self.uids.contains_key(owner))
     }
 }
 
@@ -214,5 +455,49 @@ mod tests {
         assert!(apply("f", Some(object("6", &[]))).is_empty());
         assert!(apply("g", Some(object("7", &["6"]))).is_empty());
         assert_eq!(apply("f", Some(object("8", &[]))), ["g"]);
+    }
+
+    #[test]
+    fn owners_wait_for_their_dependents_or_let_them_go() {
+        let mut graph = Graph::default();
+        let key = |name: &str| -> Arc<str> { name.into() };
+        let dependent = |owners: &[(&str, bool)]| {
+            let owners: Vec<Value> = owners
+                .iter()
+                .map(|(uid, blocks)| json!({"uid": uid, "blockOwnerDeletion": blocks}))
+                .collect();
+            json!({"metadata": {"uid": "d", "ownerReferences": owners}})
+        };
+        let owner = |uid: &str, finalizer: &str| {
+            json!({"metadata": {
+                "uid": uid, "deletionTimestamp": "t", "finalizers": [finalizer]
+            }})
+        };
+        graph.apply(&key("a"), Some(&object("a", &[])));
+        graph.apply(&key("b"), Some(&object("b", &[])));
+        graph.apply(&key("d"), Some(&dependent(&[("a", true), ("b", true)])));
+
+        graph.apply(&key("a"), Some(&owner("a", FOREGROUND)));
+        let disown = Job::Disown { key: key("d"), owner: "a".into() };
+        assert_eq!(graph.jobs(&key("a")), [disown], "the other owner keeps it");
+        let suspects = graph.apply(&key("d"), Some(&dependent(&[("b", true)])));
+        assert!(suspects.contains(&key("a")));
+        let release = Job::Release { key: key("a"), finalizer: FOREGROUND };
+        assert_eq!(graph.jobs(&key("a")), [release]);
+
+        graph.apply(&key("b"), Some(&owner("b", FOREGROUND)));
+        assert_eq!(graph.jobs(&key("b")), [Job::Delete(key("d"))]);
+        let mut leaving = dependent(&[("b", true)]);
+        leaving["metadata"]["deletionTimestamp"] = json!("t");
+        graph.apply(&key("d"), Some(&leaving));
+        assert_eq!(graph.jobs(&key("b")), [], "it waits");
+        assert!(graph.apply(&key("d"), None).contains(&key("b")));
+
+        graph.apply(&key("d"), Some(&dependent(&[("o", true)])));
+        graph.apply(&key("o"), Some(&owner("o", ORPHAN)));
+        let disown = Job::Disown { key: key("d"), owner: "o".into() };
+        assert_eq!(graph.jobs(&key("o")), [disown]);
+        graph.apply(&key("d"), Some(&dependent(&[])));
+        assert_eq!(graph.jobs(&key("o")), [Job::Release { key: key("o"), finalizer: ORPHAN }]);
     }
 }

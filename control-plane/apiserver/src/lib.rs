@@ -1,15 +1,20 @@
 //! The Kubernetes API protocol over a [`Store`](exo_store::Store), as an axum Router.
 //!
 //! Owns: discovery, verbs, validation by CRD schema, selectors, watches, Table output,
-//! `metav1.Status` errors, garbage collection by owner reference. Never: TLS, what a resource
-//! means. It knows resources by their `CustomResourceDefinition` alone.
+//! `metav1.Status` errors, field management, garbage collection by owner reference, limits of
+//! what is answered at once. Never: TLS, what a resource means. It knows resources by their
+//! `CustomResourceDefinition` alone, and those few of Kubernetes' own that tools count on.
 
 mod auth;
 mod authorize;
+mod builtin;
 mod clock;
 mod discovery;
 mod error;
+mod fields;
+mod flow;
 mod garbage;
+mod health;
 mod jsonpath;
 mod metrics;
 mod namespace;
@@ -17,6 +22,7 @@ mod object;
 mod openapi;
 mod request;
 mod resource;
+mod review;
 mod schema;
 mod selector;
 mod server;
@@ -28,6 +34,7 @@ use axum::{Extension, Router};
 
 pub use auth::Identity;
 pub use authorize::{Attributes, Policy};
+pub use flow::Limits;
 pub use garbage::collect_garbage;
 pub use resource::DefinitionError;
 pub use server::{ApiServer, ServerError, app};

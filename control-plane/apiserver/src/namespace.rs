@@ -1,111 +1,95 @@
-//! Namespaces, read-only: every valid name is one, and those in use are listed.
+//! Objects that the server itself puts into the store, namespaces being the reason: `default`, and
+//! the definitions of what is served. And what namespaces mean for other objects.
 
-use std::collections::BTreeSet;
-
-use axum::{
-    extract::{Path, Request, State},
-    http::{StatusCode, header},
-    response::Response,
-};
-use exo_store::ListQuery;
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use exo_store::{Txn, TxnOutcome};
 use serde_json::{Value, json};
 
 use crate::{
-    clock,
+    builtin, clock,
     error::ApiError,
     object,
-    request::Query,
-    resource::{DefinitionError, Resource},
-    server::{ApiServer, header_text, json_response},
-    table::Form,
+    resource::{Access, Resource},
+    server::{ApiServer, Call},
 };
 
 /// Always there.
-const DEFAULT: &str = "default";
+pub(crate) const DEFAULT: &str = "default";
 
-/// The definition that gives namespaces their form.
-pub(crate) fn resource() -> Result<Resource, DefinitionError> {
-    let definition = json!({
-        "metadata": {},
-        "spec": {
-            "group": "",
-            "scope": "Cluster",
-            "names": {"kind": "Namespace", "plural": "namespaces"},
-            "versions": [{
-                "name": "v1", "served": true, "storage": true,
-                "schema": {"openAPIV3Schema": {"type": "object"}},
-                "additionalPrinterColumns": [
-                    {"name": "Status", "type": "string", "jsonPath": ".status.phase"},
-                ],
-            }],
-        },
-    });
-    let definition: CustomResourceDefinition =
-        serde_json::from_value(definition).expect("the literal above is a definition");
-    Resource::from_crd(&definition)
-}
-
-pub(crate) async fn list(
-    State(server): State<ApiServer>,
-    request: Request,
-) -> Result<Response, ApiError> {
-    let query = Query::parse(request.uri().query());
-    if query.flag("watch")? == Some(true) {
-        return Err(ApiError::MethodNotAllowed);
+/// New objects come only into namespaces that exist and stay.
+pub(crate) async fn check_new(call: &Call) -> Result<(), ApiError> {
+    let Some(name) = call.namespace.as_deref() else {
+        return Ok(());
+    };
+    let server = &call.server;
+    if name == DEFAULT {
+        seed(server).await?;
     }
-    let form = form(&request)?;
-    let (names, revision) = in_use(&server).await?;
-    let objects: Vec<Value> = names.iter().map(|name| namespace(name)).collect();
-    let metadata = json!({"resourceVersion": revision.to_string()});
-    let body = form.list(server.namespaces(), &objects, &metadata, clock::now());
-    Ok(json_response(StatusCode::OK, &body))
-}
-
-pub(crate) async fn get(
-    State(server): State<ApiServer>,
-    Path(name): Path<String>,
-    request: Request,
-) -> Result<Response, ApiError> {
-    let form = form(&request)?;
-    let (names, _) = in_use(&server).await?;
-    if !names.contains(&name) {
-        return Err(server.namespaces().not_found(&name));
+    let namespaces = server.namespaces();
+    let key = namespaces.key(None, name);
+    let store = server.store();
+    let entry = match store.get_local(&key) {
+        Some(entry) => Some(entry),
+        None => store.get(&key).await?,
+    };
+    let entry = entry.ok_or_else(|| namespaces.not_found(name))?;
+    if object::is_deleting(&namespaces.decode(&entry)?) {
+        return Err(ApiError::Forbidden {
+            subject: call.resource.subject(&call.name),
+            message: format!(
+                "unable to create new content in namespace {name} because it is being terminated"
+            ),
+        });
     }
-    let body = form.object(server.namespaces(), namespace(&name), clock::now());
-    Ok(json_response(StatusCode::OK, &body))
+    Ok(())
 }
 
-fn form(request: &Request) -> Result<Form, ApiError> {
-    let query = Query::parse(request.uri().query());
-    let accept = header_text(request.headers(), header::ACCEPT);
-    Form::negotiate(accept, query.get("includeObject"))
+/// `default` and the definitions are there, and as this server has them. Looked after once.
+pub(crate) async fn seed(server: &ApiServer) -> Result<(), ApiError> {
+    server
+        .seeded()
+        .get_or_try_init(async || {
+            let namespaces = server.namespaces();
+            let mut default = json!({
+                "apiVersion": "v1", "kind": builtin::NAMESPACE, "metadata": {"name": DEFAULT},
+            });
+            builtin::stamp_new(namespaces, &mut default);
+            put(server, namespaces, default).await?;
+            let definitions = server.resources().iter().find(|r| r.access == Access::ReadOnly);
+            for definition in server.definitions() {
+                if let Some(resource) = definitions {
+                    put(server, resource, definition.clone()).await?;
+                }
+            }
+            Ok(())
+        })
+        .await
+        .copied()
 }
 
-fn namespace(name: &str) -> Value {
-    json!({
-        "apiVersion": "v1",
-        "kind": "Namespace",
-        "metadata": {"name": name},
-        "status": {"phase": "Active"},
-    })
-}
-
-/// Namespaces that hold an object, and the revision at which they were read.
-async fn in_use(server: &ApiServer) -> Result<(BTreeSet<String>, u64), ApiError> {
-    let mut names = BTreeSet::from([DEFAULT.to_owned()]);
-    let mut revision = 0;
-    for resource in server.resources().iter().filter(|r| r.namespaced) {
-        let query = ListQuery { prefix: resource.prefix(None), ..ListQuery::default() };
-        let listing = server.store().list(&query).await?;
-        revision = listing.revision;
-        for entry in &listing.entries {
-            names.extend(object::decode(entry)?.pointer("/metadata/namespace").and_then(text));
+/// Creates an object, or corrects its spec.
+async fn put(server: &ApiServer, resource: &Resource, mut wanted: Value) -> Result<(), ApiError> {
+    let key = resource.key(None, object::name(&wanted));
+    let store = server.store();
+    let entry = store.get(&key).await?;
+    if let Some(entry) = &entry {
+        let current = resource.decode(entry)?;
+        // Namespaces are their users' from then on.
+        if resource.access == Access::Full || current.get("spec") == wanted.get("spec") {
+            return Ok(());
         }
+        let metadata = current.get("metadata").cloned();
+        wanted["metadata"] = metadata.unwrap_or_else(|| wanted["metadata"].clone());
+    } else {
+        let uid = json!(uuid::Uuid::new_v4().to_string());
+        object::set_metadata(&mut wanted, "uid", Some(uid));
+        let now = json!(clock::format(clock::now()));
+        object::set_metadata(&mut wanted, "creationTimestamp", Some(now));
+        object::set_metadata(&mut wanted, "generation", Some(json!(1)));
     }
-    Ok((names, revision))
-}
-
-fn text(value: &Value) -> Option<String> {
-    value.as_str().map(str::to_owned)
+    builtin::prepare(resource, &mut wanted);
+    let revision = entry.map_or(0, |entry| entry.mod_revision);
+    match store.txn(Txn::replace(key, revision, resource.encode(&wanted)?)).await? {
+        // Another server was faster.
+        TxnOutcome::Committed { .. } | TxnOutcome::Conflict { .. } => Ok(()),
+    }
 }

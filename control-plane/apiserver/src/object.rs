@@ -42,14 +42,21 @@ pub(crate) fn finalizers(object: &Value) -> Vec<&str> {
         .unwrap_or_default()
 }
 
-/// uids of the owners.
-pub(crate) fn owners(object: &Value) -> impl Iterator<Item = &str> {
+/// Something must happen before a deleted object can go.
+pub(crate) fn is_held(object: &Value) -> bool {
+    let is_namespace = object.get("kind").and_then(Value::as_str) == Some("Namespace")
+        && object.get("apiVersion").and_then(Value::as_str) == Some("v1");
+    let content = object.pointer("/spec/finalizers").and_then(Value::as_array);
+    !finalizers(object).is_empty() || is_namespace && content.is_some_and(|f| !f.is_empty())
+}
+
+/// uids of the owners, each with whether this blocks the owner's deletion in the foreground.
+pub(crate) fn owners(object: &Value) -> impl Iterator<Item = (&str, bool)> {
     let owners = object.pointer("/metadata/ownerReferences");
-    owners
-        .and_then(Value::as_array)
-        .map_or(&[][..], Vec::as_slice)
-        .iter()
-        .filter_map(|owner| owner.get("uid")?.as_str())
+    owners.and_then(Value::as_array).map_or(&[][..], Vec::as_slice).iter().filter_map(|owner| {
+        let blocks = owner.get("blockOwnerDeletion").and_then(Value::as_bool);
+        Some((owner.get("uid")?.as_str()?, blocks == Some(true)))
+    })
 }
 
 /// The metadata to change; made where there is none. `object` is a JSON object.
@@ -93,8 +100,9 @@ pub(crate) fn decode_at(entry: &Entry, revision: u64) -> Result<Value, ApiError>
 ///
 /// # Errors
 /// `TooLarge` for more than a request could have brought.
-pub(crate) fn encode(object: &Value) -> Result<String, ApiError> {
+pub(crate) fn encode(object: &Value, convert: impl Fn(&mut Value)) -> Result<String, ApiError> {
     let mut object = object.clone();
+    convert(&mut object);
     set_metadata(&mut object, "resourceVersion", None);
     let text = object.to_string();
     if text.len() > MAX_BODY_BYTES {

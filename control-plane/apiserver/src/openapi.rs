@@ -23,8 +23,9 @@ pub(crate) async fn index(State(server): State<ApiServer>) -> Response {
     let paths: Map<String, Value> = versions
         .iter()
         .map(|version| {
-            let url = format!("/openapi/v3/apis/{version}");
-            (format!("apis/{version}"), json!({"serverRelativeURL": url}))
+            let path = path_of(version);
+            let url = format!("/openapi/v3/{path}");
+            (path, json!({"serverRelativeURL": url}))
         })
         .collect();
     json_response(StatusCode::OK, &json!({"paths": paths}))
@@ -38,11 +39,25 @@ fn group_versions(server: &ApiServer) -> Vec<String> {
     versions
 }
 
+/// Where an `apiVersion` is served.
+fn path_of(version: &str) -> String {
+    if version.contains('/') { format!("apis/{version}") } else { format!("api/{version}") }
+}
+
 /// Document of one group and version.
 pub(crate) async fn version_3(
     State(server): State<ApiServer>,
     Path((group, version)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
+    document_3(&server, &group, &version)
+}
+
+/// Document of the core group.
+pub(crate) async fn core_version_3(State(server): State<ApiServer>) -> Result<Response, ApiError> {
+    document_3(&server, "", "v1")
+}
+
+fn document_3(server: &ApiServer, group: &str, version: &str) -> Result<Response, ApiError> {
     let resources: Vec<&Resource> = server
         .resources()
         .iter()
@@ -65,16 +80,61 @@ pub(crate) async fn version_3(
 /// for it with an `@` that they themselves can't parse in an answer.
 const PROTOBUF_2: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
 
-/// The document of version 2: it defines nothing, which tells kubectl before 1.27 to leave
-/// validation to the server.
-pub(crate) async fn version_2(headers: HeaderMap) -> Response {
+/// The document of version 2. As a protocol buffer it defines nothing, which tells kubectl before
+/// 1.27 to leave validation to the server.
+pub(crate) async fn version_2(State(server): State<ApiServer>, headers: HeaderMap) -> Response {
     let accept = header_text(&headers, header::ACCEPT).unwrap_or_default();
     if accept.replace('@', ".").contains(PROTOBUF_2) {
         let headers = [(header::CONTENT_TYPE, PROTOBUF_2)];
         return (StatusCode::OK, headers, document_2_protobuf()).into_response();
     }
-    let document = json!({"swagger": "2.0", "info": info(), "paths": {}, "definitions": {}});
+    let resources: Vec<&Resource> = server.resources().iter().map(|r| &**r).collect();
+    let mut definitions = Value::Object(schemas(&resources));
+    make_version_2(&mut definitions);
+    let paths = paths_2(&resources);
+    let document =
+        json!({"swagger": "2.0", "info": info(), "paths": paths, "definitions": definitions});
     json_response(StatusCode::OK, &document)
+}
+
+/// References lead to `definitions`, and there is no `nullable`.
+fn make_version_2(schema: &mut Value) {
+    match schema {
+        Value::Object(fields) => {
+            if fields.get("nullable").is_some_and(Value::is_boolean) {
+                fields.remove("nullable");
+            }
+            for (name, value) in fields.iter_mut() {
+                match value {
+                    Value::String(text) if name == "$ref" => {
+                        *text = text.replace(SCHEMAS, "#/definitions/");
+                    }
+                    other => make_version_2(other),
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(make_version_2),
+        _ => {}
+    }
+}
+
+/// Operations in the words of version 2: parameters have their type themselves, answers their
+/// schema.
+fn paths_2(resources: &[&Resource]) -> Map<String, Value> {
+    let mut paths = paths(resources);
+    let methods = paths.values_mut().filter_map(Value::as_object_mut);
+    for operation in methods.flat_map(|methods| methods.values_mut()) {
+        for parameter in operation["parameters"].as_array_mut().into_iter().flatten() {
+            if let Some(fields) = parameter.as_object_mut() {
+                fields.remove("schema");
+                fields.insert("type".to_owned(), json!("string"));
+            }
+        }
+        operation["produces"] = json!(["application/json"]);
+        let schema = json!({"type": "object"});
+        operation["responses"] = json!({"200": {"description": "OK", "schema": schema}});
+    }
+    paths
 }
 
 /// `Document` of gnostic's OpenAPIv2.proto: 1 is `swagger`, 2 is `info` (with 1 `title` and 2
@@ -108,7 +168,8 @@ fn info() -> Value {
 fn schema_name(resource: &Resource) -> String {
     let mut group: Vec<&str> = resource.group.split('.').collect();
     group.reverse();
-    format!("{}.{}.{}", group.join("."), resource.version, resource.kind)
+    let group = if resource.group.is_empty() { "core".to_owned() } else { group.join(".") };
+    format!("{group}.{}.{}", resource.version, resource.kind)
 }
 
 fn schemas(resources: &[&Resource]) -> Map<String, Value> {
@@ -181,6 +242,11 @@ fn meta_schemas() -> Map<String, Value> {
                 "type": "array", "items": {"type": "string"},
                 "description": "While there are any, a deleted object stays.",
             },
+            "managedFields": {
+                "type": "array",
+                "description": "Which client is responsible for which field.",
+                "items": {"type": "object"},
+            },
             "ownerReferences": {
                 "type": "array",
                 "description": "When all of these are gone, so is this object.",
@@ -220,7 +286,7 @@ fn paths(resources: &[&Resource]) -> Map<String, Value> {
     for resource in resources {
         let scope = if resource.namespaced { "/namespaces/{namespace}" } else { "" };
         let version = resource.api_version();
-        let collection = format!("/apis/{version}{scope}/{}", resource.plural);
+        let collection = format!("/{}{scope}/{}", path_of(&version), resource.plural);
         let operation = |action: &str| operation(resource, action);
         paths.insert(
             format!("{collection}/{{name}}"),

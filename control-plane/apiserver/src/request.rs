@@ -30,6 +30,11 @@ impl Query {
         value.filter(|v| !v.is_empty())
     }
 
+    /// Given, with whatever value.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     pub(crate) fn flag(&self, name: &str) -> Result<Option<bool>, ApiError> {
         match self.0.get(name).map(String::as_str) {
             None => Ok(None),
@@ -88,7 +93,7 @@ fn decode(text: &str, plus_is_space: bool) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Where a path below `/apis/GROUP/VERSION` leads.
+/// Where a path below `/apis/GROUP/VERSION` or `/api/VERSION` leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Target {
     pub(crate) group: String,
@@ -102,11 +107,19 @@ pub(crate) struct Target {
 impl Target {
     /// `None` for a path of another shape.
     pub(crate) fn parse(path: &str) -> Option<Self> {
-        let mut segments = path.strip_prefix("/apis/")?.split('/');
-        let group = segments.next()?;
+        let (group, rest) = match path.strip_prefix("/api/") {
+            Some(rest) => (None, rest),
+            None => {
+                let (group, rest) = path.strip_prefix("/apis/")?.split_once('/')?;
+                (Some(group), rest)
+            }
+        };
+        let mut segments = rest.split('/');
         let version = segments.next()?;
         let rest: Vec<&str> = segments.collect();
         let (namespace, rest) = match rest.as_slice() {
+            // Namespaces are resources too.
+            ["namespaces", _, "status" | "finalize"] if group.is_none() => (None, &rest[..]),
             ["namespaces", namespace, rest @ ..] if !rest.is_empty() => (Some(*namespace), rest),
             rest => (None, rest),
         };
@@ -116,14 +129,14 @@ impl Target {
             [plural, name, subresource] => (plural, Some(name), Some(subresource)),
             _ => return None,
         };
-        let all = [group, version, plural];
+        let all = [group.unwrap_or("core"), version, plural];
         let parts = namespace.iter().chain(name).chain(subresource);
         if all.iter().chain(parts).any(|part| part.is_empty()) {
             return None;
         }
         let owned = |text: &str| decode(text, false);
         Some(Self {
-            group: owned(group),
+            group: group.map(|g| owned(g)).unwrap_or_default(),
             version: owned(version),
             namespace: namespace.map(owned),
             plural: owned(plural),

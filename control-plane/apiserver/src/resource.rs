@@ -2,14 +2,17 @@
 
 use std::str::FromStr;
 
+use exo_store::Entry;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
     CustomResourceDefinition, CustomResourceDefinitionVersion,
 };
 use serde_json::Value;
 
 use crate::{
+    builtin,
     error::{ApiError, Subject},
     jsonpath::{JsonPath, ParsePathError},
+    object,
     schema::{Schema, SchemaError},
 };
 
@@ -44,6 +47,23 @@ pub(crate) struct Column {
     /// Above 0: shown by `-o wide` only.
     pub(crate) priority: i32,
     pub(crate) path: JsonPath,
+    /// Where to look if there is nothing at `path`.
+    pub(crate) fallbacks: Vec<JsonPath>,
+}
+
+/// What clients may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Full,
+    ReadOnly,
+}
+
+/// Where an object keeps what `autoscaling/v1` Scale shows.
+#[derive(Clone, Debug)]
+pub(crate) struct ScalePaths {
+    pub(crate) spec: Vec<String>,
+    pub(crate) status: Vec<String>,
+    pub(crate) selector: Option<Vec<String>>,
 }
 
 /// One kind of object.
@@ -64,6 +84,13 @@ pub(crate) struct Resource {
     /// Field names of selectors, with where they lead.
     pub(crate) selectable: Vec<(String, JsonPath)>,
     pub(crate) schema: Schema,
+    /// There is a `scale` subresource.
+    pub(crate) scale: Option<ScalePaths>,
+    /// One of Kubernetes' own types.
+    pub(crate) builtin: bool,
+    pub(crate) access: Access,
+    /// Group in the keys; types of several groups can share it.
+    pub(crate) storage_group: String,
 }
 
 impl Resource {
@@ -106,6 +133,19 @@ impl Resource {
             columns: columns(version)?,
             selectable: selectable(version)?,
             schema: Schema::compile(schema)?,
+            scale: subresources.and_then(|s| s.scale.as_ref()).map(|scale| {
+                let fields = |path: &str| {
+                    path.split('.').filter(|f| !f.is_empty()).map(str::to_owned).collect()
+                };
+                ScalePaths {
+                    spec: fields(&scale.spec_replicas_path),
+                    status: fields(&scale.status_replicas_path),
+                    selector: scale.label_selector_path.as_deref().map(fields),
+                }
+            }),
+            builtin: false,
+            access: Access::Full,
+            storage_group: spec.group.clone(),
         })
     }
 
@@ -124,11 +164,15 @@ impl Resource {
 
     /// What the keys of all objects begin with: of one namespace, or of all.
     pub(crate) fn prefix(&self, namespace: Option<&str>) -> String {
-        let Self { group, plural, .. } = self;
+        let Self { storage_group: group, plural, .. } = self;
         match namespace {
             Some(namespace) => format!("{PREFIX}{group}/{plural}/{namespace}/"),
             None => format!("{PREFIX}{group}/{plural}/"),
         }
+    }
+
+    pub(crate) fn is_namespaces(&self) -> bool {
+        self.builtin && self.kind == builtin::NAMESPACE
     }
 
     pub(crate) fn subject(&self, name: &str) -> Subject {
@@ -142,6 +186,26 @@ impl Resource {
 
     pub(crate) fn not_found(&self, name: &str) -> ApiError {
         ApiError::NotFound(self.subject(name))
+    }
+
+    /// The object of an entry, with its resource version.
+    pub(crate) fn decode(&self, entry: &Entry) -> Result<Value, ApiError> {
+        self.decode_at(entry, entry.mod_revision)
+    }
+
+    /// The same at another resource version: a deleted object shows the revision of its deletion.
+    pub(crate) fn decode_at(&self, entry: &Entry, revision: u64) -> Result<Value, ApiError> {
+        let mut object = object::decode_at(entry, revision)?;
+        builtin::from_stored(self, &mut object);
+        Ok(object)
+    }
+
+    /// The stored form.
+    ///
+    /// # Errors
+    /// `TooLarge` for more than a request could have brought.
+    pub(crate) fn encode(&self, object: &Value) -> Result<String, ApiError> {
+        object::encode(object, |object| builtin::to_stored(self, object))
     }
 
     /// Whether this is what an object says it is.
@@ -163,6 +227,7 @@ fn columns(version: &CustomResourceDefinitionVersion) -> Result<Vec<Column>, Par
             description: String::new(),
             priority: 0,
             path: JsonPath::from_str(".metadata.creationTimestamp")?,
+            fallbacks: Vec::new(),
         }]);
     };
     defined
@@ -175,6 +240,7 @@ fn columns(version: &CustomResourceDefinitionVersion) -> Result<Vec<Column>, Par
                 description: column.description.clone().unwrap_or_default(),
                 priority: column.priority.unwrap_or(0),
                 path: column.json_path.parse()?,
+                fallbacks: Vec::new(),
             })
         })
         .collect()

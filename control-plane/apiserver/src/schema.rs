@@ -6,7 +6,7 @@
 use jsonschema::{Draft, ValidationError, Validator, error::ValidationErrorKind};
 use serde_json::{Map, Value, json};
 
-use crate::error::Cause;
+use crate::{error::Cause, fields};
 
 /// A schema that can't be compiled.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +20,8 @@ pub(crate) enum SchemaError {
 #[derive(Debug)]
 pub(crate) struct Schema {
     structural: Value,
+    /// The same with the metadata's schema, as field management needs it.
+    typed: Value,
     validator: Validator,
 }
 
@@ -36,12 +38,19 @@ impl Schema {
             .should_ignore_unknown_formats(true)
             .build(&translate(&structural))
             .map_err(|error| SchemaError::Invalid(error.to_string()))?;
-        Ok(Self { structural, validator })
+        let mut typed = structural.clone();
+        typed["properties"]["metadata"] = metadata_schema();
+        Ok(Self { structural, typed, validator })
     }
 
     /// The schema as the definition has it.
     pub(crate) fn structural(&self) -> &Value {
         &self.structural
+    }
+
+    /// How objects are divided into fields.
+    pub(crate) fn typed(&self) -> &Value {
+        &self.typed
     }
 
     /// Removes fields that the schema doesn't know and returns their paths.
@@ -64,8 +73,41 @@ impl Schema {
             .take(MAX_CAUSES)
             .map(|error| cause(&error))
             .collect();
+        fields::duplicates(Some(&self.structural), object, "", &mut causes);
         causes.sort_by(|a, b| a.field.cmp(&b.field));
         causes
+    }
+}
+
+/// The lists of `metav1.ObjectMeta` that are merged by element.
+fn metadata_schema() -> Value {
+    json!({"type": "object", "properties": {
+        "finalizers": {"type": "array", "x-kubernetes-list-type": "set"},
+        "ownerReferences": {
+            "type": "array",
+            "x-kubernetes-list-type": "map",
+            "x-kubernetes-list-map-keys": ["uid"],
+            "items": {"type": "object", "x-kubernetes-map-type": "atomic"},
+        },
+    }})
+}
+
+/// Removes nulls that the schema doesn't allow: an applied configuration means nothing by them.
+pub(crate) fn drop_nulls(schema: Option<&Value>, value: &mut Value) {
+    match value {
+        Value::Array(items) => {
+            let schema = schema.and_then(|s| s.get("items"));
+            items.iter_mut().for_each(|item| drop_nulls(schema, item));
+        }
+        Value::Object(fields) => fields.retain(|name, value| {
+            let schema = schema.and_then(|s| {
+                s.get("properties").and_then(|p| p.get(name)).or(s.get("additionalProperties"))
+            });
+            drop_nulls(schema, value);
+            let nullable = schema.and_then(|s| s.get("nullable")) == Some(&Value::Bool(true));
+            !value.is_null() || nullable
+        }),
+        _ => {}
     }
 }
 

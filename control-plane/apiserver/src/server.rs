@@ -9,22 +9,26 @@ use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware,
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
 use bytes::Bytes;
 use exo_store::{Entry, Store};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use serde_json::{Value, json};
+use tokio::sync::OnceCell;
 
 use crate::{
     auth::{self, Identity},
     authorize::{Policy, authorize},
-    discovery,
+    builtin, discovery,
     error::ApiError,
+    flow::{Flow, Limits},
+    health,
     metrics::Metrics,
     namespace, openapi,
     request::{Query, Target, Verb},
-    resource::{DefinitionError, Resource},
+    resource::{Access, DefinitionError, Resource},
+    review,
     table::Form,
     verbs,
 };
@@ -39,9 +43,12 @@ pub struct ApiServer(Arc<Inner>);
 struct Inner {
     store: Store,
     resources: Vec<Arc<Resource>>,
-    namespaces: Resource,
+    /// The definitions as objects.
+    definitions: Vec<Value>,
+    seeded: OnceCell<()>,
     metrics: Metrics,
     policy: Policy,
+    flow: Flow,
 }
 
 /// Why a server can't be made.
@@ -54,21 +61,34 @@ pub enum ServerError {
 }
 
 impl ApiServer {
-    /// A server of what `crds` define; its metrics go to `registry`.
+    /// A server of what `crds` define, and of Kubernetes' own types that tools count on; its metrics
+    /// go to `registry`.
     pub fn new(
         store: Store,
         crds: &[CustomResourceDefinition],
         registry: &prometheus::Registry,
     ) -> Result<Self, ServerError> {
-        let resources = crds
-            .iter()
-            .map(|crd| Resource::from_crd(crd).map(Arc::new))
-            .collect::<Result<_, _>>()?;
-        let namespaces = namespace::resource()?;
+        Self::with_limits(store, crds, registry, Limits::default())
+    }
+
+    /// The same with other limits.
+    pub fn with_limits(
+        store: Store,
+        crds: &[CustomResourceDefinition],
+        registry: &prometheus::Registry,
+        limits: Limits,
+    ) -> Result<Self, ServerError> {
+        let defined = crds.iter().map(Resource::from_crd).collect::<Result<Vec<_>, _>>()?;
+        let resources: Vec<Arc<Resource>> =
+            builtin::resources()?.into_iter().chain(defined).map(Arc::new).collect();
+        let definitions = crds.iter().map(discovery::definition).collect();
         let metrics = Metrics::register(registry).map_err(ServerError::Metrics)?;
+        let flow = Flow::new(limits);
+        let seeded = OnceCell::new();
         // Who makes a server without a policy lets every identity do everything.
         let policy: Policy = Arc::new(|_| Ok(()));
-        Ok(Self(Arc::new(Inner { store, resources, namespaces, metrics, policy })))
+        let inner = Inner { store, resources, definitions, seeded, metrics, policy, flow };
+        Ok(Self(Arc::new(inner)))
     }
 
     /// The same with a policy on access, asked before every request on a resource.
@@ -89,9 +109,23 @@ impl ApiServer {
         &self.0.resources
     }
 
-    /// How namespaces look.
     pub(crate) fn namespaces(&self) -> &Resource {
-        &self.0.namespaces
+        let namespaces = self.0.resources.iter().find(|r| r.is_namespaces());
+        namespaces.expect("they are among the types that every server has")
+    }
+
+    /// The definitions as objects.
+    pub(crate) fn definitions(&self) -> &[Value] {
+        &self.0.definitions
+    }
+
+    /// Set once the objects are there that the server itself makes.
+    pub(crate) fn seeded(&self) -> &OnceCell<()> {
+        &self.0.seeded
+    }
+
+    pub(crate) fn flow(&self) -> &Flow {
+        &self.0.flow
     }
 
     pub(crate) fn metrics(&self) -> &Metrics {
@@ -109,19 +143,21 @@ impl ApiServer {
 /// request's extensions; without one, all but health and version is refused.
 pub fn app(server: ApiServer) -> Router {
     let fixed = [
-        ("/healthz", get(healthy)),
-        ("/livez", get(healthy)),
-        ("/readyz", get(ready)),
+        ("/healthz", get(health::healthy)),
+        ("/livez", get(health::live)),
+        ("/readyz", get(health::ready)),
         ("/version", get(discovery::version)),
         ("/api", get(discovery::core_versions)),
         ("/api/v1", get(discovery::core_resources)),
-        ("/api/v1/namespaces", get(namespace::list)),
-        ("/api/v1/namespaces/{name}", get(namespace::get)),
         ("/apis", get(discovery::groups)),
         ("/apis/{group}", get(discovery::group)),
         ("/apis/{group}/{version}", get(discovery::resources)),
         ("/openapi/v2", get(openapi::version_2)),
         ("/openapi/v3", get(openapi::index)),
+        ("/openapi/v3/api/v1", get(openapi::core_version_3)),
+        ("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", post(review::access)),
+        ("/apis/authorization.k8s.io/v1/selfsubjectrulesreviews", post(review::rules)),
+        ("/apis/authentication.k8s.io/v1/selfsubjectreviews", post(review::identity)),
         ("/openapi/v3/apis/{group}/{version}", get(openapi::version_3)),
     ];
     let mut router = Router::new();
@@ -136,21 +172,6 @@ pub fn app(server: ApiServer) -> Router {
         .with_state(server)
 }
 
-async fn healthy() -> &'static str {
-    "ok"
-}
-
-/// Ready while the store answers.
-async fn ready(State(server): State<ApiServer>) -> Response {
-    match server.store().get("/").await {
-        Ok(_) => "ok".into_response(),
-        Err(error) => {
-            (StatusCode::SERVICE_UNAVAILABLE, format!("the store doesn't answer: {error}"))
-                .into_response()
-        }
-    }
-}
-
 /// A request on a resource, all read.
 pub(crate) struct Call {
     pub(crate) server: ApiServer,
@@ -162,12 +183,25 @@ pub(crate) struct Call {
     pub(crate) query: Query,
     pub(crate) form: Form,
     pub(crate) content_type: Option<String>,
+    pub(crate) user_agent: Option<String>,
+    /// Name of the identity that asks.
+    pub(crate) client: String,
     pub(crate) body: Bytes,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Subresource {
     Status,
+    Scale,
+}
+
+impl Subresource {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Status => "status",
+            Self::Scale => "scale",
+        }
+    }
 }
 
 async fn resource_request(State(server): State<ApiServer>, request: Request) -> Response {
@@ -178,6 +212,14 @@ async fn resource_request(State(server): State<ApiServer>, request: Request) -> 
     let verb = match Verb::of(request.method(), &target, &query) {
         Ok(verb) => verb,
         Err(error) => return error.into_response(),
+    };
+    // Watches have a limit of their own.
+    let _place = match verb {
+        Verb::Watch => None,
+        _ => match server.flow().request() {
+            Ok(place) => Some(place),
+            Err(error) => return error.into_response(),
+        },
     };
     let timer = server.metrics().start(verb);
     let result = Box::pin(dispatch(server.clone(), verb, target, query, request)).await;
@@ -213,9 +255,17 @@ async fn answer(
     request: Request,
 ) -> Result<Response, ApiError> {
     check_scope(resource, verb, &target)?;
+    let reads = matches!(verb, Verb::Get | Verb::List | Verb::Watch);
+    if resource.access == Access::ReadOnly && !reads {
+        return Err(ApiError::MethodNotAllowed);
+    }
+    if resource.access == Access::ReadOnly || resource.is_namespaces() {
+        namespace::seed(&server).await?;
+    }
     let subresource = match target.subresource.as_deref() {
         None => None,
         Some("status") if resource.has_status => Some(Subresource::Status),
+        Some("scale") if resource.scale.is_some() => Some(Subresource::Scale),
         Some(_) => return Err(ApiError::UnknownPath),
     };
     let (parts, body) = request.into_parts();
@@ -232,10 +282,20 @@ async fn answer(
         query,
         form,
         content_type,
+        user_agent: text(header::USER_AGENT).map(str::to_owned),
+        client: parts.extensions.get::<Identity>().map(|i| i.name.clone()).unwrap_or_default(),
         body: read_body(body).await?,
         server,
     };
     authorize(&call.server.0.policy, identity, verb, &call).await?;
+    if subresource == Some(Subresource::Scale) {
+        return match verb {
+            Verb::Get => verbs::scale::get(&call).await,
+            Verb::Update => verbs::scale::update(&call).await,
+            Verb::Patch => verbs::scale::patch(&call).await,
+            _ => Err(ApiError::MethodNotAllowed),
+        };
+    }
     match verb {
         Verb::Get => verbs::get(&call).await,
         Verb::List => verbs::list(&call).await,
@@ -308,6 +368,14 @@ impl Call {
         let value: Value = serde_json::from_slice(&self.body)
             .map_err(|error| ApiError::BadRequest(format!("the body is not JSON: {error}")))?;
         require_object(value)
+    }
+
+    /// An applied configuration: YAML, of which JSON is the usual part.
+    pub(crate) fn apply_object(&self) -> Result<Value, ApiError> {
+        match serde_json::from_slice(&self.body) {
+            Ok(value) => require_object(value),
+            Err(_) => self.yaml_object(),
+        }
     }
 
     fn yaml_object(&self) -> Result<Value, ApiError> {

@@ -215,11 +215,14 @@ fn column_definitions(resource: &Resource) -> Vec<Value> {
 
 /// `null`, which kubectl prints as nothing, where the object has nothing of the column's type.
 fn cell(column: &Column, object: &Value, now: OffsetDateTime) -> Value {
-    let Some(value) = column.path.first(object) else {
+    let paths = std::iter::once(&column.path).chain(&column.fallbacks);
+    let Some(value) = paths.filter_map(|p| p.first(object)).find(|value| !value.is_null()) else {
         return Value::Null;
     };
     match column.kind.as_str() {
         "integer" if value.is_i64() || value.is_u64() => value.clone(),
+        // How much there is, where it can't be shown.
+        "integer" if value.is_object() => json!(value.as_object().map_or(0, Map::len)),
         "number" if value.is_number() => value.clone(),
         "boolean" if value.is_boolean() => value.clone(),
         "date" => {
@@ -228,10 +231,19 @@ fn cell(column: &Column, object: &Value, now: OffsetDateTime) -> Value {
         }
         "string" => match value {
             Value::String(_) | Value::Null => value.clone(),
+            Value::Object(fields) => {
+                Value::String(reference(fields).unwrap_or_else(|| value.to_string()))
+            }
             other => Value::String(other.to_string()),
         },
         _ => Value::Null,
     }
+}
+
+/// `kind/name` of what refers to an object.
+fn reference(fields: &Map<String, Value>) -> Option<String> {
+    let text = |field: &str| fields.get(field).and_then(Value::as_str);
+    Some(format!("{}/{}", text("kind")?.to_lowercase(), text("name")?))
 }
 
 #[cfg(test)]

@@ -107,7 +107,8 @@ async fn bad_objects_are_refused_and_nothing_is_created() {
     check(INSTANCES, json!([1]), 400, &[], "not an object").await;
     check(&format!("{INSTANCES}?fieldValidation=Maybe"), a(), 400, &[], "fieldValidation").await;
     check(&format!("{INSTANCES}?dryRun=Some"), a(), 400, &[], "dryRun").await;
-    assert_eq!(server.store.revision(), 0, "nothing was created");
+    let (_, list) = server.get(INSTANCES).await;
+    assert_eq!(list["items"], json!([]), "nothing was created");
 }
 
 #[tokio::test]
@@ -145,7 +146,15 @@ async fn defaults_of_the_schema_are_stored() {
     keys.sort();
     assert_eq!(
         keys,
-        ["creationTimestamp", "generation", "name", "namespace", "resourceVersion", "uid"]
+        [
+            "creationTimestamp",
+            "generation",
+            "managedFields",
+            "name",
+            "namespace",
+            "resourceVersion",
+            "uid"
+        ]
     );
 }
 
@@ -163,7 +172,7 @@ async fn requests_that_make_no_sense_have_their_codes() {
         (&get, "/apis/exo.dev/v1alpha1/namespaces/x/nodes", 404, "NotFound"),
         (&get, "/apis/exo.dev/v1alpha1/shards/a", 404, "NotFound"),
         (&get, &format!("{INSTANCES}/b"), 404, "NotFound"),
-        (&get, &format!("{a}/scale"), 404, "NotFound"),
+        (&get, &format!("{a}/scales"), 404, "NotFound"),
         (&Method::DELETE, &format!("{INSTANCES}/b"), 404, "NotFound"),
         (&Method::POST, a, 405, "MethodNotAllowed"),
         (&Method::PUT, INSTANCES, 405, "MethodNotAllowed"),
@@ -344,7 +353,23 @@ async fn discovery_lists_what_is_served() {
     let server = support::start();
     assert_eq!(server.get("/api").await.1["versions"], json!(["v1"]));
     let (_, groups) = server.get("/apis").await;
-    assert_eq!(groups["groups"][0]["preferredVersion"]["groupVersion"], "exo.dev/v1alpha1");
+    let preferred: Vec<_> = groups["groups"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|group| group["preferredVersion"]["groupVersion"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        preferred,
+        [
+            "apiextensions.k8s.io/v1",
+            "authentication.k8s.io/v1",
+            "authorization.k8s.io/v1",
+            "coordination.k8s.io/v1",
+            "events.k8s.io/v1",
+            "exo.dev/v1alpha1"
+        ]
+    );
     let (_, group) = server.get("/apis/exo.dev").await;
     assert_eq!((&group["kind"], &group["name"]), (&json!("APIGroup"), &json!("exo.dev")));
     let (_, list) = server.get("/apis/exo.dev/v1alpha1").await;
@@ -361,11 +386,16 @@ async fn discovery_lists_what_is_served() {
         "inferenceinstances:InferenceInstance:true",
         "shards:Shard:true",
         "shards/status:Shard:true",
+        "inferenceinstances/scale:Scale:true",
     ] {
         assert!(names.iter().any(|n| n == expect), "{expect} in {names:?}");
     }
     let (_, old) = server.get("/openapi/v2").await;
-    assert_eq!((&old["swagger"], &old["definitions"]), (&json!("2.0"), &json!({})));
+    assert_eq!(old["swagger"], "2.0");
+    let schema = &old["definitions"]["dev.exo.v1alpha1.Shard"];
+    assert_eq!(schema["properties"]["spec"]["properties"]["rank"]["type"], "integer");
+    let reference = &schema["properties"]["metadata"]["allOf"][0]["$ref"];
+    assert_eq!(reference, "#/definitions/io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta");
     let (_, index) = server.get("/openapi/v3").await;
     let url = &index["paths"]["apis/exo.dev/v1alpha1"]["serverRelativeURL"];
     let (_, document) = server.get(url.as_str().unwrap()).await;
@@ -428,7 +458,7 @@ async fn tables_have_the_printer_columns() {
         ]
     );
     assert_eq!(table["rows"][0]["object"]["kind"], "PartialObjectMetadata");
-    assert_eq!(table["metadata"]["resourceVersion"], "3");
+    assert_eq!(table["metadata"]["resourceVersion"], server.store.revision().to_string());
 
     let condition = json!({"status": {"conditions": [
         {"type": "Placed", "status": "True", "reason": "R", "message": "no",

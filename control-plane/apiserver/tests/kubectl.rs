@@ -214,5 +214,67 @@ async fn kinds_are_discovered_and_samples_apply() {
     let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../manifests/samples");
     let apply = format!("apply -f {}", manifests.join("tiny.yaml").display());
     assert!(kubectl.ok(&apply, "").await.contains("created"));
-    assert_eq!(kubectl.ok("get ns --no-headers", "").await, "default   Active\n");
+    let namespaces = kubectl.ok("get ns --no-headers", "").await;
+    assert!(namespaces.starts_with("default   Active   "), "{namespaces}");
+    assert_eq!(namespaces.lines().count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fields_are_applied_by_several_managers() {
+    let Some((_, kubectl)) = start().await else {
+        return;
+    };
+    let name = "inferenceinstance.exo.dev/llama";
+    let apply = "apply --server-side -f -";
+    // What was applied by the client is taken over without a conflict.
+    kubectl.ok("apply -f -", &instance("1")).await;
+    let applied = kubectl.ok(apply, &instance("2")).await;
+    assert_eq!(applied, format!("{name} serverside-applied\n"));
+    let other = format!("{apply} --field-manager=other");
+    let message = kubectl.fails(&other, &instance("3")).await;
+    assert!(message.contains("conflict with \"kubectl\": .spec.replicas"), "{message}");
+    kubectl.ok(&format!("{other} --force-conflicts"), &instance("3")).await;
+    let replicas = "get ii llama -o jsonpath={.spec.replicas}";
+    assert_eq!(kubectl.ok(replicas, "").await, "3");
+
+    kubectl.ok("scale ii llama --replicas=5", "").await;
+    assert_eq!(kubectl.ok(replicas, "").await, "5");
+    let managers = "get ii llama --show-managed-fields \
+                    -o jsonpath={.metadata.managedFields[*].subresource}";
+    assert_eq!(kubectl.ok(managers, "").await, "scale");
+    let diff = kubectl.run("diff --server-side --force-conflicts -f -", &instance("4")).await;
+    let diff = String::from_utf8(diff.stdout).unwrap();
+    assert!(diff.contains("-  replicas: 5") && diff.contains("+  replicas: 4"), "{diff}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kubernetes_own_types_are_served() {
+    let Some((server, kubectl)) = start().await else {
+        return;
+    };
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let garbage = exo_apiserver::collect_garbage(server.server.clone(), async {
+        stopped.await.ok();
+    });
+    let garbage = tokio::spawn(garbage);
+    let message = kubectl.fails("-n team apply -f -", &instance("1")).await;
+    assert!(message.contains("namespaces \"team\" not found"), "{message}");
+    let team = "{apiVersion: v1, kind: Namespace, metadata: {name: team}}";
+    kubectl.ok("apply -f -", team).await;
+    kubectl.ok("-n team apply -f -", &instance("1")).await;
+    let secret = "{apiVersion: v1, kind: Secret, metadata: {name: key}, stringData: {a: b}}";
+    kubectl.ok("-n team apply -f -", secret).await;
+    let secret = "-n team get secret key -o jsonpath={.type}/{.data.a}";
+    assert_eq!(kubectl.ok(secret, "").await, "Opaque/Yg==");
+    kubectl.ok("-n team annotate secret key note=x", "").await;
+    kubectl.ok("label namespace team a=b", "").await;
+    assert_eq!(kubectl.ok("auth can-i create shards", "").await, "yes\n");
+    let crds = kubectl.ok("get crd -o name", "").await;
+    assert!(crds.contains("customresourcedefinition.apiextensions.k8s.io/shards.exo.dev"));
+    kubectl.ok("delete namespace team --timeout=30s", "").await;
+    let message = kubectl.fails("-n team get ii llama", "").await;
+    assert!(message.contains("not found"), "{message}");
+    assert!(kubectl.fails("delete namespace default", "").await.contains("forbidden"));
+    stop.send(()).unwrap();
+    garbage.await.unwrap();
 }

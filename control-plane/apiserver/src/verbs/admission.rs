@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::{
-    clock,
+    builtin, clock,
     error::{ApiError, Cause},
     object,
     resource::Resource,
@@ -33,7 +33,7 @@ impl FieldValidation {
 }
 
 /// Fields of the metadata that are stored.
-const METADATA_FIELDS: [&str; 13] = [
+const METADATA_FIELDS: [&str; 14] = [
     "name",
     "generateName",
     "namespace",
@@ -47,16 +47,18 @@ const METADATA_FIELDS: [&str; 13] = [
     "annotations",
     "ownerReferences",
     "finalizers",
+    "managedFields",
 ];
 /// Fields of the metadata that clients may send and nothing is done about.
-const IGNORED_METADATA_FIELDS: [&str; 2] = ["managedFields", "selfLink"];
+const IGNORED_METADATA_FIELDS: [&str; 1] = ["selfLink"];
 /// Fields of the metadata that clients have no say in.
 const SERVER_FIELDS: [&str; 5] =
     ["uid", "creationTimestamp", "generation", "deletionTimestamp", "deletionGracePeriodSeconds"];
 /// As in Kubernetes: keys and values of all annotations together.
 const MAX_ANNOTATION_BYTES: usize = 256 << 10;
 
-/// Prunes, defaults and validates `object`; returns warnings about what was pruned.
+/// Prunes, defaults and validates `object`; returns warnings about what was pruned. The fields'
+/// managers are left as they are.
 ///
 /// Faults that `current` has too are let pass: an object from before a stricter schema must stay
 /// able to report its status and to lose its finalizers.
@@ -65,6 +67,24 @@ pub(super) fn admit(
     object: &mut Value,
     current: Option<&Value>,
 ) -> Result<Vec<String>, ApiError> {
+    let resource = &call.resource;
+    let warnings = prune(call, object)?;
+    let mut causes = builtin::prepare(resource, object);
+    resource.schema.default(object);
+    causes.extend(metadata_causes(object));
+    causes.extend(resource.schema.validate(object));
+    if let (false, Some(current)) = (causes.is_empty(), current) {
+        let known = resource.schema.validate(current);
+        causes.retain(|cause| !known.contains(cause));
+    }
+    if !causes.is_empty() {
+        return Err(ApiError::Invalid { subject: resource.subject(object::name(object)), causes });
+    }
+    Ok(warnings)
+}
+
+/// Removes unknown fields, or refuses them where the client wants that; returns warnings.
+pub(super) fn prune(call: &Call, object: &mut Value) -> Result<Vec<String>, ApiError> {
     let resource = &call.resource;
     let validation = FieldValidation::of(call)?;
     let mut unknown = prune_metadata(object);
@@ -79,16 +99,6 @@ pub(super) fn admit(
              error: {}",
             unknown.join(", ")
         )));
-    }
-    resource.schema.default(object);
-    let mut causes = metadata_causes(object);
-    causes.extend(resource.schema.validate(object));
-    if let (false, Some(current)) = (causes.is_empty(), current) {
-        let known = resource.schema.validate(current);
-        causes.retain(|cause| !known.contains(cause));
-    }
-    if !causes.is_empty() {
-        return Err(ApiError::Invalid { subject: resource.subject(object::name(object)), causes });
     }
     Ok(if validation == FieldValidation::Warn { unknown } else { Vec::new() })
 }
@@ -153,6 +163,7 @@ pub(super) fn stamp_new(resource: &Resource, object: &mut Value) {
     let now = clock::format(clock::now());
     object::set_metadata(object, "creationTimestamp", Some(json!(now)));
     object::set_metadata(object, "generation", Some(json!(1)));
+    builtin::stamp_new(resource, object);
 }
 
 /// Puts together what an update may change: `wanted` is what the client wants, and becomes what
@@ -169,6 +180,9 @@ pub(super) fn merge_update(call: &Call, current: &Value, wanted: &mut Value) {
     }
     if call.resource.has_status {
         set_field(wanted, "status", current.get("status").cloned());
+    }
+    if call.resource.builtin && call.resource.kind == builtin::NAMESPACE {
+        set_field(wanted, "spec", current.get("spec").cloned());
     }
     for field in SERVER_FIELDS {
         let value = current.pointer(&format!("/metadata/{field}")).cloned();

@@ -9,7 +9,7 @@ use super::read;
 use crate::{
     clock,
     error::ApiError,
-    object,
+    namespace, object,
     resource::Resource,
     server::{Call, json_response},
 };
@@ -25,6 +25,9 @@ struct Options {
     preconditions: Option<Preconditions>,
     #[serde(default)]
     propagation_policy: Option<String>,
+    /// The older way to say `Orphan` or `Background`.
+    #[serde(default)]
+    orphan_dependents: Option<bool>,
     #[serde(default)]
     dry_run: Option<Vec<String>>,
 }
@@ -39,6 +42,45 @@ pub(crate) struct Preconditions {
     pub(crate) resource_version: Option<String>,
 }
 
+/// What becomes of an object's dependents.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Propagation {
+    /// They are deleted afterwards.
+    #[default]
+    Background,
+    /// Those that block go first.
+    Foreground,
+    /// They stay, without this owner.
+    Orphan,
+}
+
+/// Held until the dependents that block are gone.
+pub(crate) const FOREGROUND: &str = "foregroundDeletion";
+/// Held until no dependent names this owner.
+pub(crate) const ORPHAN: &str = "orphan";
+
+impl Propagation {
+    fn finalizer(self) -> Option<&'static str> {
+        match self {
+            Self::Background => None,
+            Self::Foreground => Some(FOREGROUND),
+            Self::Orphan => Some(ORPHAN),
+        }
+    }
+
+    fn of(options: &Options) -> Result<Self, ApiError> {
+        match options.propagation_policy.as_deref() {
+            None if options.orphan_dependents == Some(true) => Ok(Self::Orphan),
+            None | Some("Background") => Ok(Self::Background),
+            Some("Foreground") => Ok(Self::Foreground),
+            Some("Orphan") => Ok(Self::Orphan),
+            Some(other) => {
+                Err(ApiError::BadRequest(format!("invalid value for propagationPolicy: `{other}`")))
+            }
+        }
+    }
+}
+
 /// What became of an object.
 pub(crate) enum Removed {
     /// It is gone; as it was last.
@@ -49,17 +91,24 @@ pub(crate) enum Removed {
 
 pub(crate) async fn delete(call: &Call) -> Result<Response, ApiError> {
     let options = options(call)?;
+    let propagation = Propagation::of(&options)?;
+    if call.resource.is_namespaces() && call.name == namespace::DEFAULT {
+        return Err(ApiError::Forbidden {
+            subject: call.resource.subject(&call.name),
+            message: "this namespace may not be deleted".to_owned(),
+        });
+    }
     let preconditions = options.preconditions.unwrap_or_default();
     let dry_run = call.query.dry_run()? || options.dry_run.is_some_and(|d| !d.is_empty());
     let store = call.server.store();
     if dry_run {
         let entry = store.get(&call.key()).await?;
         let entry = entry.ok_or_else(|| call.not_found())?;
-        let object = object::decode(&entry)?;
+        let object = call.resource.decode(&entry)?;
         check(&call.resource, &object, &preconditions)?;
         return Ok(gone(call, &object));
     }
-    let removed = remove(store, &call.resource, &call.key(), &preconditions).await?;
+    let removed = remove(store, &call.resource, &call.key(), &preconditions, propagation).await?;
     match removed.ok_or_else(|| call.not_found())? {
         Removed::Gone(object) => Ok(gone(call, &object)),
         Removed::Marked(object) => Ok(call.respond(StatusCode::OK, object, &[])),
@@ -92,16 +141,7 @@ fn options(call: &Call) -> Result<Options, ApiError> {
     if let Some(policy) = call.query.get("propagationPolicy") {
         options.propagation_policy = Some(policy.to_owned());
     }
-    match options.propagation_policy.as_deref() {
-        // Foreground differs only in when the owner goes; its dependents go all the same.
-        None | Some("Background" | "Foreground") => Ok(options),
-        Some("Orphan") => Err(ApiError::BadRequest(
-            "propagationPolicy: Orphan is not supported: dependents are deleted".to_owned(),
-        )),
-        Some(other) => {
-            Err(ApiError::BadRequest(format!("invalid value for propagationPolicy: `{other}`")))
-        }
-    }
+    Ok(options)
 }
 
 /// Deletes what `key` holds, or marks it while finalizers hold it; `None` if there is nothing.
@@ -110,20 +150,22 @@ pub(crate) async fn remove(
     resource: &Resource,
     key: &str,
     preconditions: &Preconditions,
+    propagation: Propagation,
 ) -> Result<Option<Removed>, ApiError> {
     for _ in 0..MAX_TRIES {
         let Some(entry) = store.get(key).await? else {
             return Ok(None);
         };
-        let mut object = object::decode(&entry)?;
+        let mut object = resource.decode(&entry)?;
         check(resource, &object, preconditions)?;
-        let held = !object::finalizers(&object).is_empty();
-        if held && object::is_deleting(&object) {
+        let added = hold(&mut object, propagation);
+        let held = object::is_held(&object);
+        if held && !added && object::is_deleting(&object) {
             return Ok(Some(Removed::Marked(object)));
         }
         let txn = if held {
-            mark(&mut object);
-            Txn::replace(key, entry.mod_revision, object::encode(&object)?)
+            mark(resource, &mut object);
+            Txn::replace(key, entry.mod_revision, resource.encode(&object)?)
         } else {
             Txn::delete(key, entry.mod_revision)
         };
@@ -140,8 +182,30 @@ fn name_of(key: &str) -> &str {
     key.rsplit('/').next().unwrap_or(key)
 }
 
+/// Adds the finalizer of the propagation; `false` if nothing is new.
+fn hold(object: &mut Value, propagation: Propagation) -> bool {
+    let Some(finalizer) = propagation.finalizer() else {
+        return false;
+    };
+    let finalizers = object::finalizers(object);
+    if finalizers.contains(&finalizer) {
+        return false;
+    }
+    let kept = finalizers.into_iter().filter(|f| ![FOREGROUND, ORPHAN].contains(f));
+    let finalizers: Vec<&str> = kept.chain([finalizer]).collect();
+    let finalizers = json!(finalizers);
+    object::set_metadata(object, "finalizers", Some(finalizers));
+    true
+}
+
 /// The object is to go once nothing holds it.
-fn mark(object: &mut Value) {
+fn mark(resource: &Resource, object: &mut Value) {
+    if object::is_deleting(object) {
+        return;
+    }
+    if resource.is_namespaces() {
+        object["status"]["phase"] = json!("Terminating");
+    }
     let now = json!(clock::format(clock::now()));
     object::set_metadata(object, "deletionTimestamp", Some(now));
     object::set_metadata(object, "deletionGracePeriodSeconds", Some(json!(0)));
@@ -175,6 +239,10 @@ fn check(
 
 pub(crate) async fn delete_collection(call: &Call) -> Result<Response, ApiError> {
     let options = options(call)?;
+    let propagation = Propagation::of(&options)?;
+    if call.resource.is_namespaces() {
+        return Err(ApiError::MethodNotAllowed);
+    }
     let dry_run = call.query.dry_run()? || options.dry_run.is_some_and(|d| !d.is_empty());
     let (objects, revision) = read::matching(call).await?;
     if !dry_run {
@@ -186,7 +254,9 @@ pub(crate) async fn delete_collection(call: &Call) -> Result<Response, ApiError>
                 uid: object::uid(object).map(str::to_owned),
                 resource_version: None,
             };
-            match remove(call.server.store(), &call.resource, &key, &preconditions).await {
+            let store = call.server.store();
+            let removed = remove(store, &call.resource, &key, &preconditions, propagation);
+            match removed.await {
                 Ok(_) | Err(ApiError::Conflict { .. }) => {}
                 Err(error) => return Err(error),
             }

@@ -3,10 +3,14 @@
 mod admission;
 mod delete;
 mod read;
+pub(crate) mod scale;
+mod strategic;
 mod watch;
 mod write;
 
-pub(crate) use delete::{Preconditions, delete, delete_collection, remove};
+pub(crate) use delete::{
+    FOREGROUND, ORPHAN, Preconditions, Propagation, Removed, delete, delete_collection, remove,
+};
 pub(crate) use read::{get, list};
 pub(crate) use watch::watch;
 pub(crate) use write::{create, patch, update};

@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 use crate::{
     clock,
     error::ApiError,
-    object,
     selector::Selector,
     server::{Call, json_response},
 };
@@ -18,8 +17,11 @@ use crate::{
 const PAGE: usize = 1000;
 
 pub(crate) async fn get(call: &Call) -> Result<Response, ApiError> {
+    if let Some(wanted) = call.query.number("resourceVersion")? {
+        check_reached(call, wanted).await?;
+    }
     let entry = call.read().await?.ok_or_else(|| call.not_found())?;
-    Ok(call.respond(StatusCode::OK, object::decode(&entry)?, &[]))
+    Ok(call.respond(StatusCode::OK, call.resource.decode(&entry)?, &[]))
 }
 
 pub(crate) async fn list(call: &Call) -> Result<Response, ApiError> {
@@ -84,11 +86,16 @@ async fn read_page(call: &Call) -> Result<Page, ApiError> {
     let limit = call.query.number("limit")?.unwrap_or(0);
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     let (mut revision, mut after) = match call.query.get("continue") {
+        Some(_) if call.query.get("resourceVersionMatch").is_some() => {
+            return Err(ApiError::BadRequest(
+                "resourceVersionMatch is forbidden when continue is provided".to_owned(),
+            ));
+        }
         Some(token) => {
             let token = Continue::decode(token, &prefix)?;
             (Some(token.revision), Some(token.after))
         }
-        None => (exact_revision(call)?, None),
+        None => (exact_revision(call).await?, None),
     };
     let store = call.server.store();
     let mut local = call.takes_old();
@@ -109,7 +116,7 @@ async fn read_page(call: &Call) -> Result<Page, ApiError> {
                 };
                 return Ok(Page { objects, revision: listing.revision, next: Some(next) });
             }
-            let object = object::decode(entry)?;
+            let object = call.resource.decode(entry)?;
             if selector.matches(&call.resource, &object) {
                 objects.push(object);
             }
@@ -122,9 +129,18 @@ async fn read_page(call: &Call) -> Result<Page, ApiError> {
 }
 
 /// The revision that a list must show. Without `Exact`, the newest state is never too old.
-fn exact_revision(call: &Call) -> Result<Option<u64>, ApiError> {
+async fn exact_revision(call: &Call) -> Result<Option<u64>, ApiError> {
     let version = call.query.number("resourceVersion")?;
-    match (call.query.get("resourceVersionMatch"), version) {
+    let version_match = call.query.get("resourceVersionMatch");
+    if version_match.is_some() && version.is_none() {
+        return Err(ApiError::BadRequest(
+            "resourceVersionMatch is forbidden unless resourceVersion is provided".to_owned(),
+        ));
+    }
+    if let (Some(wanted), true) = (version, version_match != Some("Exact")) {
+        check_reached(call, wanted).await?;
+    }
+    match (version_match, version) {
         (None | Some("NotOlderThan"), _) => Ok(None),
         (Some("Exact"), Some(version)) if version > 0 => Ok(Some(version)),
         (Some("Exact"), _) => Err(ApiError::BadRequest(
@@ -134,6 +150,15 @@ fn exact_revision(call: &Call) -> Result<Option<u64>, ApiError> {
             Err(ApiError::BadRequest(format!("invalid value for resourceVersionMatch: `{other}`")))
         }
     }
+}
+
+/// Nothing can be newer than what there is.
+async fn check_reached(call: &Call, wanted: u64) -> Result<(), ApiError> {
+    if wanted <= call.server.store().revision() {
+        return Ok(());
+    }
+    let current = call.server.store().current_revision().await?;
+    if wanted > current { Err(ApiError::FutureVersion { wanted, current }) } else { Ok(()) }
 }
 
 fn expired(error: StoreError) -> ApiError {

@@ -16,7 +16,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
 use super::read;
 use crate::{
-    clock, error::ApiError, object, resource::Resource, selector::Selector, server::Call,
+    clock, error::ApiError, flow::WatchPlace, resource::Resource, selector::Selector, server::Call,
     table::Form,
 };
 
@@ -62,10 +62,11 @@ pub(crate) async fn watch(call: Call) -> Result<Response, ApiError> {
         start => start?,
     };
     let changes = call.server.store().watch(&prefix, start.revision);
+    let place = call.server.flow().watch(&call.client)?;
     let gauge = &call.server.metrics().watches;
     let gauge = gauge.with_label_values(&[&call.resource.plural]);
     let writer = Writer { resource: call.resource, selector, form: call.form, columns_told: false };
-    let stream = events(writer, start, changes, bookmarks, deadline, Counted::new(gauge));
+    let stream = events(writer, start, changes, bookmarks, deadline, Counted::new(gauge, place));
     let headers = [(header::CONTENT_TYPE, "application/json")];
     Ok((StatusCode::OK, headers, Body::from_stream(stream)).into_response())
 }
@@ -106,7 +107,7 @@ async fn start(call: &Call, prefix: &str) -> Result<Start, ApiError> {
         })
         .await?;
     let initial = if wants_initial {
-        let objects = listing.entries.iter().map(object::decode);
+        let objects = listing.entries.iter().map(|e| call.resource.decode(e));
         objects.collect::<Result<_, _>>()?
     } else {
         Vec::new()
@@ -187,7 +188,7 @@ impl Writer {
     /// What an event is to this watch: objects come and go by the selector too.
     fn event(&mut self, event: &Event) -> Result<Option<Bytes>, ApiError> {
         let selected = |entry: Option<_>| -> Result<Option<Value>, ApiError> {
-            let object = entry.map(|e| object::decode_at(e, event.revision)).transpose()?;
+            let object = entry.map(|e| self.resource.decode_at(e, event.revision)).transpose()?;
             Ok(object.filter(|o| self.selector.matches(&self.resource, o)))
         };
         let current = selected(event.current.as_ref())?;
@@ -231,17 +232,20 @@ fn line(kind: &str, object: &Value) -> Bytes {
 }
 
 /// Counts a watch for as long as it lives.
-struct Counted(IntGauge);
+struct Counted {
+    gauge: IntGauge,
+    _place: WatchPlace,
+}
 
 impl Counted {
-    fn new(gauge: IntGauge) -> Self {
+    fn new(gauge: IntGauge, place: WatchPlace) -> Self {
         gauge.inc();
-        Self(gauge)
+        Self { gauge, _place: place }
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.dec();
+        self.gauge.dec();
     }
 }

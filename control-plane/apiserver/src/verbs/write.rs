@@ -1,13 +1,17 @@
-//! create, update and patch.
+//! create, update, patch and apply.
+
+use std::sync::Arc;
 
 use axum::{http::StatusCode, response::Response};
-use exo_store::{Txn, TxnOutcome};
+use exo_store::{Entry, Txn, TxnOutcome};
 use serde_json::{Value, json};
 
-use super::admission;
+use super::{admission, strategic};
 use crate::{
-    error::{ApiError, Cause},
-    object,
+    clock,
+    error::{ApiError, Cause, Subject},
+    fields::{self, Author},
+    namespace, object, schema,
     server::{Call, MAX_BODY_BYTES, Subresource},
 };
 
@@ -27,7 +31,10 @@ pub(crate) async fn create(call: &Call) -> Result<Response, ApiError> {
             "resourceVersion should not be set on objects to be created".to_owned(),
         ));
     }
+    object::set_metadata(&mut object, "managedFields", None);
     admission::stamp_new(&call.resource, &mut object);
+    namespace::check_new(call).await?;
+    let manager = manager(call)?;
     let base = match object::text(&object, "generateName") {
         Some(base) if object::name(&object).is_empty() && !base.is_empty() => {
             Some(base.chars().take(MAX_GENERATE_BASE).collect::<String>())
@@ -39,7 +46,11 @@ pub(crate) async fn create(call: &Call) -> Result<Response, ApiError> {
             let name = format!("{base}{}", random_suffix());
             object::set_metadata(&mut object, "name", Some(json!(name)));
         }
+        object::set_metadata(&mut object, "managedFields", None);
         let warnings = admission::admit(call, &mut object, None)?;
+        let now = clock::format(clock::now());
+        let author = author(call, &manager, &now);
+        fields::created(call.resource.schema.typed(), &mut object, &author);
         if let Some(revision) = insert(call, &object).await? {
             set_version(&mut object, revision);
             return Ok(call.respond(StatusCode::CREATED, object, &warnings));
@@ -50,6 +61,48 @@ pub(crate) async fn create(call: &Call) -> Result<Response, ApiError> {
     }
     let name = object::name(&object);
     Err(ApiError::AlreadyExists(call.resource.subject(name)))
+}
+
+/// Longest name of a field manager, as in Kubernetes.
+const MAX_MANAGER_LEN: usize = 128;
+
+/// Name of the field manager: the parameter, or what the client calls itself.
+fn manager(call: &Call) -> Result<String, ApiError> {
+    let Some(manager) = call.query.get("fieldManager") else {
+        let agent = call.user_agent.as_deref().unwrap_or_default();
+        let name = agent.split('/').next().unwrap_or_default().trim();
+        let name: String = name.chars().take(MAX_MANAGER_LEN).collect();
+        return Ok(if name.is_empty() { "unknown".to_owned() } else { name });
+    };
+    if manager.len() > MAX_MANAGER_LEN || manager.chars().any(char::is_control) {
+        return Err(invalid_option(
+            "FieldValueInvalid",
+            "fieldManager",
+            &format!("Invalid value: must be at most {MAX_MANAGER_LEN} printable characters"),
+        ));
+    }
+    Ok(manager.to_owned())
+}
+
+fn invalid_option(reason: &'static str, field: &str, message: &str) -> ApiError {
+    ApiError::Invalid {
+        subject: Subject {
+            group: "meta.k8s.io".to_owned(),
+            kind: "PatchOptions".to_owned(),
+            plural: "PatchOptions".to_owned(),
+            name: String::new(),
+        },
+        causes: vec![Cause { reason, message: message.to_owned(), field: field.to_owned() }],
+    }
+}
+
+fn author<'a>(call: &'a Call, manager: &'a str, now: &'a str) -> Author<'a> {
+    Author {
+        manager,
+        api_version: call.resource.api_version(),
+        subresource: call.subresource.map_or("", Subresource::name),
+        now,
+    }
 }
 
 /// The new object's revision; `None` if the name is taken.
@@ -63,7 +116,7 @@ async fn insert(call: &Call, object: &Value) -> Result<Option<u64>, ApiError> {
             None => Some(store.revision()),
         });
     }
-    match store.txn(Txn::create(key, object::encode(object)?)).await? {
+    match store.txn(Txn::create(key, call.resource.encode(object)?)).await? {
         TxnOutcome::Committed { revision } => Ok(Some(revision)),
         TxnOutcome::Conflict { .. } => Ok(None),
     }
@@ -95,37 +148,173 @@ pub(crate) async fn update(call: &Call) -> Result<Response, ApiError> {
             }],
         });
     }
-    change(call, |_| Ok(wanted.clone())).await
+    let (object, warnings) = change(call, |_| Ok(wanted.clone())).await?;
+    Ok(call.respond(StatusCode::OK, object, &warnings))
 }
 
-const PATCH_TYPES: &str = "application/json-patch+json, application/merge-patch+json";
+const PATCH_TYPES: &str = "application/json-patch+json, application/merge-patch+json, \
+                           application/apply-patch+yaml";
+const MERGE_PATCH: &str = "application/merge-patch+json";
+const STRATEGIC_PATCH: &str = "application/strategic-merge-patch+json";
+const APPLY_PATCH: &str = "application/apply-patch+yaml";
 
 pub(crate) async fn patch(call: &Call) -> Result<Response, ApiError> {
-    let bad = |error: serde_json::Error| ApiError::BadRequest(format!("the patch is bad: {error}"));
-    match call.content_type.as_deref() {
-        Some("application/merge-patch+json") => {
-            let patch: Value = serde_json::from_slice(&call.body).map_err(bad)?;
-            if !patch.is_object() {
-                return Err(ApiError::BadRequest("the patch is not an object".to_owned()));
-            }
-            change(call, |current| {
-                let mut wanted = current.clone();
-                json_patch::merge(&mut wanted, &patch);
-                Ok(wanted)
-            })
-            .await
-        }
-        Some("application/json-patch+json") => {
-            let patch: json_patch::Patch = serde_json::from_slice(&call.body).map_err(bad)?;
-            change(call, |current| {
-                let mut wanted = current.clone();
-                apply_json_patch(&mut wanted, &patch)?;
-                Ok(wanted)
-            })
-            .await
-        }
-        _ => Err(ApiError::UnsupportedMediaType(PATCH_TYPES)),
+    if call.content_type.as_deref() == Some(APPLY_PATCH) {
+        return apply(call).await;
     }
+    let patch = Patch::read(call)?;
+    let (object, warnings) = change(call, |current| {
+        let mut wanted = current.clone();
+        patch.apply(&mut wanted)?;
+        Ok(wanted)
+    })
+    .await?;
+    Ok(call.respond(StatusCode::OK, object, &warnings))
+}
+
+/// A patch that says what to change, as read from a request.
+pub(super) enum Patch {
+    Json(json_patch::Patch),
+    Merge(Value),
+    Strategic(Value),
+}
+
+impl Patch {
+    pub(super) fn read(call: &Call) -> Result<Self, ApiError> {
+        if call.query.get("force").is_some() {
+            let message = "Forbidden: may not be specified for non-apply patch";
+            return Err(invalid_option("FieldValueForbidden", "force", message));
+        }
+        let bad =
+            |error: serde_json::Error| ApiError::BadRequest(format!("the patch is bad: {error}"));
+        let object = || -> Result<Value, ApiError> {
+            let patch: Value = serde_json::from_slice(&call.body).map_err(bad)?;
+            if patch.is_object() {
+                return Ok(patch);
+            }
+            Err(ApiError::BadRequest("the patch is not an object".to_owned()))
+        };
+        match call.content_type.as_deref() {
+            Some("application/json-patch+json") => {
+                Ok(Self::Json(serde_json::from_slice(&call.body).map_err(bad)?))
+            }
+            Some(MERGE_PATCH) => Ok(Self::Merge(object()?)),
+            // As in Kubernetes, for its own types only.
+            Some(STRATEGIC_PATCH)
+                if call.resource.builtin || call.subresource == Some(Subresource::Scale) =>
+            {
+                Ok(Self::Strategic(object()?))
+            }
+            _ => Err(ApiError::UnsupportedMediaType(PATCH_TYPES)),
+        }
+    }
+
+    pub(super) fn apply(&self, object: &mut Value) -> Result<(), ApiError> {
+        match self {
+            Self::Json(patch) => apply_json_patch(object, patch),
+            Self::Merge(patch) => {
+                json_patch::merge(object, patch);
+                Ok(())
+            }
+            Self::Strategic(patch) => {
+                strategic::merge(object, patch);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Server-side apply.
+async fn apply(call: &Call) -> Result<Response, ApiError> {
+    if call.query.get("fieldManager").is_none() {
+        let message = "Required value: is required for apply patch";
+        return Err(invalid_option("FieldValueRequired", "fieldManager", message));
+    }
+    if call.subresource == Some(Subresource::Scale) {
+        return Err(ApiError::UnsupportedMediaType(PATCH_TYPES));
+    }
+    let manager = manager(call)?;
+    let force = call.query.flag("force")? == Some(true);
+    let mut config = call.apply_object()?;
+    admission::check_identity(call, &mut config)?;
+    check_name(call, &config)?;
+    if config.pointer("/metadata/managedFields").is_some_and(|m| !m.is_null()) {
+        return Err(ApiError::BadRequest("metadata.managedFields must be nil".to_owned()));
+    }
+    let warnings = admission::prune(call, &mut config)?;
+    let typed = call.resource.schema.typed();
+    schema::drop_nulls(Some(typed), &mut config);
+    restrict(call, &mut config);
+
+    let store = call.server.store();
+    let now = clock::format(clock::now());
+    let author = author(call, &manager, &now);
+    for _ in 0..MAX_TRIES {
+        let Some(entry) = store.get(&call.key()).await? else {
+            if let Some(response) = apply_new(call, &config, &author, &warnings).await? {
+                return Ok(response);
+            }
+            continue;
+        };
+        let current = readable(call, &entry)?;
+        check_version(call, &current, &config)?;
+        let merged = fields::apply(typed, Some(&current), &config, force, &author);
+        let mut new = merged.map_err(|conflicts| ApiError::ApplyConflict {
+            subject: call.resource.subject(&call.name),
+            conflicts,
+        })?;
+        let managed = new.pointer("/metadata/managedFields").cloned();
+        admission::merge_update(call, &current, &mut new);
+        object::set_metadata(&mut new, "managedFields", managed);
+        admission::admit(call, &mut new, Some(&current))?;
+        if let Some(new) = commit(call, &entry, &current, new).await? {
+            return Ok(call.respond(StatusCode::OK, new, &warnings));
+        }
+    }
+    Err(ApiError::modified(call.resource.subject(&call.name)))
+}
+
+/// Leaves of a configuration what the subresource can change.
+fn restrict(call: &Call, config: &mut Value) {
+    let status_only = call.subresource == Some(Subresource::Status);
+    if let Some(fields) = config.as_object_mut() {
+        fields.retain(|name, _| match name.as_str() {
+            "apiVersion" | "kind" | "metadata" => true,
+            "status" => status_only || !call.resource.has_status,
+            _ => !status_only,
+        });
+    }
+    if status_only {
+        object::metadata_mut(config)
+            .retain(|name, _| ["name", "namespace", "uid", "resourceVersion"].contains(&&**name));
+    }
+}
+
+/// Creates what is applied; `None` if it has come about meanwhile.
+async fn apply_new(
+    call: &Call,
+    config: &Value,
+    author: &Author<'_>,
+    warnings: &[String],
+) -> Result<Option<Response>, ApiError> {
+    if call.subresource.is_some() {
+        return Err(call.not_found());
+    }
+    if object::uid(config).is_some() || object::resource_version(config).is_some() {
+        return Err(ApiError::Conflict {
+            subject: call.resource.subject(&call.name),
+            message: "uid or resourceVersion mismatch: the object doesn't exist".to_owned(),
+        });
+    }
+    namespace::check_new(call).await?;
+    let applied = fields::apply(call.resource.schema.typed(), None, config, false, author);
+    let mut object = applied.expect("a new object has no other managers");
+    admission::stamp_new(&call.resource, &mut object);
+    admission::admit(call, &mut object, None)?;
+    Ok(insert(call, &object).await?.map(|revision| {
+        set_version(&mut object, revision);
+        call.respond(StatusCode::CREATED, object, warnings)
+    }))
 }
 
 /// Operations of one JSON patch, as in Kubernetes.
@@ -148,43 +337,69 @@ fn apply_json_patch(object: &mut Value, patch: &json_patch::Patch) -> Result<(),
     Ok(())
 }
 
-/// Replaces the object by what `wanted` makes of it. Where that carries a resource version it must
-/// be the current one; where it doesn't, a conflict means another try.
-async fn change(
+/// Replaces the object by what `wanted` makes of it; returns it with warnings. Where that carries a
+/// resource version it must be the current one; where it doesn't, a conflict means another try.
+pub(super) async fn change(
     call: &Call,
     wanted: impl Fn(&Value) -> Result<Value, ApiError>,
-) -> Result<Response, ApiError> {
-    let store = call.server.store();
-    let key = call.key();
+) -> Result<(Value, Vec<String>), ApiError> {
+    let manager = manager(call)?;
+    let now = clock::format(clock::now());
+    let author = author(call, &manager, &now);
     for _ in 0..MAX_TRIES {
-        let entry = store.get(&key).await?.ok_or_else(|| call.not_found())?;
-        let mut current = object::decode(&entry)?;
-        // What an older schema knew is not the client's mistake.
-        call.resource.schema.prune(&mut current);
+        let entry = call.server.store().get(&call.key()).await?;
+        let entry = entry.ok_or_else(|| call.not_found())?;
+        let current = readable(call, &entry)?;
         let mut new = wanted(&current)?;
         check_target(call, &current, &mut new)?;
+        let claimed = new.pointer("/metadata/managedFields").cloned();
         admission::merge_update(call, &current, &mut new);
         let warnings = admission::admit(call, &mut new, Some(&current))?;
-        check_finalizers(call, &current, &new)?;
-        if call.subresource != Some(Subresource::Status) {
-            admission::bump_generation(&current, &mut new);
-        }
-        set_version(&mut new, entry.mod_revision);
-        if new == current || call.query.dry_run()? {
-            return Ok(call.respond(StatusCode::OK, new, &warnings));
-        }
-        let gone = object::is_deleting(&new) && object::finalizers(&new).is_empty();
-        let txn = if gone {
-            Txn::delete(key.as_str(), entry.mod_revision)
-        } else {
-            Txn::replace(key.as_str(), entry.mod_revision, object::encode(&new)?)
-        };
-        if let TxnOutcome::Committed { revision } = store.txn(txn).await? {
-            set_version(&mut new, revision);
-            return Ok(call.respond(StatusCode::OK, new, &warnings));
+        let typed = call.resource.schema.typed();
+        fields::updated(typed, &current, &mut new, claimed.as_ref(), &author);
+        if let Some(new) = commit(call, &entry, &current, new).await? {
+            return Ok((new, warnings));
         }
     }
     Err(ApiError::modified(call.resource.subject(&call.name)))
+}
+
+/// The object of an entry, without what an older schema knew: that is not the client's mistake.
+fn readable(call: &Call, entry: &Entry) -> Result<Value, ApiError> {
+    let mut current = call.resource.decode(entry)?;
+    call.resource.schema.prune(&mut current);
+    Ok(current)
+}
+
+/// Stores the admitted object in the place of `current`; returns it as it is stored then, or `None`
+/// if another writer was faster.
+async fn commit(
+    call: &Call,
+    entry: &Entry,
+    current: &Value,
+    mut new: Value,
+) -> Result<Option<Value>, ApiError> {
+    check_finalizers(call, current, &new)?;
+    if call.subresource != Some(Subresource::Status) {
+        admission::bump_generation(current, &mut new);
+    }
+    set_version(&mut new, entry.mod_revision);
+    if new == *current || call.query.dry_run()? {
+        return Ok(Some(new));
+    }
+    let key = Arc::clone(&entry.key);
+    let txn = if object::is_deleting(&new) && !object::is_held(&new) {
+        Txn::delete(key, entry.mod_revision)
+    } else {
+        Txn::replace(key, entry.mod_revision, call.resource.encode(&new)?)
+    };
+    Ok(match call.server.store().txn(txn).await? {
+        TxnOutcome::Committed { revision } => {
+            set_version(&mut new, revision);
+            Some(new)
+        }
+        TxnOutcome::Conflict { .. } => None,
+    })
 }
 
 /// The wanted object is this object, and not an older or another one.
@@ -193,13 +408,23 @@ fn check_target(call: &Call, current: &Value, wanted: &mut Value) -> Result<(), 
         return Err(ApiError::Unprocessable("the patched object is not an object".to_owned()));
     }
     admission::check_identity(call, wanted)?;
+    check_name(call, wanted)?;
+    check_version(call, current, wanted)
+}
+
+fn check_name(call: &Call, wanted: &Value) -> Result<(), ApiError> {
     let name = object::name(wanted);
-    if name != call.name {
-        return Err(ApiError::BadRequest(format!(
-            "the name of the object ({name}) does not match the name on the URL ({})",
-            call.name
-        )));
+    if name == call.name {
+        return Ok(());
     }
+    Err(ApiError::BadRequest(format!(
+        "the name of the object ({name}) does not match the name on the URL ({})",
+        call.name
+    )))
+}
+
+/// uid and resource version, where the client names them, are the current ones.
+fn check_version(call: &Call, current: &Value, wanted: &Value) -> Result<(), ApiError> {
     let subject = || call.resource.subject(&call.name);
     if let Some(uid) = object::uid(wanted).filter(|uid| Some(*uid) != object::uid(current)) {
         return Err(ApiError::Conflict {

@@ -1,0 +1,338 @@
+//! Kubernetes' own types that are served beside the defined ones, and what is special about each:
+//! `Namespace`, `Secret`, `Event` (two groups, one storage), `Lease`, `CustomResourceDefinition`.
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use serde_json::{Map, Value, json};
+
+use crate::{
+    error::Cause,
+    object,
+    resource::{Access, DefinitionError, Resource},
+};
+
+pub(crate) const NAMESPACE: &str = "Namespace";
+pub(crate) const EVENT: &str = "Event";
+const SECRET: &str = "Secret";
+/// Group under which all events are stored; it can't be that of a definition.
+const CORE: &str = "core";
+const EVENTS_GROUP: &str = "events.k8s.io";
+/// Names of an event's fields: in the core group, where they are stored so, and in its own.
+const EVENT_FIELDS: [(&str, &str); 7] = [
+    ("involvedObject", "regarding"),
+    ("message", "note"),
+    ("source", "deprecatedSource"),
+    ("firstTimestamp", "deprecatedFirstTimestamp"),
+    ("lastTimestamp", "deprecatedLastTimestamp"),
+    ("count", "deprecatedCount"),
+    ("reportingComponent", "reportingController"),
+];
+
+/// All of them, in the order of discovery.
+pub(crate) fn resources() -> Result<Vec<Resource>, DefinitionError> {
+    let mut namespace = define("", NAMESPACE, "namespaces", "Cluster", &namespace_version())?;
+    namespace.short_names = vec!["ns".to_owned()];
+    let secret = define("", SECRET, "secrets", "Namespaced", &secret_version())?;
+    let mut event = define("", EVENT, "events", "Namespaced", &event_version(core_event_fields()))?;
+    let mut own_event =
+        define(EVENTS_GROUP, EVENT, "events", "Namespaced", &event_version(event_fields()))?;
+    for event in [&mut event, &mut own_event] {
+        event.short_names = vec!["ev".to_owned()];
+        event.storage_group = CORE.to_owned();
+        let seen = event.columns.first_mut();
+        seen.expect("the definition above has columns").fallbacks =
+            [".series.lastObservedTime", ".eventTime", ".metadata.creationTimestamp"]
+                .iter()
+                .map(|path| path.parse().expect("the literal is a path"))
+                .collect();
+    }
+    let lease = define("coordination.k8s.io", "Lease", "leases", "Namespaced", &lease_version())?;
+    let mut definition = define(
+        "apiextensions.k8s.io",
+        "CustomResourceDefinition",
+        "customresourcedefinitions",
+        "Cluster",
+        &definition_version(),
+    )?;
+    definition.short_names = vec!["crd".to_owned(), "crds".to_owned()];
+    definition.access = Access::ReadOnly;
+    Ok(vec![namespace, secret, event, own_event, lease, definition])
+}
+
+fn define(
+    group: &str,
+    kind: &str,
+    plural: &str,
+    scope: &str,
+    version: &Value,
+) -> Result<Resource, DefinitionError> {
+    let mut version = version.clone();
+    version["name"] = json!("v1");
+    version["served"] = json!(true);
+    version["storage"] = json!(true);
+    let definition = json!({
+        "metadata": {},
+        "spec": {
+            "group": group,
+            "scope": scope,
+            "names": {"kind": kind, "plural": plural},
+            "versions": [version],
+        },
+    });
+    let definition: CustomResourceDefinition =
+        serde_json::from_value(definition).expect("the literals here are definitions");
+    let mut resource = Resource::from_crd(&definition)?;
+    resource.builtin = true;
+    if group.is_empty() {
+        resource.storage_group = CORE.to_owned();
+    }
+    Ok(resource)
+}
+
+fn any() -> Value {
+    json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
+}
+
+fn text() -> Value {
+    json!({"type": "string"})
+}
+
+fn nullable(format: &str) -> Value {
+    json!({"type": "string", "format": format, "nullable": true})
+}
+
+fn namespace_version() -> Value {
+    json!({
+        "schema": {"openAPIV3Schema": {"type": "object", "properties": {
+            "spec": {"type": "object", "properties": {
+                "finalizers": {"type": "array", "items": text()},
+            }},
+            "status": {"type": "object", "properties": {
+                "phase": text(),
+                "conditions": {"type": "array", "items": any()},
+            }},
+        }}},
+        "subresources": {"status": {}},
+        "selectableFields": [{"jsonPath": ".status.phase"}],
+        "additionalPrinterColumns": [
+            {"name": "Status", "type": "string", "jsonPath": ".status.phase"},
+            age(),
+        ],
+    })
+}
+
+fn age() -> Value {
+    json!({"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"})
+}
+
+fn secret_version() -> Value {
+    json!({
+        "schema": {"openAPIV3Schema": {"type": "object", "properties": {
+            "data": {"type": "object", "additionalProperties": {"type": "string"}},
+            "stringData": {"type": "object", "additionalProperties": {"type": "string"}},
+            "type": {"type": "string", "default": "Opaque"},
+            "immutable": {"type": "boolean"},
+        }}},
+        "selectableFields": [{"jsonPath": ".type"}],
+        "additionalPrinterColumns": [
+            {"name": "Type", "type": "string", "jsonPath": ".type"},
+            {"name": "Data", "type": "integer", "jsonPath": ".data"},
+            age(),
+        ],
+    })
+}
+
+fn lease_version() -> Value {
+    json!({
+        "schema": {"openAPIV3Schema": {"type": "object", "properties": {
+            "spec": {"type": "object", "properties": {
+                "holderIdentity": {"type": "string", "nullable": true},
+                "leaseDurationSeconds": {
+                    "type": "integer", "format": "int32", "minimum": 1, "nullable": true,
+                },
+                "acquireTime": nullable("date-time"),
+                "renewTime": nullable("date-time"),
+                "leaseTransitions": {
+                    "type": "integer", "format": "int32", "minimum": 0, "nullable": true,
+                },
+                "strategy": {"type": "string", "nullable": true},
+                "preferredHolder": {"type": "string", "nullable": true},
+            }},
+        }}},
+        "additionalPrinterColumns": [
+            {"name": "Holder", "type": "string", "jsonPath": ".spec.holderIdentity"},
+            age(),
+        ],
+    })
+}
+
+fn definition_version() -> Value {
+    json!({
+        "schema": {"openAPIV3Schema": {"type": "object", "properties": {
+            "spec": any(), "status": any(),
+        }}},
+        "additionalPrinterColumns": [
+            {"name": "Created At", "type": "string", "jsonPath": ".metadata.creationTimestamp"},
+        ],
+    })
+}
+
+/// What the core group's events have under names of their own.
+fn core_event_fields() -> Map<String, Value> {
+    let own = event_fields();
+    own.into_iter()
+        .map(|(name, schema)| {
+            let core = EVENT_FIELDS.iter().find(|(_, own)| *own == name);
+            (core.map_or(name, |(core, _)| (*core).to_owned()), schema)
+        })
+        .collect()
+}
+
+fn event_fields() -> Map<String, Value> {
+    let count = json!({"type": "integer", "format": "int32", "nullable": true});
+    let reference = json!({
+        "type": "object", "x-kubernetes-map-type": "atomic", "nullable": true, "properties": {
+            "apiVersion": text(), "kind": text(), "name": text(), "namespace": text(),
+            "uid": text(), "resourceVersion": text(), "fieldPath": text(),
+        },
+    });
+    let series = json!({"type": "object", "nullable": true, "properties": {
+        "count": {"type": "integer"}, "lastObservedTime": nullable("date-time"),
+    }});
+    let fields = json!({
+        "regarding": reference,
+        "related": reference,
+        "note": {"type": "string", "nullable": true},
+        "reason": {"type": "string", "nullable": true},
+        "type": {"type": "string", "nullable": true},
+        "action": {"type": "string", "nullable": true},
+        "eventTime": nullable("date-time"),
+        "series": series,
+        "reportingController": {"type": "string", "nullable": true},
+        "reportingInstance": {"type": "string", "nullable": true},
+        "deprecatedSource": {"type": "object", "nullable": true, "properties": {
+            "component": text(), "host": text(),
+        }},
+        "deprecatedFirstTimestamp": nullable("date-time"),
+        "deprecatedLastTimestamp": nullable("date-time"),
+        "deprecatedCount": count,
+    });
+    let Value::Object(fields) = fields else { unreachable!("the literal above is a map") };
+    fields
+}
+
+fn event_version(fields: Map<String, Value>) -> Value {
+    let (about, note, last) = if fields.contains_key("note") {
+        ("regarding", "note", "deprecatedLastTimestamp")
+    } else {
+        ("involvedObject", "message", "lastTimestamp")
+    };
+    let mut selectable: Vec<Value> =
+        ["kind", "namespace", "name", "uid", "apiVersion", "resourceVersion", "fieldPath"]
+            .iter()
+            .map(|field| json!({"jsonPath": format!(".{about}.{field}")}))
+            .collect();
+    for field in ["reason", "type", "reportingController", "reportingComponent"] {
+        if fields.contains_key(field) {
+            selectable.push(json!({"jsonPath": format!(".{field}")}));
+        }
+    }
+    json!({
+        "schema": {"openAPIV3Schema": {"type": "object", "properties": fields}},
+        "selectableFields": selectable,
+        "additionalPrinterColumns": [
+            {"name": "Last Seen", "type": "date", "jsonPath": format!(".{last}")},
+            {"name": "Type", "type": "string", "jsonPath": ".type"},
+            {"name": "Reason", "type": "string", "jsonPath": ".reason"},
+            {"name": "Object", "type": "string", "jsonPath": format!(".{about}")},
+            {"name": "Message", "type": "string", "jsonPath": format!(".{note}")},
+        ],
+    })
+}
+
+/// From the stored form to the resource's own.
+pub(crate) fn from_stored(resource: &Resource, object: &mut Value) {
+    if is_own_event(resource) {
+        rename(object, |(core, own)| (core, own));
+        object["apiVersion"] = json!(resource.api_version());
+    }
+}
+
+/// The other way.
+pub(crate) fn to_stored(resource: &Resource, object: &mut Value) {
+    if is_own_event(resource) {
+        rename(object, |(core, own)| (own, core));
+        object["apiVersion"] = json!("v1");
+    }
+}
+
+fn is_own_event(resource: &Resource) -> bool {
+    resource.builtin && resource.group == EVENTS_GROUP
+}
+
+fn rename(
+    object: &mut Value,
+    order: impl Fn((&'static str, &'static str)) -> (&'static str, &'static str),
+) {
+    let Some(fields) = object.as_object_mut() else {
+        return;
+    };
+    for pair in EVENT_FIELDS {
+        let (from, to) = order(pair);
+        if let Some(value) = fields.remove(from) {
+            fields.insert(to.to_owned(), value);
+        }
+    }
+}
+
+/// What the server writes into a new object of these kinds.
+pub(crate) fn stamp_new(resource: &Resource, object: &mut Value) {
+    if resource.builtin && resource.kind == NAMESPACE {
+        // Its content is deleted before it goes.
+        object["spec"] = json!({"finalizers": ["kubernetes"]});
+        object["status"] = json!({"phase": "Active"});
+    }
+}
+
+/// What the server makes of objects of these kinds before they are validated.
+pub(crate) fn prepare(resource: &Resource, object: &mut Value) -> Vec<Cause> {
+    if !resource.builtin {
+        return Vec::new();
+    }
+    match resource.kind.as_str() {
+        NAMESPACE => {
+            let name = json!(object::name(object));
+            let metadata = object::metadata_mut(object);
+            let labels = metadata.entry("labels").or_insert_with(|| json!({}));
+            if let Some(labels) = labels.as_object_mut() {
+                labels.insert("kubernetes.io/metadata.name".to_owned(), name);
+            }
+            Vec::new()
+        }
+        SECRET => prepare_secret(object),
+        _ => Vec::new(),
+    }
+}
+
+/// Texts become data; data is base64.
+fn prepare_secret(object: &mut Value) -> Vec<Cause> {
+    let texts = object.as_object_mut().and_then(|fields| fields.remove("stringData"));
+    for (name, value) in texts.as_ref().and_then(Value::as_object).into_iter().flatten() {
+        if let Some(value) = value.as_str() {
+            if !object.get("data").is_some_and(Value::is_object) {
+                object["data"] = json!({});
+            }
+            object["data"][name.as_str()] = json!(STANDARD.encode(value));
+        }
+    }
+    let data = object.get("data").and_then(Value::as_object);
+    data.into_iter()
+        .flatten()
+        .filter(|(_, value)| value.as_str().is_some_and(|text| STANDARD.decode(text).is_err()))
+        .map(|(name, _)| Cause {
+            reason: "FieldValueInvalid",
+            message: "Invalid value: must be base64".to_owned(),
+            field: format!("data.{name}"),
+        })
+        .collect()
+}

@@ -1,0 +1,82 @@
+//! How much is answered at once: requests in flight, and watches of one client.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::error::ApiError;
+
+/// Limits of one server. What is over them is refused with `429` and `Retry-After`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests being answered, watches not counted.
+    pub in_flight: usize,
+    /// Running watches of one identity.
+    pub watches_per_client: usize,
+}
+
+impl Default for Limits {
+    /// In flight as Kubernetes has it; watches for a gateway or an agent with every kind in each of
+    /// many namespaces.
+    fn default() -> Self {
+        Self { in_flight: 400, watches_per_client: 2_000 }
+    }
+}
+
+/// Counts against the limits.
+#[derive(Debug)]
+pub(crate) struct Flow {
+    in_flight: Arc<Semaphore>,
+    watches: Arc<Mutex<BTreeMap<String, usize>>>,
+    limits: Limits,
+}
+
+impl Flow {
+    pub(crate) fn new(limits: Limits) -> Self {
+        Self {
+            in_flight: Arc::new(Semaphore::new(limits.in_flight)),
+            watches: Arc::default(),
+            limits,
+        }
+    }
+
+    /// A place among the requests in flight, until it is dropped.
+    pub(crate) fn request(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        Arc::clone(&self.in_flight)
+            .try_acquire_owned()
+            .map_err(|_| ApiError::TooManyRequests("too many requests, please try again later"))
+    }
+
+    /// A place among the client's watches, until it is dropped.
+    pub(crate) fn watch(&self, client: &str) -> Result<WatchPlace, ApiError> {
+        let mut watches = self.watches.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = watches.entry(client.to_owned()).or_default();
+        if *count >= self.limits.watches_per_client {
+            return Err(ApiError::TooManyRequests("too many watches of this client"));
+        }
+        *count += 1;
+        Ok(WatchPlace { client: client.to_owned(), watches: Arc::clone(&self.watches) })
+    }
+}
+
+/// One running watch.
+#[derive(Debug)]
+pub(crate) struct WatchPlace {
+    client: String,
+    watches: Arc<Mutex<BTreeMap<String, usize>>>,
+}
+
+impl Drop for WatchPlace {
+    fn drop(&mut self) {
+        let mut watches = self.watches.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = watches.get_mut(&self.client) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                watches.remove(&self.client);
+            }
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Field managers, subresources and Kubernetes' own types, on the wire and through kube-rs.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::time::Duration;
+
+use axum::{
+    body::Body,
+    http::{Method, Request, StatusCode},
+};
+use exo_apiserver::{ApiServer, Identity, Limits, app, collect_garbage, in_process};
+use exo_crds::InferenceInstance;
+use exo_store::Store;
+use k8s_openapi::api::{coordination::v1::Lease, core::v1, events::v1 as events};
+use kube::{
+    Api,
+    api::{DeleteParams, Patch, PatchParams, PostParams},
+};
+use serde_json::{Value, json};
+use support::{INSTANCES, SHARDS, Server, instance, shard};
+use tower::ServiceExt as _;
+
+async fn apply(server: &Server, name: &str, query: &str, object: &Value) -> (StatusCode, Value) {
+    let request = Request::builder()
+        .method(Method::PATCH)
+        .uri(format!("{INSTANCES}/{name}?{query}"))
+        .header("content-type", "application/apply-patch+yaml")
+        .body(Body::from(object.to_string()))
+        .unwrap();
+    let (code, _, body) = server.send(request).await;
+    (code, body)
+}
+
+#[tokio::test]
+async fn conflicts_name_managers_and_fields() {
+    let server = support::start();
+    let mut object = instance("a");
+    object["spec"]["replicas"] = json!(2);
+    let (code, body) = apply(&server, "a", "fieldManager=one", &object).await;
+    assert_eq!(code, StatusCode::CREATED, "{body}");
+    let fields = &body["metadata"]["managedFields"][0]["fieldsV1"];
+    assert_eq!(*fields, json!({"f:spec": {"f:model": {}, "f:replicas": {}}}));
+    let (_, same) = apply(&server, "a", "fieldManager=one", &object).await;
+    assert_eq!(same, body, "nothing new is nothing written");
+
+    object["spec"]["replicas"] = json!(3);
+    let (code, body) = apply(&server, "a", "fieldManager=two", &object).await;
+    assert_eq!(code, StatusCode::CONFLICT);
+    assert_eq!(body["reason"], "Conflict");
+    assert_eq!(
+        body["message"],
+        "Apply failed with 1 conflict: conflict with \"one\": .spec.replicas"
+    );
+    assert_eq!(
+        body["details"]["causes"],
+        json!([{
+            "reason": "FieldManagerConflict", "message": "conflict with \"one\"",
+            "field": ".spec.replicas"
+        }])
+    );
+    let (code, _) = apply(&server, "a", "fieldManager=two&force=true", &object).await;
+    assert_eq!(code, StatusCode::OK);
+    // What nobody applies any more is the default again.
+    object["spec"].as_object_mut().unwrap().remove("replicas");
+    let (_, body) = apply(&server, "a", "fieldManager=two", &object).await;
+    assert_eq!(body["spec"]["replicas"], 1);
+    let (code, body) = apply(&server, "a", "", &object).await;
+    assert_eq!(
+        (code.as_u16(), &body["details"]["causes"][0]["field"]),
+        (422, &json!("fieldManager"))
+    );
+}
+
+#[tokio::test]
+async fn conditions_of_several_managers_are_merged() {
+    let server = support::start();
+    server.call(Method::POST, INSTANCES, Some(instance("a"))).await;
+    let api: Api<InferenceInstance> = Api::default_namespaced(server.client());
+    for (manager, kind) in [("one", "Ready"), ("two", "Placed"), ("two", "Other")] {
+        let patch = json!({
+            "apiVersion": "exo.dev/v1alpha1", "kind": "InferenceInstance",
+            "status": {"conditions": [{
+                "type": kind, "status": "True", "reason": "R", "message": "m",
+                "lastTransitionTime": "2026-01-01T00:00:00Z"
+            }]}
+        });
+        let mut patch = patch;
+        patch["metadata"] = json!({"name": "a"});
+        api.patch_status("a", &PatchParams::apply(manager), &Patch::Apply(patch)).await.unwrap();
+    }
+    let conditions = api.get("a").await.unwrap().status.unwrap().conditions;
+    let kinds: Vec<_> = conditions.iter().map(|c| c.type_.as_str()).collect();
+    assert_eq!(kinds, ["Ready", "Other"], "each has what its manager applied last");
+}
+
+#[tokio::test]
+async fn replicas_are_scaled() {
+    let server = support::start();
+    server.call(Method::POST, INSTANCES, Some(instance("a"))).await;
+    let api: Api<InferenceInstance> = Api::default_namespaced(server.client());
+    let patch = Patch::Merge(json!({"spec": {"replicas": 3}}));
+    let scale = api.patch_scale("a", &PatchParams::default(), &patch).await.unwrap();
+    assert_eq!(scale.spec.unwrap().replicas, Some(3));
+    let object = api.get("a").await.unwrap();
+    assert_eq!((object.spec.replicas, object.metadata.generation), (3, Some(2)));
+    let path = format!("{INSTANCES}/a/scale");
+    let bad = json!({"spec": {"replicas": -1}});
+    assert_eq!(server.call(Method::PATCH, &path, Some(bad)).await.0.as_u16(), 422);
+    let old = json!({"metadata": {"resourceVersion": "1"}, "spec": {"replicas": 1}});
+    assert_eq!(server.call(Method::PUT, &path, Some(old)).await.0.as_u16(), 409);
+}
+
+#[tokio::test]
+async fn events_have_two_names_and_leases_one_holder() {
+    let server = support::start();
+    let client = server.client();
+    let api: Api<events::Event> = Api::default_namespaced(client.clone());
+    let event: events::Event = serde_json::from_value(json!({
+        "metadata": {"name": "e"}, "note": "hello", "reason": "Placed", "type": "Normal",
+        "regarding": {"kind": "Shard", "name": "s"}, "eventTime": "2026-01-01T00:00:00.000000Z",
+        "action": "Place", "reportingController": "c", "reportingInstance": "i"
+    }))
+    .unwrap();
+    api.create(&PostParams::default(), &event).await.unwrap();
+    assert_eq!(api.get("e").await.unwrap().note.as_deref(), Some("hello"));
+    let core: Api<v1::Event> = Api::default_namespaced(client.clone());
+    let about = kube::api::ListParams::default().fields("involvedObject.name=s");
+    let found = core.list(&about).await.unwrap().items;
+    assert_eq!(found[0].message.as_deref(), Some("hello"));
+    assert_eq!(found[0].involved_object.kind.as_deref(), Some("Shard"));
+
+    let leases: Api<Lease> = Api::default_namespaced(client);
+    let lease: Lease = serde_json::from_value(json!({
+        "metadata": {"name": "l"}, "spec": {"holderIdentity": "a", "leaseDurationSeconds": 15}
+    }))
+    .unwrap();
+    let lease = leases.create(&PostParams::default(), &lease).await.unwrap();
+    let mut taken = lease.clone();
+    taken.spec.as_mut().unwrap().holder_identity = Some("b".into());
+    leases.replace("l", &PostParams::default(), &taken).await.unwrap();
+    let late = leases.replace("l", &PostParams::default(), &lease).await;
+    assert!(matches!(late, Err(kube::Error::Api(status)) if status.code == 409));
+}
+
+async fn until_gone(server: &Server, path: &str) {
+    let mut watch = server.store.watch("/registry/", 0);
+    let gone = async {
+        while server.get(path).await.0 != StatusCode::NOT_FOUND {
+            watch.next().await.unwrap();
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), gone).await.unwrap();
+}
+
+#[tokio::test]
+async fn owners_go_last_or_leave_their_dependents() {
+    let server = support::start();
+    tokio::spawn(collect_garbage(server.server.clone(), std::future::pending()));
+    for (owner, policy, stays) in [("a", "Foreground", false), ("b", "Orphan", true)] {
+        let (_, made) = server.call(Method::POST, INSTANCES, Some(instance(owner))).await;
+        let mut dependent = shard(owner, "m", 0);
+        dependent["metadata"]["finalizers"] = json!(["exo.dev/runner"]);
+        dependent["metadata"]["ownerReferences"] = json!([{
+            "apiVersion": "exo.dev/v1alpha1", "kind": "InferenceInstance", "name": owner,
+            "uid": made["metadata"]["uid"], "blockOwnerDeletion": true
+        }]);
+        let (code, body) = server.call(Method::POST, SHARDS, Some(dependent)).await;
+        assert_eq!(code, StatusCode::CREATED, "{body}");
+        let api: Api<InferenceInstance> = Api::default_namespaced(server.client());
+        let params = match policy {
+            "Foreground" => DeleteParams::foreground(),
+            _ => DeleteParams::orphan(),
+        };
+        api.delete(owner, &params).await.unwrap();
+        let path = format!("{SHARDS}/{owner}");
+        if stays {
+            until_gone(&server, &format!("{INSTANCES}/{owner}")).await;
+            let (_, left) = server.get(&path).await;
+            let metadata = left["metadata"].as_object().unwrap();
+            assert!(!metadata.contains_key("ownerReferences"), "{left}");
+            assert!(!metadata.contains_key("deletionTimestamp"), "{left}");
+        } else {
+            assert_eq!(server.get(&format!("{INSTANCES}/{owner}")).await.0, StatusCode::OK);
+            let release = json!({"metadata": {"finalizers": null}});
+            server.call(Method::PATCH, &path, Some(release)).await;
+            until_gone(&server, &path).await;
+            until_gone(&server, &format!("{INSTANCES}/{owner}")).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn too_much_at_once_is_refused_and_versions_are_minded() {
+    let registry = prometheus::Registry::new();
+    let limits = Limits { in_flight: 1, watches_per_client: 1 };
+    let server =
+        ApiServer::with_limits(Store::memory(), &exo_crds::all(), &registry, limits).unwrap();
+    let identity = Identity { name: "test".into(), groups: Vec::new() };
+    let router = in_process(app(server), identity);
+    let watch = || Request::get(format!("{INSTANCES}?watch=1")).body(Body::empty()).unwrap();
+    let running = router.clone().oneshot(watch()).await.unwrap();
+    assert_eq!(running.status(), StatusCode::OK);
+    let refused = router.clone().oneshot(watch()).await.unwrap();
+    assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(refused.headers()["retry-after"], "1");
+    drop(running);
+    assert_eq!(router.clone().oneshot(watch()).await.unwrap().status(), StatusCode::OK);
+    // A request whose body is still under way holds the one place.
+    let body = Body::from_stream(futures::stream::pending::<Result<Vec<u8>, std::io::Error>>());
+    let request = Request::post(INSTANCES).body(body).unwrap();
+    let slow = tokio::spawn(router.clone().oneshot(request));
+    let list = || Request::get(INSTANCES).body(Body::empty()).unwrap();
+    let refused = async {
+        while router.clone().oneshot(list()).await.unwrap().status()
+            != StatusCode::TOO_MANY_REQUESTS
+        {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), refused).await.unwrap();
+    slow.abort();
+
+    let server = support::start();
+    for (query, code) in [
+        ("resourceVersion=999", 504),
+        ("resourceVersion=999&resourceVersionMatch=NotOlderThan", 504),
+        ("resourceVersion=0&resourceVersionMatch=NotOlderThan", 200),
+        ("resourceVersionMatch=Exact", 400),
+        ("resourceVersion=0&resourceVersionMatch=Exact", 400),
+    ] {
+        assert_eq!(server.get(&format!("{INSTANCES}?{query}")).await.0.as_u16(), code, "{query}");
+    }
+}
+
+#[tokio::test]
+async fn discovery_is_aggregated_and_health_is_told() {
+    let server = support::start();
+    let accept = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
+    let request = Request::get("/apis").header("accept", accept).body(Body::empty()).unwrap();
+    let (_, headers, body) = server.send(request).await;
+    assert_eq!(headers["content-type"], accept);
+    let groups = body["items"].as_array().unwrap();
+    let group = groups.iter().find(|g| g["metadata"]["name"] == "exo.dev").unwrap();
+    let resources = group["versions"][0]["resources"].as_array().unwrap();
+    let instances = resources.iter().find(|r| r["resource"] == "inferenceinstances").unwrap();
+    assert_eq!(instances["subresources"][0]["subresource"], "status");
+    assert_eq!(instances["subresources"][1]["responseKind"]["group"], "autoscaling");
+    let (_, text) = server.get("/readyz?verbose").await;
+    assert_eq!(text, "[+]ping ok\n[+]store ok\nreadyz check passed\n");
+    assert_eq!(server.get("/readyz").await.1, "ok");
+}
