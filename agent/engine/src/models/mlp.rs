@@ -150,7 +150,10 @@ impl Routing {
         match self {
             Self::Softmax { k, normalize } => {
                 let scores = softmax_axis(scores, -1, true)?;
-                let experts = best(&scores, *k)?;
+                // From above, not by negated scores: of two equal ones the other would be taken than elsewhere.
+                let (positions, count) = (scores.dim(1), scores.dim(2));
+                let order = argpartition_axis(&scores, count - k, -1)?;
+                let experts = slice(&order, &[0, 0, count - k], &[1, positions, count])?;
                 let weights = take_along_axis(&scores, &experts, -1)?;
                 if !normalize {
                     return Ok((experts, weights));
