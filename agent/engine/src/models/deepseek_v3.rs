@@ -417,7 +417,7 @@ impl Architecture for Args {
         let attention = Attention::build(&self.attention, common, &path, weights, team)?;
         let mlp = format!("{path}.mlp");
         let feed_forward = match self.experts(layer) {
-            Some(experts) => FeedForward::Mixture(experts.build(&mlp, weights)?),
+            Some(experts) => FeedForward::Mixture(Box::new(experts.build(&mlp, weights)?)),
             None => FeedForward::Dense(Mlp::build(&mlp, weights)),
         };
         let attention = SelfAttention::Latent(attention);

@@ -62,7 +62,7 @@ impl Architecture for Args {
         let gate = weights.linear(&format!("{path}.block_sparse_moe.gate"));
         let experts = Experts::build(&format!("{path}.block_sparse_moe.switch_mlp"), weights)?;
         let routing = Routing::SoftmaxOfBest { k: self.num_experts_per_tok };
-        let mixture = FeedForward::Mixture(Mixture::new(gate, routing, experts, None));
+        let mixture = FeedForward::Mixture(Box::new(Mixture::new(gate, routing, experts, None)));
         Ok(Block::build(SelfAttention::Grouped(attention), mixture, common, &path, weights, team))
     }
 }

@@ -92,8 +92,9 @@ impl Experts {
         let back = (Kind::Stack { count, input: inner, output: width }, Split::input(inner, what));
         let parts = [("gate_proj", outward), ("up_proj", outward), ("down_proj", back)];
         for ((name, (kind, split)), single_name) in parts.into_iter().zip(names) {
-            let pieces = (0..count).map(|i| format!("{single}.{i}.{single_name}")).collect();
-            out.add_stack(&format!("{stacked}.{name}"), pieces, kind, split);
+            let pieces: Vec<String> =
+                (0..count).map(|i| format!("{single}.{i}.{single_name}")).collect();
+            out.add_stack(&format!("{stacked}.{name}"), &pieces, kind, split);
         }
     }
 
@@ -209,7 +210,7 @@ impl Mixture {
 
 pub(super) enum FeedForward {
     Dense(Mlp),
-    Mixture(Mixture),
+    Mixture(Box<Mixture>),
 }
 
 impl FeedForward {

@@ -94,7 +94,7 @@ impl LayerModules<'_> {
     }
 
     /// A stack, which the checkpoint may have as such or as single matrices, `pieces`.
-    fn add_stack(&mut self, name: &str, pieces: Vec<String>, kind: Kind, split: Split) {
+    fn add_stack(&mut self, name: &str, pieces: &[String], kind: Kind, split: Split) {
         let single = !self.has(name) && pieces.first().is_some_and(|piece| self.has(piece));
         self.add(name, kind, split);
         if let Some(module) = self.list.last_mut().filter(|_| single) {

@@ -90,7 +90,7 @@ impl Architecture for Args {
             let gate = weights.linear(&format!("{mlp}.gate"));
             let experts = Experts::build(&format!("{mlp}.switch_mlp"), weights)?;
             let routing = Routing::Softmax { k, normalize };
-            FeedForward::Mixture(Mixture::new(gate, routing, experts, None))
+            FeedForward::Mixture(Box::new(Mixture::new(gate, routing, experts, None)))
         } else {
             FeedForward::Dense(Mlp::build(&mlp, weights))
         };
