@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::nn::Affine;
+use crate::nn::{Mode, Packing};
 use crate::text::Tokenizer;
 
 /// Why a configuration can't be used. Always permanent.
@@ -35,19 +35,24 @@ pub enum ConfigError {
 /// How the checkpoint is quantized: one setting, and exceptions by module path.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Quantization {
-    default: Affine,
-    exceptions: BTreeMap<String, Affine>,
+    default: Packing,
+    exceptions: BTreeMap<String, Packing>,
 }
 
 impl Quantization {
-    /// The setting of the module at `path`, if its weights turn out to be quantized.
-    pub(crate) fn of(&self, path: &str) -> Affine {
-        self.exceptions.get(path).copied().unwrap_or(self.default)
+    /// The setting of modules that have none of their own.
+    pub(crate) fn default(&self) -> Packing {
+        self.default
+    }
+
+    /// The setting that the module at `path` has of its own.
+    pub(crate) fn exception(&self, path: &str) -> Option<Packing> {
+        self.exceptions.get(path).copied()
     }
 }
 
 #[derive(Deserialize)]
-struct RawAffine {
+struct RawPacking {
     group_size: i32,
     bits: i32,
     #[serde(default)]
@@ -143,27 +148,39 @@ fn token_ids(value: Option<&Value>) -> Result<Option<Vec<u32>>, ConfigError> {
 }
 
 fn quantization(value: &Value) -> Result<Quantization, ConfigError> {
-    let default = affine(value)?;
+    let default = match value.get("quant_method").and_then(Value::as_str) {
+        // What mlx-lm writes has sizes beside the method, other tools' files have not.
+        Some("mxfp4") => Packing::MXFP4,
+        Some(method) if value.get("group_size").is_none() => {
+            let reason = format!("method '{method}' is not supported");
+            return Err(ConfigError::Value { field: "quantization_config", reason });
+        }
+        Some(_) | None => packing(value)?,
+    };
     let mut exceptions = BTreeMap::new();
     for (path, value) in value.as_object().into_iter().flatten() {
-        if value.is_object() {
-            exceptions.insert(path.clone(), affine(value)?);
+        // Other tools list modules that they leave alone as an object of another kind.
+        if value.get("bits").is_some() {
+            exceptions.insert(path.clone(), packing(value)?);
         }
     }
     Ok(Quantization { default, exceptions })
 }
 
-fn affine(value: &Value) -> Result<Affine, ConfigError> {
+fn packing(value: &Value) -> Result<Packing, ConfigError> {
     let bad = |reason: String| ConfigError::Value { field: "quantization", reason };
-    let raw = RawAffine::deserialize(value).map_err(|e| bad(e.to_string()))?;
-    let RawAffine { group_size, bits, mode } = raw;
-    if mode.as_deref().is_some_and(|mode| mode != "affine") {
-        return Err(bad(format!("mode '{}' is not supported", mode.unwrap_or_default())));
-    }
-    if ![32, 64, 128].contains(&group_size) || ![2, 3, 4, 5, 6, 8].contains(&bits) {
+    let raw = RawPacking::deserialize(value).map_err(|e| bad(e.to_string()))?;
+    let RawPacking { group_size, bits, mode } = raw;
+    let mode = match mode.as_deref() {
+        None | Some("affine") => Mode::Affine,
+        Some("mxfp4") => Mode::Mxfp4,
+        Some(other) => return Err(bad(format!("mode '{other}' is not supported"))),
+    };
+    let packing = Packing { group_size, bits, mode };
+    if !packing.is_supported() {
         return Err(bad(format!("{bits} bits in groups of {group_size} are not supported")));
     }
-    Ok(Affine { group_size, bits })
+    Ok(packing)
 }
 
 #[cfg(test)]
@@ -215,13 +232,21 @@ mod tests {
     #[test]
     fn reads_quantization_with_exceptions_and_refuses_what_it_does_not_know() {
         let value = json!({"group_size": 64, "bits": 4, "mode": "affine",
-            "lm_head": {"group_size": 32, "bits": 8}, "model.norm": false});
-        let quantization = quantization(&value).unwrap();
-        assert_eq!(quantization.of("lm_head"), Affine { group_size: 32, bits: 8 });
-        assert_eq!(quantization.of("model.norm"), Affine { group_size: 64, bits: 4 });
+            "lm_head": {"group_size": 32, "bits": 8}, "model.norm": false,
+            "x": {"group_size": 32, "bits": 4, "mode": "mxfp4"}});
+        let quantization = super::quantization(&value).unwrap();
+        let affine = |group_size, bits| Packing { group_size, bits, mode: Mode::Affine };
+        assert_eq!(quantization.default(), affine(64, 4));
+        assert_eq!(quantization.exception("lm_head"), Some(affine(32, 8)));
+        assert_eq!(quantization.exception("model.norm"), None);
+        assert_eq!(quantization.exception("x"), Some(Packing::MXFP4));
+        let method = super::quantization(&json!({"quant_method": "mxfp4"})).unwrap();
+        assert_eq!(method.default(), Packing::MXFP4);
         for bad in [
             json!({"quant_method": "gptq"}),
             json!({"group_size": 64, "bits": 4, "mode": "mxfp4"}),
+            json!({"group_size": 16, "bits": 4, "mode": "nvfp4"}),
+            json!({"group_size": 64, "bits": 4, "lm_head": {"group_size": 64, "bits": 7}}),
             json!({"group_size": 48, "bits": 4}),
             json!({"group_size": 64, "bits": 1}),
         ] {

@@ -16,7 +16,7 @@ use exo_crds::{
     runner::{EXIT_STOPPED, REASON_PEER_LOST, RunnerConfig},
 };
 use exo_engine::{
-    Engine, EngineError, LoadConfig, LoadProgress, Sampling, SeqId, Step,
+    Engine, EngineError, LoadConfig, LoadProgress, Sampling, SeqId, Sharding, Step,
     distributed::{Backend, Group},
     exit_now,
     text::{ChatTemplate, TextError, Tokenizer},
@@ -306,6 +306,7 @@ fn load(
     let load = LoadConfig {
         model_dir: config.model_dir.clone(),
         layers: layers.start as usize..layers.end as usize,
+        sharding: Sharding::Pipeline,
         group,
         context_length: config.context_length as usize,
     };
