@@ -20,6 +20,8 @@ BASE = {
     "max_position_embeddings": 1024,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
+    # None that a random model could draw.
+    "eos_token_id": [],
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",

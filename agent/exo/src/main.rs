@@ -1,6 +1,7 @@
 //! `exo`: the process that a machine runs. It wires control plane and agent together; every
 //! decision lives in the crates it wires.
 
+mod access;
 mod config;
 mod data_dir;
 mod join;

@@ -5,6 +5,7 @@
 //! means. It knows resources by their `CustomResourceDefinition` alone.
 
 mod auth;
+mod authorize;
 mod clock;
 mod discovery;
 mod error;
@@ -26,6 +27,7 @@ mod verbs;
 use axum::{Extension, Router};
 
 pub use auth::Identity;
+pub use authorize::{Attributes, Policy};
 pub use garbage::collect_garbage;
 pub use resource::DefinitionError;
 pub use server::{ApiServer, ServerError, app};

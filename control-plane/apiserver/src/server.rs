@@ -17,7 +17,9 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use serde_json::{Value, json};
 
 use crate::{
-    auth, discovery,
+    auth::{self, Identity},
+    authorize::{Policy, authorize},
+    discovery,
     error::ApiError,
     metrics::Metrics,
     namespace, openapi,
@@ -39,6 +41,7 @@ struct Inner {
     resources: Vec<Arc<Resource>>,
     namespaces: Resource,
     metrics: Metrics,
+    policy: Policy,
 }
 
 /// Why a server can't be made.
@@ -63,7 +66,19 @@ impl ApiServer {
             .collect::<Result<_, _>>()?;
         let namespaces = namespace::resource()?;
         let metrics = Metrics::register(registry).map_err(ServerError::Metrics)?;
-        Ok(Self(Arc::new(Inner { store, resources, namespaces, metrics })))
+        // Who makes a server without a policy lets every identity do everything.
+        let policy: Policy = Arc::new(|_| Ok(()));
+        Ok(Self(Arc::new(Inner { store, resources, namespaces, metrics, policy })))
+    }
+
+    /// The same with a policy on access, asked before every request on a resource.
+    ///
+    /// # Panics
+    /// When the server is already in use: call it right after [`ApiServer::new`].
+    #[must_use]
+    pub fn with_policy(mut self, policy: Policy) -> Self {
+        Arc::get_mut(&mut self.0).expect("no clone exists yet").policy = policy;
+        self
     }
 
     pub(crate) fn store(&self) -> &Store {
@@ -204,6 +219,7 @@ async fn answer(
         Some(_) => return Err(ApiError::UnknownPath),
     };
     let (parts, body) = request.into_parts();
+    let identity = parts.extensions.get::<Identity>().ok_or(ApiError::Unauthorized)?;
     let text = |name| header_text(&parts.headers, name);
     let form = Form::negotiate(text(header::ACCEPT), query.get("includeObject"))?;
     let content_type = text(header::CONTENT_TYPE)
@@ -219,6 +235,7 @@ async fn answer(
         body: read_body(body).await?,
         server,
     };
+    authorize(&call.server.0.policy, identity, verb, &call).await?;
     match verb {
         Verb::Get => verbs::get(&call).await,
         Verb::List => verbs::list(&call).await,

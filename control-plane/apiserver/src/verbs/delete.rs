@@ -93,8 +93,11 @@ fn options(call: &Call) -> Result<Options, ApiError> {
         options.propagation_policy = Some(policy.to_owned());
     }
     match options.propagation_policy.as_deref() {
-        // Dependents are always deleted in the background.
-        None | Some("Background" | "Foreground" | "Orphan") => Ok(options),
+        // Foreground differs only in when the owner goes; its dependents go all the same.
+        None | Some("Background" | "Foreground") => Ok(options),
+        Some("Orphan") => Err(ApiError::BadRequest(
+            "propagationPolicy: Orphan is not supported: dependents are deleted".to_owned(),
+        )),
         Some(other) => {
             Err(ApiError::BadRequest(format!("invalid value for propagationPolicy: `{other}`")))
         }
