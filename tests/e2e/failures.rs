@@ -5,7 +5,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use exo_tests::{Cluster, wait_for};
+use exo_tests::{Cluster, metric, wait_for};
 use serde_json::{Value, json};
 
 /// The newest epoch, once all its shards are Ready.
@@ -74,9 +74,12 @@ fn a_killed_runner_is_replaced_and_its_request_goes_on() {
     };
     assert!(undisturbed.contains("98"), "{undisturbed}");
 
+    let resumes = || metric(&cluster.gateway_metrics().unwrap(), "exo_gateway_resumes_total", &[]);
+    assert_eq!(resumes(), 0.0);
+
     // Rank 1's runner dies while an answer is on its way; then rank 0's; each breaks the group.
     let mut epoch = epoch;
-    for victim in [&cluster.second, &cluster.first] {
+    for (broken, victim) in [(1.0, &cluster.second), (2.0, &cluster.first)] {
         let pid = victim.runners().unwrap()[0];
         let mut curl = counting(&cluster).spawn().unwrap();
         let mut lines = BufReader::new(curl.stdout.take().unwrap()).lines();
@@ -85,6 +88,7 @@ fn a_killed_runner_is_replaced_and_its_request_goes_on() {
         let text = text_of(head.into_iter().chain(lines));
         curl.wait().unwrap();
         assert_eq!(text, undisturbed, "no token lost, none twice");
+        assert_eq!(resumes(), broken, "the answer was under way when the runner died");
         epoch = wait_for_epoch_after(&cluster, epoch);
     }
 }
@@ -123,6 +127,19 @@ fn state_survives_killing_every_process() {
     for pid in runners {
         assert!(!Command::new("kill").args(["-0", &pid.to_string()]).status().unwrap().success());
     }
+}
+
+#[test]
+fn a_peer_that_is_down_is_passed_over() {
+    // Nothing listens at port 1.
+    let mut cluster = Cluster::start_with_peers(|peer| format!("127.0.0.1:1,{peer}")).unwrap();
+    cluster.apply_tiny().unwrap();
+    let epoch = ready_epoch(&cluster).unwrap().unwrap();
+    // With its certificate already there, it looks for a member another way.
+    cluster.second.kill().unwrap();
+    cluster.second.restart().unwrap();
+    wait_for_epoch_after(&cluster, epoch);
+    cluster.wait_for_nodes().unwrap();
 }
 
 #[test]

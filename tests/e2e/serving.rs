@@ -7,25 +7,12 @@ use std::{
 };
 
 use anyhow::Context as _;
-use exo_tests::{Cluster, python, root, wait_for};
+use exo_tests::{Cluster, metric, python, root, wait_for};
 use serde_json::{Value, json};
-
-/// Value of one sample of a Prometheus text, summed over its labels.
-fn metric(text: &str, name: &str) -> f64 {
-    text.lines()
-        .filter(|line| line.split(['{', ' ']).next() == Some(name))
-        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-        .sum()
-}
 
 fn http() -> reqwest::Client {
     exo_trust::install_crypto();
     reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(60)).build().unwrap()
-}
-
-fn gateway_metrics(runtime: &tokio::runtime::Runtime, cluster: &Cluster) -> String {
-    let url = cluster.first.gateway().unwrap().replace("/v1", "/metrics");
-    runtime.block_on(async { http().get(url).send().await.unwrap().text().await.unwrap() })
 }
 
 #[test]
@@ -74,38 +61,55 @@ fn unknown_models_are_not_found(cluster: &Cluster) {
 /// curl reads the first words of a long answer and is killed; the runner stops soon after.
 fn a_client_that_goes_away_stops_its_generation(cluster: &Cluster) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let tokens = |text: &str| metric(text, "exo_gateway_tokens_total");
-    let before = tokens(&gateway_metrics(&runtime, cluster));
+    let runner = || runner_metrics(&runtime, cluster).unwrap();
+    let tokens = || metric(&runner(), "exo_runner_tokens_total", &["kind=\"completion\""]);
+    let gone = || {
+        let text = cluster.gateway_metrics().unwrap();
+        metric(&text, "exo_gateway_requests_total", &["code=\"499\""])
+    };
     let body = json!({
         "model": "tiny", "stream": true, "temperature": 0,
         "messages": [{"role": "user", "content": "Count from 1 to 99."}],
     });
-    let mut curl = Command::new("curl")
-        .args(["-sN", "--limit-rate", "2k", "-H", "Content-Type: application/json", "-d"])
-        .arg(body.to_string())
-        .arg(format!("{}/chat/completions", cluster.first.gateway().unwrap()))
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let ask = || {
+        Command::new("curl")
+            .args(["-sN", "--max-time", "60", "-H", "Content-Type: application/json", "-d"])
+            .arg(body.to_string())
+            .arg(format!("{}/chat/completions", cluster.first.gateway().unwrap()))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let before = tokens();
+    let whole = ask().wait_with_output().unwrap();
+    assert!(String::from_utf8_lossy(&whole.stdout).contains("[DONE]"));
+    let undisturbed = tokens() - before;
+    assert!(undisturbed > 50.0, "a long answer has {undisturbed} tokens");
+
+    let (before, gone_before) = (tokens(), gone());
+    let mut curl = ask();
     let mut first = String::new();
     BufReader::new(curl.stdout.take().unwrap()).read_line(&mut first).unwrap();
     assert!(first.starts_with("data: {"), "{first}");
     curl.kill().unwrap();
     curl.wait().unwrap();
-    let settled = wait_for("the request to leave the gateway", || {
-        let text = gateway_metrics(&runtime, cluster);
-        Ok((metric(&text, "exo_gateway_in_flight") == 0.0).then_some(text))
+    wait_for("the request to leave the gateway", || {
+        let text = cluster.gateway_metrics()?;
+        Ok((metric(&text, "exo_gateway_in_flight", &[]) == 0.0).then_some(()))
     })
     .unwrap();
-    assert!(tokens(&settled) > before, "some tokens were made");
     wait_for("the runner to drop the sequence", || {
-        Ok((runner_active(&runtime, cluster)? == 0.0).then_some(()))
+        let active = metric(&runner(), "exo_runner_active_sequences", &[]);
+        Ok((active == 0.0).then_some(()))
     })
     .unwrap();
+    let disturbed = tokens() - before;
+    assert!(disturbed < undisturbed / 2.0, "{disturbed} of {undisturbed} tokens were made");
+    assert_eq!(gone() - gone_before, 1.0, "the client's leaving is counted");
 }
 
-/// Sequences that rank 0's runner works on, asked with the node's own certificate.
-fn runner_active(runtime: &tokio::runtime::Runtime, cluster: &Cluster) -> anyhow::Result<f64> {
+/// What rank 0's runner says at `/metrics`, asked with the node's own certificate.
+fn runner_metrics(runtime: &tokio::runtime::Runtime, cluster: &Cluster) -> anyhow::Result<String> {
     let rank_0 = cluster.shards()?.into_iter().find(|s| s["spec"]["rank"] == 0);
     let rank_0 = rank_0.context("there is a rank 0")?;
     let serve = rank_0["status"]["listen"]["serve"].as_str().context("rank 0 serves")?.to_owned();
@@ -114,7 +118,7 @@ fn runner_active(runtime: &tokio::runtime::Runtime, cluster: &Cluster) -> anyhow
     let text = runtime.block_on(async {
         client.get(format!("https://{serve}/metrics")).send().await?.text().await
     })?;
-    Ok(metric(&text, "exo_runner_active_sequences"))
+    Ok(text)
 }
 
 fn kubectl_shows_the_shards(cluster: &Cluster) {

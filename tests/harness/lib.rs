@@ -6,6 +6,7 @@ use std::{
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    sync::mpsc,
     time::{Duration, Instant},
 };
 
@@ -39,6 +40,16 @@ pub fn python() -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
+/// Sum of the samples of a Prometheus text that have this name and all of `labels`, each written
+/// as `key="value"`.
+pub fn metric(text: &str, name: &str, labels: &[&str]) -> f64 {
+    text.lines()
+        .filter(|line| line.split(['{', ' ']).next() == Some(name))
+        .filter(|line| labels.iter().all(|label| line.contains(label)))
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        .sum()
+}
+
 /// Looks until `condition` gives a value.
 pub fn wait_for<T>(
     what: &str,
@@ -68,6 +79,11 @@ pub struct Cluster {
 impl Cluster {
     /// Starts both processes and waits until both nodes are Ready.
     pub fn start() -> anyhow::Result<Self> {
+        Self::start_with_peers(str::to_owned)
+    }
+
+    /// The same; `peers` makes the second agent's `--peers` from the address of the first.
+    pub fn start_with_peers(peers: impl Fn(&str) -> String) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("exo-e2e-").tempdir()?;
         let models = dir.path().join("models");
         fs::create_dir(&models)?;
@@ -78,7 +94,7 @@ impl Cluster {
         let args = ["--port", "0", "--api-port", "0"].map(str::to_owned).to_vec();
         let first = Exo::start(dir.path(), "mac-1", &models, args)?;
         let peer = first.api()?.trim_start_matches("https://").to_owned();
-        let args = ["--no-control-plane", "--peers", &peer].map(str::to_owned).to_vec();
+        let args = ["--no-control-plane", "--peers", &peers(&peer)].map(str::to_owned).to_vec();
         let second = Exo::start(dir.path(), "mac-2", &models, args)?;
         let cluster = Self { first, second, models, dir };
         cluster.wait_for_nodes()?;
@@ -89,7 +105,7 @@ impl Cluster {
         self.dir.path()
     }
 
-    fn wait_for_nodes(&self) -> anyhow::Result<()> {
+    pub fn wait_for_nodes(&self) -> anyhow::Result<()> {
         for node in ["mac-1", "mac-2"] {
             self.exoctl_ok(&["wait", &format!("node/{node}"), "--for=condition=Ready"])?;
         }
@@ -139,6 +155,14 @@ impl Cluster {
             self.logs()
         );
         Ok(())
+    }
+
+    /// What the gateway says about itself at `/metrics`.
+    pub fn gateway_metrics(&self) -> anyhow::Result<String> {
+        let url = self.first.gateway()?.replace("/v1", "/metrics");
+        let output = Command::new("curl").args(["-sf", "--max-time", "60", &url]).output()?;
+        ensure!(output.status.success(), "no metrics at {url}");
+        Ok(String::from_utf8(output.stdout)?)
     }
 
     /// All shards, as JSON objects sorted by name.
@@ -209,8 +233,23 @@ impl Exo {
         }
         let stdout = self.child.stdout.take().context("stdout is piped")?;
         self.endpoints.clear();
-        for line in BufReader::new(stdout).lines() {
-            let line = line?;
+        let (sender, lines) = mpsc::channel();
+        // Reads to the end, so that the process never waits for a reader.
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let line = match lines.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
+                Ok(line) => line,
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    bail!("{} said no address in {DEADLINE:?}: {}", self.name, self.log_tail())
+                }
+            };
             if let Some((name, value)) = line.trim().split_once("  ") {
                 self.endpoints.push((name.to_owned(), value.trim().to_owned()));
                 if name == "join" {
@@ -235,6 +274,11 @@ impl Exo {
     /// `https://127.0.0.1:PORT`
     pub fn api(&self) -> anyhow::Result<&str> {
         self.endpoint("cluster API")
+    }
+
+    /// The whole log so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     pub fn pid(&self) -> u32 {
@@ -274,7 +318,7 @@ impl Exo {
 
     /// The end of its log.
     pub fn log_tail(&self) -> String {
-        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        let text = self.log();
         let lines: Vec<_> = text.lines().collect();
         let tail = lines[lines.len().saturating_sub(40)..].join("\n");
         format!("\n--- {}\n{tail}\n", self.name)

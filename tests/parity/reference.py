@@ -13,7 +13,7 @@ def load(folder):
 
 
 def generate(model, prompt_ids, *, max_tokens=16, stop=()):
-    """Greedy tokens, the log-probabilities of the first step, and the smallest gap between the two best logits."""
+    """Greedy tokens, the log-probabilities of the first step, and the gaps between the two best of each step."""
     tokens, first, gaps = [], None, []
     for token, logprobs in generate_step(mx.array(prompt_ids), model, max_tokens=max_tokens):
         logprobs = logprobs.astype(mx.float32)
@@ -24,4 +24,4 @@ def generate(model, prompt_ids, *, max_tokens=16, stop=()):
         if token in stop:
             break
         tokens.append(token)
-    return {"tokens": tokens, "first": first, "gap": min(gaps)}
+    return {"tokens": tokens, "first": first, "gaps": gaps, "gap": min(gaps)}

@@ -162,7 +162,8 @@ fn unsafe_code_stays_at_the_mlx_border() {
         }
         let text = fs::read_to_string(&file).unwrap();
         let border = shown.starts_with("agent/engine/src/mlx");
-        assert!(border || !text.contains("allow(unsafe_code)"), "{shown}: unsafe code");
+        // Allowed, expected or both with more: the border is crossed by naming the lint.
+        assert!(border || !text.contains("(unsafe_code"), "{shown}: unsafe code");
     }
 }
 

@@ -13,10 +13,11 @@ use serde::{Deserialize, Serialize};
 use crate::cache::KvCache;
 use crate::config::{Config, ConfigError};
 use crate::distributed::{Group, GroupError};
-use crate::loader::{self, Checkpoint, LoadError, LoadProgress};
-use crate::models::{Args, Model};
+use crate::loader::{self, Checkpoint, LoadError, LoadProgress, Selection};
+use crate::models::{Args, Facts, Model, Part};
 use crate::pipeline::{self, Pipeline};
 use crate::sample::{self, Draw, Sampling, StepOutput};
+use crate::tensor::Team;
 
 /// Decode steps between two times that MLX is told to give back memory that it keeps for reuse.
 const STEPS_PER_CLEANUP: u64 = 256;
@@ -24,14 +25,25 @@ const STEPS_PER_CLEANUP: u64 = 256;
 /// Names a sequence on all ranks. Chosen by the caller.
 pub type SeqId = u64;
 
+/// How the ranks of a group share a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sharding {
+    /// Each rank holds a run of layers.
+    #[default]
+    Pipeline,
+    /// Each rank holds a part of every layer.
+    Tensor,
+}
+
 /// What to load.
 #[derive(Clone)]
 pub struct LoadConfig {
     /// A model folder as Hugging Face lays it out: `config.json` and safetensors.
     pub model_dir: PathBuf,
-    /// The layers of this rank, from 0.
+    /// The layers of this rank, from 0; all of them with [`Sharding::Tensor`].
     pub layers: Range<usize>,
-    /// The ranks that share the model in pipeline order; none runs it alone.
+    pub sharding: Sharding,
+    /// The ranks that share the model, in pipeline order where that matters; none runs it alone.
     pub group: Option<Group>,
     /// Most tokens that a sequence may have, prompt included; 0 for what the model allows.
     pub context_length: usize,
@@ -122,12 +134,19 @@ struct Lookahead {
     drawn: Draw,
 }
 
+/// Whom this rank works with.
+enum Ranks {
+    Alone,
+    Pipeline(Pipeline),
+    Team(Team),
+}
+
 /// One rank of a model. Lives on the thread that loaded it.
 pub struct Engine {
     model: Model,
     info: ModelInfo,
     layers: usize,
-    pipeline: Option<Pipeline>,
+    ranks: Ranks,
     sequences: BTreeMap<SeqId, Sequence>,
     decoded: u64,
 }
@@ -147,41 +166,28 @@ impl Engine {
         let args = Args::parse(&files)?;
         let facts = args.facts();
         let group = config.group.clone().filter(|g| g.size() > 1);
-        let part = pipeline::part(group.as_ref(), config.layers.clone());
-        let alone = part.first && part.last;
-        if part.layers.is_empty()
-            || part.layers.end > facts.layers
-            || (alone && part.layers.len() != facts.layers)
-        {
-            let (asked, all) = (&part.layers, facts.layers);
-            return Err(EngineError::Layers(format!("{asked:?} of {all}")));
-        }
+        let team = match (config.sharding, &group) {
+            (Sharding::Tensor, Some(group)) => Team::new(group.clone()),
+            (Sharding::Tensor, None) | (Sharding::Pipeline, _) => Team::default(),
+        };
+        let part = part(&team, group.as_ref(), config.layers.clone(), facts.layers)?;
 
         let checkpoint = Checkpoint::open(&config.model_dir)?;
-        let mut weight_bytes = 0;
-        let weights = loader::load(
-            &checkpoint,
-            &args.modules(),
-            files.quantization.as_ref(),
-            |tensor| args.ignores(tensor),
-            |home| part.owns(home),
-            &mut |p| {
-                weight_bytes = p.bytes_total;
-                progress(p);
-            },
-        )?;
-        let model = args.build(&part, weights)?;
-        let pipeline = match group {
-            Some(group) => {
-                // Not evaluated: the graph knows the type.
-                let embedding = match part.first {
-                    true => Some(model.embed(&ids(&[0]))?.dtype()),
-                    false => None,
-                };
-                Some(Pipeline::meet(group, &part, facts.layers, facts.hidden_size, embedding)?)
-            }
-            None => None,
+        let modules = args.modules(&|tensor| checkpoint.contains(tensor));
+        let selection = Selection {
+            modules: &modules,
+            quantization: files.quantization.as_ref(),
+            ignored: &|tensor| args.ignores(tensor),
+            owns: &|home| part.owns(home),
+            share: team.share(),
         };
+        let mut weight_bytes = 0;
+        let weights = loader::load(&checkpoint, &selection, &mut |p| {
+            weight_bytes = p.bytes_total;
+            progress(p);
+        })?;
+        let model = args.build(&part, &team, weights)?;
+        let ranks = meet(&model, &part, team, group, &facts)?;
         let max_context = match config.context_length {
             0 => facts.max_context,
             length => length.min(facts.max_context),
@@ -195,7 +201,7 @@ impl Engine {
             weight_bytes,
         };
         let layers = part.layers.len();
-        Ok(Self { model, info, layers, pipeline, sequences: BTreeMap::new(), decoded: 0 })
+        Ok(Self { model, info, layers, ranks, sequences: BTreeMap::new(), decoded: 0 })
     }
 
     pub fn info(&self) -> &ModelInfo {
@@ -235,9 +241,12 @@ impl Engine {
             self.sequences.insert(seq, sequence);
             return Err(refusal);
         }
-        let output = match &self.pipeline {
-            None => self.step_alone(&mut sequence, tokens, draw)?,
-            Some(pipeline) => self.step_in_pipeline(pipeline, &mut sequence, tokens, draw)?,
+        let output = match &self.ranks {
+            Ranks::Alone => self.step_alone(&mut sequence, tokens, draw)?,
+            Ranks::Pipeline(pipeline) => {
+                self.step_in_pipeline(pipeline, &mut sequence, tokens, draw)?
+            }
+            Ranks::Team(team) => self.step_in_team(team, &mut sequence, tokens, draw)?,
         };
         sequence.position += tokens.len();
         self.sequences.insert(seq, sequence);
@@ -348,6 +357,37 @@ impl Engine {
         Ok(Some(read_report(&report)?))
     }
 
+    /// All ranks do the same work on their parts of each layer; the first alone has the head and draws. Nothing is
+    /// begun ahead: ranks whose steps went apart would wait for each other's sums for ever.
+    fn step_in_team(
+        &self,
+        team: &Team,
+        sequence: &mut Sequence,
+        tokens: &[u32],
+        draw: Option<u64>,
+    ) -> Result<Option<StepOutput>, EngineError> {
+        let hidden = self.model.embed(&ids(tokens))?;
+        let hidden = self.model.forward(hidden, 1, &mut sequence.caches)?;
+        // All ranks must evaluate the same sums: those behind the last layer's keys, or those behind its result.
+        match draw {
+            None => {
+                let caches: Vec<&Array> =
+                    sequence.caches.iter().flat_map(KvCache::arrays).collect();
+                wait(&caches, "all_sum")?;
+                Ok(None)
+            }
+            Some(draw) if team.is_first() => {
+                let drawn = self.draw(&hidden, &sequence.sampling, draw)?;
+                wait(&[&drawn.report], "all_sum")?;
+                Ok(Some(read_report(&drawn.report)?))
+            }
+            Some(_) => {
+                wait(&[&hidden], "all_sum")?;
+                Ok(None)
+            }
+        }
+    }
+
     /// Draws from the hidden state of one position.
     fn draw(&self, hidden: &Array, sampling: &Sampling, draw: u64) -> Result<Draw, Exception> {
         let logits = self.model.head(hidden)?;
@@ -371,13 +411,56 @@ impl Engine {
 }
 
 impl Drop for Engine {
-    /// Begun steps are waited for: a process that ends while MLX works ends in a crash. In a pipeline nothing is
+    /// Begun steps are waited for: a process that ends while MLX works ends in a crash. With other ranks nothing is
     /// begun ahead, and waiting for a peer that is gone would never end.
     fn drop(&mut self) {
-        if self.pipeline.is_none() {
-            crate::mlx::synchronize();
+        match self.ranks {
+            Ranks::Alone => crate::mlx::synchronize(),
+            Ranks::Pipeline(_) | Ranks::Team(_) => {}
         }
     }
+}
+
+/// The part of a model of `all` layers that this rank holds.
+fn part(
+    team: &Team,
+    group: Option<&Group>,
+    layers: Range<usize>,
+    all: usize,
+) -> Result<Part, EngineError> {
+    let part = if team.is_alone() {
+        pipeline::part(group, layers)
+    } else {
+        Part { layers, first: true, last: team.is_first() }
+    };
+    let needs_all = (part.first && part.last) || !team.is_alone();
+    if part.layers.is_empty() || part.layers.end > all || (needs_all && part.layers.len() != all) {
+        return Err(EngineError::Layers(format!("{:?} of {all}", part.layers)));
+    }
+    Ok(part)
+}
+
+/// Meets the other ranks, if there are any. Blocks until all have loaded.
+fn meet(
+    model: &Model,
+    part: &Part,
+    team: Team,
+    group: Option<Group>,
+    facts: &Facts,
+) -> Result<Ranks, EngineError> {
+    if !team.is_alone() {
+        let &Facts { layers, hidden_size, vocab_size, .. } = facts;
+        team.meet(&[-1, layers as i32, hidden_size as i32, vocab_size as i32])?;
+        return Ok(Ranks::Team(team));
+    }
+    let Some(group) = group else { return Ok(Ranks::Alone) };
+    // Not evaluated: the graph knows the type.
+    let embedding = match part.first {
+        true => Some(model.embed(&ids(&[0]))?.dtype()),
+        false => None,
+    };
+    let meeting = Pipeline::meet(group, part, facts.layers, facts.hidden_size, embedding)?;
+    Ok(Ranks::Pipeline(meeting))
 }
 
 /// Token ids as the model takes them, `[1, positions]`.

@@ -11,10 +11,11 @@ mod nn;
 mod pipeline;
 mod sample;
 mod seed;
+mod tensor;
 pub mod text;
 
 pub use config::ConfigError;
-pub use engine::{Engine, EngineError, LoadConfig, ModelInfo, SeqId, Step};
+pub use engine::{Engine, EngineError, LoadConfig, ModelInfo, SeqId, Sharding, Step};
 pub use loader::{LoadError, LoadProgress, Mismatch, Misshaped};
 pub use mlx::{distributed, exit_now};
 pub use sample::{Sampling, StepOutput};

@@ -1,30 +1,80 @@
 //! Layers that models share: projections and embeddings, dense or quantized, and rotary positions. Own weights,
 //! never sequence state.
 
+use std::ffi::CStr;
+
 use mlx_rs::Array;
 use mlx_rs::error::Exception;
-use mlx_rs::ops::{addmm, dequantize, matmul, quantized_matmul};
+use mlx_rs::ops::{addmm, gather_mm, matmul, quantize};
 
-/// Affine quantization: groups of `group_size` values along a row share a scale and a bias.
+use crate::mlx::{Quantized, slice};
+use crate::tensor::Team;
+
+/// How the values of a group are made from their packed form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Affine {
-    pub(crate) group_size: i32,
-    pub(crate) bits: i32,
+pub(crate) enum Mode {
+    /// Integers times the group's scale plus its bias.
+    Affine,
+    /// Four-bit floats times the group's scale, a power of two (OCP microscaling formats).
+    Mxfp4,
 }
 
-/// A weight matrix `[rows, columns]` in packed form.
+/// A packed form: groups of `group_size` values along a row share a scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Packing {
+    pub(crate) group_size: i32,
+    pub(crate) bits: i32,
+    pub(crate) mode: Mode,
+}
+
+impl Packing {
+    /// The only sizes that the format has.
+    pub(crate) const MXFP4: Self = Self { group_size: 32, bits: 4, mode: Mode::Mxfp4 };
+
+    pub(crate) fn is_supported(self) -> bool {
+        match self.mode {
+            Mode::Affine => {
+                [32, 64, 128].contains(&self.group_size) && [2, 3, 4, 5, 6, 8].contains(&self.bits)
+            }
+            Mode::Mxfp4 => self == Self::MXFP4,
+        }
+    }
+
+    fn name(self) -> &'static CStr {
+        match self.mode {
+            Mode::Affine => c"affine",
+            Mode::Mxfp4 => c"mxfp4",
+        }
+    }
+}
+
+/// A weight matrix `[rows, columns]`, or a stack of them, in packed form.
 pub(crate) struct Packed {
-    weight: Array,
-    scales: Array,
-    biases: Array,
-    affine: Affine,
+    pub(crate) weight: Array,
+    pub(crate) scales: Array,
+    pub(crate) biases: Option<Array>,
+    pub(crate) packing: Packing,
 }
 
 impl Packed {
+    fn view(&self) -> Quantized<'_> {
+        let Packing { group_size, bits, .. } = self.packing;
+        let mode = self.packing.name();
+        let biases = self.biases.as_ref();
+        Quantized { weight: &self.weight, scales: &self.scales, biases, group_size, bits, mode }
+    }
+
     /// `x` of shape `[…, columns]` to `[…, rows]`.
     fn project(&self, x: &Array) -> Result<Array, Exception> {
-        let Affine { group_size, bits } = self.affine;
-        quantized_matmul(x, &self.weight, &self.scales, &self.biases, true, group_size, bits)
+        self.view().matmul(x, true)
+    }
+
+    /// The rows `ids` of a matrix, unpacked.
+    fn rows(&self, ids: &Array) -> Result<Array, Exception> {
+        let row = |matrix: &Array| matrix.take_axis(ids, 0);
+        let (weight, scales) = (row(&self.weight)?, row(&self.scales)?);
+        let biases = self.biases.as_ref().map(row).transpose()?;
+        Packed { weight, scales, biases, packing: self.packing }.view().dequantize()
     }
 }
 
@@ -47,22 +97,106 @@ impl Linear {
         Self { matrix: Matrix::Dense { transposed: weight.t() }, bias }
     }
 
-    pub(crate) fn quantized(
-        weight: Array,
-        scales: Array,
-        biases: Array,
-        affine: Affine,
-        bias: Option<Array>,
-    ) -> Self {
-        Self { matrix: Matrix::Packed(Packed { weight, scales, biases, affine }), bias }
+    pub(crate) fn quantized(packed: Packed, bias: Option<Array>) -> Self {
+        Self { matrix: Matrix::Packed(packed), bias }
     }
 
     pub(crate) fn forward(&self, x: &Array) -> Result<Array, Exception> {
         match (&self.matrix, &self.bias) {
-            (Matrix::Dense { transposed }, None) => matmul(x, transposed),
             (Matrix::Dense { transposed }, Some(bias)) => addmm(bias, x, transposed, None, None),
-            (Matrix::Packed(packed), None) => packed.project(x),
-            (Matrix::Packed(packed), Some(bias)) => packed.project(x)?.add(bias),
+            (_, None) => self.product(x),
+            (Matrix::Packed(_), Some(bias)) => self.product(x)?.add(bias),
+        }
+    }
+
+    /// As [`Linear::forward`] for a matrix whose columns `team` shares: the sum of all ranks' products, to which the
+    /// bias is added once.
+    pub(crate) fn forward_summed(&self, x: &Array, team: &Team) -> Result<Array, Exception> {
+        if team.is_alone() {
+            return self.forward(x);
+        }
+        let sum = team.sum(&self.product(x)?)?;
+        match &self.bias {
+            Some(bias) => sum.add(bias),
+            None => Ok(sum),
+        }
+    }
+
+    /// Without the bias.
+    pub(crate) fn product(&self, x: &Array) -> Result<Array, Exception> {
+        match &self.matrix {
+            Matrix::Dense { transposed } => matmul(x, transposed),
+            Matrix::Packed(packed) => packed.project(x),
+        }
+    }
+
+    /// The matrix `[rows, columns]` unpacked, and how it was packed.
+    pub(crate) fn unpack(&self) -> Result<(Array, Option<Packing>), Exception> {
+        match &self.matrix {
+            Matrix::Dense { transposed } => Ok((transposed.t(), None)),
+            Matrix::Packed(packed) => Ok((packed.view().dequantize()?, Some(packed.packing))),
+        }
+    }
+}
+
+/// Several matrices `[rows, columns]` of one shape: one per expert, or one per head.
+pub(crate) enum Stack {
+    Dense { weight: Array, transposed: Array },
+    Packed(Packed),
+}
+
+impl Stack {
+    /// `weight` is `[count, rows, columns]`.
+    pub(crate) fn dense(weight: Array) -> Result<Self, Exception> {
+        let transposed = weight.swap_axes(-1, -2)?;
+        Ok(Self::Dense { weight, transposed })
+    }
+
+    /// Packs `weight`, if `packing` says how.
+    pub(crate) fn pack(weight: Array, packing: Option<Packing>) -> Result<Self, Exception> {
+        match packing {
+            Some(packing) if packing.mode == Mode::Affine => {
+                let (weight, scales, biases) = quantize(&weight, packing.group_size, packing.bits)?;
+                Ok(Self::Packed(Packed { weight, scales, biases: Some(biases), packing }))
+            }
+            Some(_) | None => Self::dense(weight),
+        }
+    }
+
+    pub(crate) fn arrays(&self) -> Vec<&Array> {
+        match self {
+            Self::Dense { weight, .. } => vec![weight],
+            Self::Packed(p) => [&p.weight, &p.scales].into_iter().chain(&p.biases).collect(),
+        }
+    }
+
+    /// Each matrix on its own part: `x` `[1, count or 1, n, columns]` to `[1, count, n, rows]`.
+    pub(crate) fn forward(&self, x: &Array) -> Result<Array, Exception> {
+        match self {
+            Self::Dense { transposed, .. } => matmul(x, transposed),
+            Self::Packed(packed) => packed.project(x),
+        }
+    }
+
+    /// The other way: `x` `[1, count or 1, n, rows]` to `[1, count, n, columns]`.
+    pub(crate) fn forward_transposed(&self, x: &Array) -> Result<Array, Exception> {
+        match self {
+            Self::Dense { weight, .. } => matmul(x, weight),
+            Self::Packed(packed) => packed.view().matmul(x, false),
+        }
+    }
+
+    /// For each index, its matrix: `x` `[…, 1, columns]` to `[…, 1, rows]`. `sorted` promises that the indices never
+    /// fall.
+    pub(crate) fn gather(
+        &self,
+        x: &Array,
+        indices: &Array,
+        sorted: bool,
+    ) -> Result<Array, Exception> {
+        match self {
+            Self::Dense { transposed, .. } => gather_mm(x, transposed, None, indices, sorted),
+            Self::Packed(packed) => packed.view().gather_matmul(x, indices, sorted),
         }
     }
 }
@@ -78,19 +212,15 @@ impl Embedding {
         Self::Dense { transposed: weight.t(), weight }
     }
 
-    pub(crate) fn quantized(weight: Array, scales: Array, biases: Array, affine: Affine) -> Self {
-        Self::Packed(Packed { weight, scales, biases, affine })
+    pub(crate) fn quantized(packed: Packed) -> Self {
+        Self::Packed(packed)
     }
 
     /// Ids `[…]` to rows `[…, width]`.
     pub(crate) fn forward(&self, ids: &Array) -> Result<Array, Exception> {
         match self {
             Self::Dense { weight, .. } => weight.take_axis(ids, 0),
-            Self::Packed(p) => {
-                let row = |matrix: &Array| matrix.take_axis(ids, 0);
-                let (weight, scales, biases) = (row(&p.weight)?, row(&p.scales)?, row(&p.biases)?);
-                dequantize(&weight, &scales, &biases, p.affine.group_size, p.affine.bits)
-            }
+            Self::Packed(packed) => packed.rows(ids),
         }
     }
 
@@ -107,7 +237,10 @@ impl Embedding {
 pub(crate) struct Rope {
     pub(crate) dims: i32,
     pub(crate) traditional: bool,
+    /// Of positions.
     pub(crate) scale: f32,
+    /// Of the rotated values; 1 for most.
+    pub(crate) magnitude: f32,
     pub(crate) frequencies: Frequencies,
 }
 
@@ -118,12 +251,31 @@ pub(crate) enum Frequencies {
 }
 
 impl Rope {
-    /// Rotates `x` of shape `[batch, heads, positions, head_dim]`, whose first position is `offset`.
+    /// Rotates `x` of shape `[batch, heads, positions, dims]`, whose first position is `offset`.
     pub(crate) fn forward(&self, x: &Array, offset: i32) -> Result<Array, Exception> {
         let (base, periods) = match &self.frequencies {
             Frequencies::Base(base) => (Some(*base), None),
             Frequencies::Periods(periods) => (None, Some(periods)),
         };
-        mlx_rs::fast::rope(x, self.dims, self.traditional, base, self.scale, offset, periods)
+        #[expect(
+            clippy::float_cmp,
+            reason = "1 is set, not computed, where nothing is to be scaled"
+        )]
+        let scaled = if self.magnitude == 1.0 { x.clone() } else { times(x, self.magnitude)? };
+        mlx_rs::fast::rope(&scaled, self.dims, self.traditional, base, self.scale, offset, periods)
     }
+}
+
+/// `x · factor` in the type of `x`.
+pub(crate) fn times(x: &Array, factor: f32) -> Result<Array, Exception> {
+    x.multiply(Array::from_f32(factor).as_dtype(x.dtype())?)
+}
+
+/// The last `wanted` positions of `[1, positions, features]`.
+pub(crate) fn last(x: &Array, wanted: i32) -> Result<Array, Exception> {
+    let (positions, width) = (x.dim(1), x.dim(2));
+    if wanted == positions {
+        return Ok(x.clone());
+    }
+    slice(x, &[0, positions - wanted, 0], &[1, positions, width])
 }

@@ -12,10 +12,14 @@ use serde::{Deserialize, Serialize};
 use crate::mlx::slice;
 use crate::seed::derive_shard_seed;
 
+/// Logits divided by less would leave the range of float32; and nothing but the likeliest token would
+/// ever be drawn.
+const TEMPERATURE_MIN: f32 = 1e-6;
+
 /// How the tokens of a request are drawn.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct Sampling {
-    /// 0 takes the likeliest token always.
+    /// 0, or less than a millionth, takes the likeliest token always.
     pub temperature: f32,
     /// Draws among the likeliest tokens that have this share of the probability together; 1 among all. The
     /// temperature applies first.
@@ -33,7 +37,7 @@ impl Sampling {
     }
 
     fn is_greedy(&self) -> bool {
-        self.temperature <= 0.0 || self.top_p <= 0.0
+        self.temperature < TEMPERATURE_MIN || self.top_p <= 0.0
     }
 
     /// How many of the likeliest tokens are reported for a vocabulary of this size.
@@ -147,6 +151,9 @@ mod tests {
     fn greedy_takes_the_first_of_the_likeliest() {
         assert_eq!(tokens(&[0.1, 0.4, 0.4, 0.1], 0.0, 1.0, 3), [1, 1, 1]);
         assert_eq!(tokens(&[0.1, 0.3, 0.4, 0.2], 1.0, 0.0, 2), [2, 2]);
+        for cold in [f32::MIN_POSITIVE, 1e-40, 1e-7] {
+            assert_eq!(tokens(&[0.1, 0.3, 0.4, 0.2], cold, 0.9, 2), [2, 2], "{cold}");
+        }
     }
 
     #[test]

@@ -8,12 +8,18 @@ use std::fs;
 use std::path::Path;
 
 use common::{LAYERS, config, tensors, write, write_indexed};
-use exo_engine::{Engine, EngineError, LoadConfig, LoadProgress};
+use exo_engine::{Engine, EngineError, LoadConfig, LoadProgress, Sharding};
 use serde_json::json;
 
 fn load(dir: &Path) -> Result<Engine, EngineError> {
     let model_dir = dir.to_owned();
-    let config = LoadConfig { model_dir, layers: 0..LAYERS, group: None, context_length: 0 };
+    let config = LoadConfig {
+        model_dir,
+        layers: 0..LAYERS,
+        sharding: Sharding::Pipeline,
+        group: None,
+        context_length: 0,
+    };
     Engine::load(&config, &mut |_| {})
 }
 
@@ -27,7 +33,13 @@ fn loads_all_and_reports_progress_to_the_end() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), &config(), &tensors());
     let model_dir = dir.path().to_owned();
-    let load = LoadConfig { model_dir, layers: 0..LAYERS, group: None, context_length: 100 };
+    let load = LoadConfig {
+        model_dir,
+        layers: 0..LAYERS,
+        sharding: Sharding::Pipeline,
+        group: None,
+        context_length: 100,
+    };
     let mut reports: Vec<LoadProgress> = Vec::new();
     let engine = Engine::load(&load, &mut |p| reports.push(p)).unwrap();
     let bytes: usize = tensors().iter().map(|t| t.values.len() * 4).sum();
@@ -147,13 +159,20 @@ fn names_what_is_wrong_with_the_configuration() {
     fs::write(dir.path().join("config.json"), r#"{"model_type": "mamba"}"#).unwrap();
     assert_eq!(
         refused(dir.path()).0,
-        "config.json: model_type 'mamba' is not supported (supported: llama)"
+        "config.json: model_type 'mamba' is not supported (supported: deepseek_v3, kimi_k2, llama, mistral, mixtral, qwen2, \
+         qwen3, qwen3_moe)"
     );
     fs::write(dir.path().join("config.json"), config().to_string()).unwrap();
     assert!(refused(dir.path()).0.contains("no model.safetensors"));
     write(dir.path(), &config(), &tensors());
     let model_dir = dir.path().to_owned();
-    let part = LoadConfig { model_dir, layers: 0..2, group: None, context_length: 0 };
+    let part = LoadConfig {
+        model_dir,
+        layers: 0..2,
+        sharding: Sharding::Pipeline,
+        group: None,
+        context_length: 0,
+    };
     let error = Engine::load(&part, &mut |_| {}).err().expect("one rank alone needs all layers");
     assert_eq!(error.to_string(), "layers do not fit: 0..2 of 3");
 }

@@ -5,14 +5,20 @@
 mod common;
 
 use common::{LAYERS, VOCAB, config, tensors, write};
-use exo_engine::{Engine, EngineError, LoadConfig, Sampling, Step, StepOutput};
+use exo_engine::{Engine, EngineError, LoadConfig, Sampling, Sharding, Step, StepOutput};
 use tempfile::TempDir;
 
 fn engine() -> (TempDir, Engine) {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), &config(), &tensors());
     let model_dir = dir.path().to_owned();
-    let config = LoadConfig { model_dir, layers: 0..LAYERS, group: None, context_length: 400 };
+    let config = LoadConfig {
+        model_dir,
+        layers: 0..LAYERS,
+        sharding: Sharding::Pipeline,
+        group: None,
+        context_length: 400,
+    };
     let engine = Engine::load(&config, &mut |_| {}).unwrap();
     (dir, engine)
 }

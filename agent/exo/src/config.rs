@@ -20,6 +20,7 @@ const MAX_NAME: usize = 63;
 #[derive(Debug, Parser)]
 #[command(
     name = "exo",
+    version,
     about = "Run one model on all your machines. `exo` starts a cluster; a further machine joins \
              it with `exo --no-control-plane --peers HOST:8443`.",
     args_conflicts_with_subcommands = true
@@ -79,6 +80,8 @@ pub(crate) struct Config {
     pub(crate) data_dir: PathBuf,
     /// Address that other nodes are told.
     pub(crate) address: IpAddr,
+    /// Where a node without a control plane serves its metrics.
+    pub(crate) metrics: SocketAddr,
     pub(crate) role: Role,
     /// Folders that hold models, from `EXO_MODEL_PATH`.
     pub(crate) model_dirs: Vec<PathBuf>,
@@ -158,6 +161,7 @@ impl RawArgs {
             cluster,
             data_dir,
             address,
+            metrics: SocketAddr::new(any, self.api_port),
             role,
             model_dirs: model_dirs.into_iter().flatten().filter(|p| p.is_absolute()).collect(),
             log_format: self.log_format,
@@ -211,11 +215,40 @@ fn own_address(peer: Option<&str>) -> IpAddr {
         socket.connect(target)?;
         Ok(socket.local_addr()?.ip())
     };
-    ask().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST))
+    // Without a default route (machines on a bare switch or cable) any own address is better than
+    // loopback, which only this machine can reach.
+    ask().ok().or_else(interface_address).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST))
+}
+
+/// The IPv4 address of an interface: a routable one, else a link-local one.
+fn interface_address() -> Option<IpAddr> {
+    let networks = sysinfo::Networks::new_with_refreshed_list().ok()?;
+    let mut found: Vec<Ipv4Addr> = networks
+        .values()
+        .flat_map(|interface| interface.ip_networks())
+        .filter_map(|network| match network.addr {
+            IpAddr::V4(ip) if !ip.is_loopback() && !ip.is_unspecified() => Some(ip),
+            IpAddr::V4(_) | IpAddr::V6(_) => None,
+        })
+        .collect();
+    found.sort_by_key(|ip| (ip.is_link_local(), *ip));
+    found.first().copied().map(IpAddr::V4)
+}
+
+/// Where this node answers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Addresses {
+    /// As bound.
+    pub(crate) gateway: SocketAddr,
+    /// As bound.
+    pub(crate) api: SocketAddr,
+    /// The API as other nodes reach it.
+    pub(crate) join: SocketAddr,
 }
 
 /// What a person who started `exo` reads.
-pub(crate) fn banner(gateway: SocketAddr, api: SocketAddr, kubeconfig: &str) -> String {
+pub(crate) fn banner(addresses: &Addresses, kubeconfig: &str) -> String {
+    let Addresses { gateway, api, join } = *addresses;
     let host = |address: SocketAddr| match address.ip() {
         ip if ip.is_unspecified() => format!("localhost:{}", address.port()),
         _ => address.to_string(),
@@ -225,7 +258,7 @@ pub(crate) fn banner(gateway: SocketAddr, api: SocketAddr, kubeconfig: &str) -> 
     let _ = writeln!(text, "exo is ready");
     let _ = writeln!(text, "  OpenAI API   http://{}/v1", host(gateway));
     let _ = writeln!(text, "  cluster API  https://{}   KUBECONFIG={kubeconfig}", host(api));
-    let _ = writeln!(text, "  join         exo --no-control-plane --peers {api}");
+    let _ = writeln!(text, "  join         exo --no-control-plane --peers {join}");
     text
 }
 
@@ -270,6 +303,19 @@ mod tests {
             let error = format!("{:#}", parse(args).unwrap_err());
             assert!(error.contains(needle), "{args:?}: {error}");
         }
+    }
+
+    #[test]
+    fn the_banner_tells_addresses_that_work() {
+        let addresses = Addresses {
+            gateway: "0.0.0.0:8080".parse().unwrap(),
+            api: "0.0.0.0:8443".parse().unwrap(),
+            join: "192.168.1.7:8443".parse().unwrap(),
+        };
+        let text = banner(&addresses, "/k");
+        assert!(text.contains("http://localhost:8080/v1"), "{text}");
+        assert!(text.contains("https://localhost:8443"), "{text}");
+        assert!(text.contains("--peers 192.168.1.7:8443"), "{text}");
     }
 
     #[test]

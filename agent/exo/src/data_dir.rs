@@ -18,14 +18,17 @@ use std::{
 use anyhow::{Context as _, bail};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use exo_trust::{
-    Authority, GROUP_ADMINS, GROUP_NODES, Issued, Subject, TlsPaths, certificate_renewal_due,
-    write_private,
+    Authority, GROUP_ADMINS, GROUP_NODES, Issued, Subject, TlsPaths, certificate_expired,
+    certificate_renewal_due, reqwest_client, write_private,
 };
 use serde_json::json;
 
-/// Name of a node's user, as Kubernetes builds it.
+/// What the name of a node's user begins with, as in Kubernetes.
+pub(crate) const NODE_USER_PREFIX: &str = "system:node:";
+
+/// The subject of a node's certificate.
 pub(crate) fn node_subject(node_name: &str) -> Subject {
-    Subject { name: format!("system:node:{node_name}"), groups: vec![GROUP_NODES.to_owned()] }
+    Subject { name: format!("{NODE_USER_PREFIX}{node_name}"), groups: vec![GROUP_NODES.to_owned()] }
 }
 
 /// An open data directory; locked until dropped.
@@ -90,9 +93,23 @@ impl DataDir {
                 .is_ok_and(|pem| !certificate_renewal_due(&pem, now_s()))
     }
 
-    /// Writes what joining gave. The certificate comes last: without it the rest is made anew.
+    /// Whether this node has a certificate that it can still show.
+    pub(crate) fn has_usable_identity(&self) -> bool {
+        reqwest_client(&self.tls()).is_ok()
+            && fs::read_to_string(self.tls().cert)
+                .is_ok_and(|pem| !certificate_expired(&pem, now_s()))
+    }
+
+    /// Writes what joining gave. The old certificate goes first and the new one comes last: if this
+    /// is cut short there is none, and the node joins anew.
     pub(crate) fn write_identity(&self, ca_pem: &str, issued: &Issued) -> anyhow::Result<()> {
         let paths = self.tls();
+        match fs::remove_file(&paths.cert) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| paths.cert.display().to_string());
+            }
+            _ => {}
+        }
         write_private(&paths.ca, ca_pem.as_bytes())?;
         write_private(&paths.key, issued.key_pem.as_bytes())?;
         write_private(&paths.cert, issued.certificate_pem.as_bytes())?;

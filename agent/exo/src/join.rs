@@ -5,7 +5,7 @@
 //! trusts the first answer; from then on it trusts that cluster's authority alone. A name that
 //! belongs to a live node is given again only to a caller who shows that node's certificate.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail};
 use axum::{
@@ -16,7 +16,7 @@ use axum::{
     routing::post,
 };
 use exo_crds::Node;
-use exo_trust::{Authority, Issued, Peer, Request, bootstrap_client, reqwest_client};
+use exo_trust::{Authority, Issued, Peer, Request, TlsPaths, bootstrap_client, reqwest_client};
 use kube::{Api, Client};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -30,8 +30,8 @@ use crate::{
 pub(crate) const PATH: &str = "/exo/v1/join";
 /// A request is one key and a few addresses.
 const MAX_BODY: usize = 64 * 1024;
-/// Addresses that one certificate may name.
-const MAX_ADDRESSES: usize = 32;
+/// How long a peer may take to say that it is there.
+const PROBE_LIMIT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -40,7 +40,6 @@ struct JoinRequest {
     cluster: String,
     /// PKCS #10, PEM.
     csr: String,
-    addresses: Vec<IpAddr>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -88,9 +87,6 @@ async fn join(
         let text = format!("this is cluster `{}`, not `{}`", host.cluster, request.cluster);
         return Err(Refusal(StatusCode::CONFLICT, text));
     }
-    if request.addresses.len() > MAX_ADDRESSES {
-        return Err(bad(format!("addresses: more than {MAX_ADDRESSES}")));
-    }
     let subject = node_subject(&name);
     let is_itself = peer.certificate.as_ref() == Some(&subject);
     let taken = name == host.own_name
@@ -101,7 +97,8 @@ async fn join(
     }
     let certificate = host
         .authority
-        .sign(&request.csr, &subject, &request.addresses, now_s())
+        // Only the address that was seen: a node must not be able to pose as another.
+        .sign(&request.csr, &subject, &certificate_addresses(peer.address.ip()), now_s())
         .map_err(|error| bad(format!("csr: {error}")))?;
     info!(node = name, from = %peer.address, "node joined");
     Ok(Json(JoinResponse { ca: host.authority.certificate_pem().to_owned(), certificate }))
@@ -119,19 +116,33 @@ async fn is_alive(client: &Client, name: &str) -> Result<bool, kube::Error> {
     Ok(conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
 }
 
-/// Asks the peers in turn for a certificate and stores it.
-pub(crate) async fn join_first(
+/// The first peer that answers a member; the first of all when none does, for it may come back.
+pub(crate) async fn first_member<'a>(tls: &TlsPaths, peers: &'a [String]) -> &'a str {
+    let Ok(client) = reqwest_client(tls) else {
+        return &peers[0];
+    };
+    for peer in peers {
+        let probe = client.get(format!("https://{peer}/readyz")).timeout(PROBE_LIMIT);
+        match probe.send().await.and_then(reqwest::Response::error_for_status) {
+            Ok(_) => return peer,
+            Err(error) => warn!(peer, "does not answer: {:#}", anyhow::Error::from(error)),
+        }
+    }
+    &peers[0]
+}
+
+/// Asks the peers in turn for a certificate and stores it. Returns the one that gave it.
+pub(crate) async fn join_first<'a>(
     data: &DataDir,
-    peers: &[String],
+    peers: &'a [String],
     (name, cluster): (&str, &str),
-    own: IpAddr,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<&'a str> {
     let mut failures = Vec::new();
     for peer in peers {
-        match join_one(data, peer, (name, cluster), own).await {
+        match join_one(data, peer, (name, cluster)).await {
             Ok(()) => {
                 info!(peer, "joined the cluster");
-                return Ok(());
+                return Ok(peer);
             }
             Err(error) => failures.push(format!("{peer}: {error:#}")),
         }
@@ -139,22 +150,13 @@ pub(crate) async fn join_first(
     bail!("no peer let this node join\n  {}", failures.join("\n  "))
 }
 
-async fn join_one(
-    data: &DataDir,
-    peer: &str,
-    (name, cluster): (&str, &str),
-    own: IpAddr,
-) -> anyhow::Result<()> {
+async fn join_one(data: &DataDir, peer: &str, (name, cluster): (&str, &str)) -> anyhow::Result<()> {
     let request = Request::new()?;
-    let body = JoinRequest {
-        name: name.to_owned(),
-        cluster: cluster.to_owned(),
-        csr: request.csr_pem,
-        addresses: certificate_addresses(own),
-    };
+    let body =
+        JoinRequest { name: name.to_owned(), cluster: cluster.to_owned(), csr: request.csr_pem };
     // A member that renews shows who it is; a newcomer has nothing to show.
-    let tls = data.tls();
-    let client = if tls.cert.exists() { reqwest_client(&tls)? } else { bootstrap_client()? };
+    let client =
+        if data.has_usable_identity() { reqwest_client(&data.tls())? } else { bootstrap_client()? };
     let response = client
         .post(format!("https://{peer}{PATH}"))
         .json(&body)

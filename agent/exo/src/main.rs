@@ -1,12 +1,13 @@
 //! `exo`: the process that a machine runs. It wires control plane and agent together; every
 //! decision lives in the crates it wires.
 
+mod access;
 mod config;
 mod data_dir;
 mod join;
 mod run;
 
-use std::process::ExitCode;
+use std::{io::IsTerminal as _, process::ExitCode};
 
 use clap::Parser as _;
 use config::{Command, LogFormat, RawArgs, Surroundings};
@@ -40,7 +41,10 @@ fn start(args: RawArgs) -> anyhow::Result<()> {
 
 fn start_log(format: LogFormat) {
     let filter = EnvFilter::try_from_env("EXO_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     match format {
         LogFormat::Text => log.with_target(false).init(),
         LogFormat::Json => log.json().init(),

@@ -7,6 +7,8 @@
 use std::{
     future::{Future, IntoFuture as _},
     net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
     time::Duration,
 };
 
@@ -39,7 +41,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    config::{Config, Role, banner},
+    access,
+    config::{Addresses, Config, Role, banner},
     data_dir::DataDir,
     join, print_line,
 };
@@ -153,6 +156,7 @@ struct ControlPlane {
     gateway_socket: TcpListener,
     gateway_address: SocketAddr,
     api_address: SocketAddr,
+    join_address: SocketAddr,
     server: Part,
 }
 
@@ -163,10 +167,13 @@ impl ControlPlane {
         let api_address = sockets.api.local_addr()?;
         let gateway_address = sockets.gateway.local_addr()?;
         data.write_kubeconfig(&authority, api_address)?;
-        let store = open_store(data, api_address).await?;
+        // Others are told this node's own address, not the one that was bound.
+        let join_address = SocketAddr::new(config.address, api_address.port());
+        let store = open_store(data, join_address).await?;
         let registry = Registry::new();
         store.register_metrics(&registry)?;
-        let server = ApiServer::new(store.clone(), &exo_crds::all(), &registry)?;
+        let server = ApiServer::new(store.clone(), &exo_crds::all(), &registry)?
+            .with_policy(Arc::new(access::allow));
         let router = exo_apiserver::app(server.clone());
         let own = Identity { name: "system:exo".to_owned(), groups: vec![GROUP_ADMINS.to_owned()] };
         let client = Client::new(in_process(router.clone(), own), "default");
@@ -189,7 +196,7 @@ impl ControlPlane {
             let (served, ()) = tokio::join!(serving.into_future(), collecting);
             Ok(served?)
         });
-        warn!("no join token is set: whoever reaches {api_address} may join this cluster");
+        warn!("no join token is set: whoever reaches {join_address} may join this cluster");
         Ok(Self {
             store,
             client,
@@ -197,6 +204,7 @@ impl ControlPlane {
             gateway_socket: sockets.gateway,
             gateway_address,
             api_address,
+            join_address,
             server,
         })
     }
@@ -218,7 +226,12 @@ impl ControlPlane {
             None
         };
         let kubeconfig = data.kubeconfig().display().to_string();
-        print_line(&banner(self.gateway_address, self.api_address, &kubeconfig));
+        let addresses = Addresses {
+            gateway: self.gateway_address,
+            api: self.api_address,
+            join: self.join_address,
+        };
+        print_line(&banner(&addresses, &kubeconfig));
         // Cancel-safe: waiting for a token or for the end of a task loses nothing.
         let failure = tokio::select! {
             () = signal.cancelled() => None,
@@ -311,18 +324,19 @@ fn metrics_route(registry: Registry) -> Router {
     Router::new().route("/metrics", get(handler))
 }
 
+fn runner_path() -> anyhow::Result<PathBuf> {
+    let path = std::env::current_exe()?.with_file_name("exo-runner");
+    anyhow::ensure!(path.exists(), "{} is missing: install it beside exo", path.display());
+    Ok(path)
+}
+
 fn start_agent(
     config: &Config,
     data: &DataDir,
     client: Client,
     registry: &Registry,
 ) -> anyhow::Result<Part> {
-    let runner = std::env::current_exe()?.with_file_name("exo-runner");
-    anyhow::ensure!(
-        runner.exists(),
-        "{} is missing: install it beside exo, or start exo with --no-agent",
-        runner.display()
-    );
+    let runner = runner_path()?;
     let config = AgentConfig {
         node_name: config.node_name.clone(),
         data_dir: data.path().to_owned(),
@@ -344,20 +358,51 @@ async fn run_agent_alone(
     peers: &[String],
     signal: CancellationToken,
 ) -> anyhow::Result<()> {
-    if !data.has_current_identity() {
+    // Before joining, so that a cluster never hears of a node that can do nothing.
+    runner_path()?;
+    let peer = if data.has_current_identity() {
+        join::first_member(&data.tls(), peers).await
+    } else {
         let name = (config.node_name.as_str(), config.cluster.as_str());
-        join::join_first(data, peers, name, config.address).await?;
-    }
-    let client = remote_client(&data.tls(), &peers[0])?;
-    let mut agent = start_agent(config, data, client, &Registry::new())?;
-    print_line(&format!("exo runs models for the cluster at {}", peers[0]));
+        join::join_first(data, peers, name).await?
+    };
+    let registry = Registry::new();
+    let mut metrics = serve_metrics(config, data, &registry).await?;
+    let client = remote_client(&data.tls(), peer)?;
+    let mut agent = start_agent(config, data, client, &registry)?;
+    print_line(&format!("exo runs models for the cluster at {peer}"));
     // Cancel-safe: as above.
     let failure = tokio::select! {
         () = signal.cancelled() => None,
         error = agent.failure() => Some(error),
+        error = metrics.failure() => Some(error),
     };
     agent.stop(AGENT_LIMIT).await;
+    metrics.stop(SERVER_LIMIT).await;
     failure.map_or(Ok(()), Err)
+}
+
+/// `/metrics` of a node without a control plane, on the API port or any free one, for callers with
+/// a certificate of the cluster.
+async fn serve_metrics(
+    config: &Config,
+    data: &DataDir,
+    registry: &Registry,
+) -> anyhow::Result<Part> {
+    let socket = match TcpListener::bind(config.metrics).await {
+        Ok(socket) => socket,
+        // Two nodes on one machine: the other one has the port.
+        Err(_) => bind(SocketAddr::new(config.metrics.ip(), 0), "--api-port").await?,
+    };
+    info!(address = %socket.local_addr()?, "serving /metrics");
+    let listener = TlsListener::new(socket, server_config(&data.tls(), ClientAuth::Required)?)?;
+    let app = metrics_route(registry.clone()).layer(middleware::from_fn(identify));
+    Ok(Part::start("metrics server", |stop| async move {
+        axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
+            .with_graceful_shutdown(stop.cancelled_owned())
+            .await?;
+        Ok(())
+    }))
 }
 
 /// A Kubernetes client of the peer's API server, with this node's certificate.

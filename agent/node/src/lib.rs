@@ -9,6 +9,7 @@
 //! - No two runners of one replica of an instance live here at the same time.
 //! - Runners end with the agent, and those of an earlier agent are ended at start.
 
+mod lines;
 mod metrics;
 mod node;
 mod orphans;
@@ -31,11 +32,12 @@ use exo_crds::runner::RunnerTls;
 use exo_trust::TlsPaths;
 use kube::{Client, runtime::utils::Backoff};
 use prometheus::Registry;
-use tokio::time::timeout;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     metrics::Metrics,
+    orphans::Ended,
     shard::facilities::{Host, Machine},
     weights::ModelStore,
 };
@@ -100,14 +102,22 @@ pub async fn run(
     };
     let disk = machine.models.disk().to_owned();
     let host = Arc::new(Host::new(client.clone(), machine));
+    let (recovered, recoveries) = watch::channel(0);
+    let (listed, is_listed) = watch::channel(false);
+    let source = supervisor::Source {
+        client: client.clone(),
+        node: config.node_name.clone(),
+        list_limit: supervisor::LIST_LIMIT,
+    };
     let supervising = supervisor::run(
-        client.clone(),
-        config.node_name.clone(),
+        source,
         host,
         metrics.clone(),
+        supervisor::Signals { recovered: recoveries, listed },
         shutdown.clone(),
     );
-    tokio::join!(supervising, node::run(client, config, disk, metrics, shutdown));
+    let signals = node::Signals { recovered, listed: is_listed };
+    tokio::join!(supervising, node::run(client, config, disk, metrics, signals, shutdown));
     Ok(())
 }
 
@@ -120,12 +130,16 @@ async fn prepare(data_dir: &Path) -> Result<PathBuf, AgentError> {
     std::fs::create_dir_all(data_dir).map_err(failed(data_dir))?;
     let shards_dir = absolute(data_dir)?.join("shards");
     let dir = shards_dir.clone();
-    let ending = tokio::task::spawn_blocking(move || orphans::end_all(&dir));
-    match timeout(ORPHANS_LIMIT, ending).await {
-        Ok(Ok(0)) => {}
-        Ok(Ok(ended)) => tracing::info!(ended, "ended runners of an earlier agent"),
-        Ok(Err(error)) => tracing::warn!(%error, "looking for runners of an earlier agent broke"),
-        Err(_) => tracing::warn!("a runner of an earlier agent can't be killed; going on"),
+    let ending = tokio::task::spawn_blocking(move || orphans::end_all(&dir, ORPHANS_LIMIT));
+    match ending.await {
+        Ok(Ended { killed: 0, .. }) => {}
+        Ok(Ended { killed, left: 0 }) => {
+            tracing::info!(killed, "ended runners of an earlier agent");
+        }
+        Ok(Ended { left, .. }) => {
+            tracing::warn!(left, "runners of an earlier agent can't be killed; going on");
+        }
+        Err(error) => tracing::warn!(%error, "looking for runners of an earlier agent broke"),
     }
     match std::fs::remove_dir_all(&shards_dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

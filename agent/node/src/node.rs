@@ -3,8 +3,8 @@
 use std::{path::PathBuf, time::Duration};
 
 use exo_crds::{
-    Node, NodeAddress, NodeSpec, NodeStatus, NodeVersions, Quantity, TransportKind, condition,
-    set_condition,
+    MemoryStatus, Node, NodeAddress, NodeSpec, NodeStatus, NodeVersions, Quantity, TransportKind,
+    condition, set_condition,
 };
 use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{MicroTime, Time},
@@ -15,7 +15,10 @@ use kube::{
     api::{Patch, PatchParams, PostParams},
 };
 use serde_json::json;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::{
+    sync::watch,
+    time::{MissedTickBehavior, interval, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -28,8 +31,20 @@ use crate::{
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// A call that takes longer would delay the next heartbeat too much.
 const CALL_LIMIT: Duration = Duration::from_secs(4);
+/// The first heartbeat waits this long for the first look at the machine and at the shards, so that
+/// it says what is so; then it goes out without.
+const FIRST_LIMIT: Duration = Duration::from_secs(3);
 /// Saying good-bye is a courtesy: the process wants to end.
 const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
+
+/// What heartbeats and the supervisor tell each other.
+#[derive(Debug)]
+pub(crate) struct Signals {
+    /// Counts how often heartbeats succeeded again after they had failed.
+    pub(crate) recovered: watch::Sender<u64>,
+    /// Set once all shards of this node have been listed.
+    pub(crate) listed: watch::Receiver<bool>,
+}
 
 /// Sends heartbeats until `shutdown`, then says that the agent has stopped.
 pub(crate) async fn run(
@@ -37,15 +52,27 @@ pub(crate) async fn run(
     config: AgentConfig,
     disk: PathBuf,
     metrics: Metrics,
+    mut signals: Signals,
     shutdown: CancellationToken,
 ) {
     let facts = tokio::task::spawn_blocking(probe::facts).await.unwrap_or_default();
+    let (known, held) = (facts.clone(), metrics.clone());
+    let mut memory = probe::watch("memory", move || probe::memory(&known, held.held_bytes()));
+    let disk_free = probe::watch("disk", move || probe::disk_free(&disk));
+    let first_look = async {
+        let _ = memory.wait_for(Option::is_some).await;
+        let _ = signals.listed.wait_for(|listed| *listed).await;
+    };
+    // Cut off by the limit, or by the end of the agent: the loop sees both.
+    let _ = shutdown.run_until_cancelled(timeout(FIRST_LIMIT, first_look)).await;
     let mut reporter = Reporter {
         api: Api::all(client),
         host_name: hostname::get().ok().and_then(|name| name.into_string().ok()),
         config,
         facts,
-        disk,
+        memory,
+        disk_free,
+        listed: signals.listed,
         metrics,
         registered: false,
         last: NodeStatus::default(),
@@ -68,6 +95,7 @@ pub(crate) async fn run(
             Ok(Ok(())) => {
                 if failing {
                     tracing::info!("the control plane answers again");
+                    signals.recovered.send_modify(|count| *count += 1);
                 }
                 failing = false;
                 continue;
@@ -85,12 +113,24 @@ pub(crate) async fn run(
     }
 }
 
+/// What the agent says of itself.
+#[derive(Clone, Copy, Debug)]
+enum Agent {
+    /// It does not know its shards.
+    Starting,
+    Ready,
+    Stopped,
+}
+
 struct Reporter {
     api: Api<Node>,
     host_name: Option<String>,
     config: AgentConfig,
     facts: Facts,
-    disk: PathBuf,
+    /// As last probed.
+    memory: watch::Receiver<Option<MemoryStatus>>,
+    disk_free: watch::Receiver<Option<u64>>,
+    listed: watch::Receiver<bool>,
     metrics: Metrics,
     registered: bool,
     /// As the API returned it last: conditions of others stay in it.
@@ -102,19 +142,14 @@ impl Reporter {
         if !self.registered {
             self.register().await?;
         }
-        let (facts, disk, held) =
-            (self.facts.clone(), self.disk.clone(), self.metrics.held_bytes());
-        let (memory, disk_free) = tokio::task::spawn_blocking(move || {
-            (probe::memory(&facts, held), probe::disk_free(&disk))
-        })
-        .await
-        .unwrap_or_default();
+        let (memory, disk_free) = (self.memory.borrow().clone(), *self.disk_free.borrow());
         if let Some(memory) = &memory {
             self.metrics.node_memory("total", memory.total_bytes);
             self.metrics.node_memory("usable", memory.usable_bytes);
             self.metrics.node_memory("free", memory.free_bytes);
         }
-        let mut status = self.status(Timestamp::now(), true);
+        let agent = if *self.listed.borrow() { Agent::Ready } else { Agent::Starting };
+        let mut status = self.status(Timestamp::now(), agent);
         status.memory = memory;
         status.disk_free = disk_free.map(|bytes| Quantity::from_bytes(bytes).rounded());
         self.write(status).await
@@ -124,7 +159,7 @@ impl Reporter {
         if !self.registered {
             return Ok(());
         }
-        let status = self.status(Timestamp::now(), false);
+        let status = self.status(Timestamp::now(), Agent::Stopped);
         self.write(status).await
     }
 
@@ -153,16 +188,16 @@ impl Reporter {
         Ok(())
     }
 
-    fn status(&self, now: Timestamp, running: bool) -> NodeStatus {
+    fn status(&self, now: Timestamp, agent: Agent) -> NodeStatus {
         let mut conditions = self.last.conditions.clone();
-        let (reason, message) = if running {
-            ("AgentReady", "the agent is running")
-        } else {
-            ("AgentStopped", "the agent was stopped")
+        let (ready, reason, message) = match agent {
+            Agent::Starting => (false, "AgentStarting", "the agent can't read its shards yet"),
+            Agent::Ready => (true, "AgentReady", "the agent is running"),
+            Agent::Stopped => (false, "AgentStopped", "the agent was stopped"),
         };
         // Conditions keep whole seconds.
         let second = Time(Timestamp::from_second(now.as_second()).unwrap_or(now));
-        let new = condition("Ready", running, reason, message, &second);
+        let new = condition("Ready", ready, reason, message, &second);
         set_condition(&mut conditions, new);
         let address = |kind: &str, address: String| NodeAddress { kind: kind.to_owned(), address };
         let mut addresses = vec![address("InternalIP", self.config.address.to_string())];

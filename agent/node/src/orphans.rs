@@ -4,35 +4,68 @@
 //! its command line, which names a config file below this agent's own folder: no list of process
 //! ids has to be kept true across crashes.
 
-use std::{ffi::OsString, path::Path};
+use std::{
+    ffi::OsString,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
-use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System, UpdateKind};
+use sysinfo::{Pid, ProcessRefreshKind, ProcessStatus, ProcessesToUpdate, System, UpdateKind};
 
-/// Kills all runners whose config lies below `shards_dir` and waits until they have ended. Returns
-/// how many there were.
-pub(crate) fn end_all(shards_dir: &Path) -> usize {
+/// Between two looks at processes that are ending.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// What became of the runners that were found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ended {
+    pub(crate) killed: usize,
+    /// Of those, still there at the deadline.
+    pub(crate) left: usize,
+}
+
+/// Kills all runners whose config lies below `shards_dir` and waits, for all of them together no
+/// longer than `limit`, until they have ended.
+pub(crate) fn end_all(shards_dir: &Path, limit: Duration) -> Ended {
     let mut system = match System::new() {
         Ok(system) => system,
         Err(error) => {
             tracing::warn!(%error, "can't look for runners of an earlier agent");
-            return 0;
+            return Ended::default();
         }
     };
     let kind = ProcessRefreshKind::nothing().with_cmd(UpdateKind::Always);
     system.refresh_processes_specifics(ProcessesToUpdate::All, true, kind);
-    let mut ended = 0;
+    let mut ending: Vec<Pid> = Vec::new();
     for process in system.processes().values() {
         // Threads are listed too on Linux.
         if process.thread_kind().is_some() || !is_ours(process.cmd(), shards_dir) {
             continue;
         }
-        tracing::warn!(pid = process.pid().as_u32(), "a runner outlived its agent: killing it");
-        if let Err(error) = process.kill_and_wait() {
-            tracing::warn!(?error, "it can't be killed");
+        let pid = process.pid();
+        tracing::warn!(pid = pid.as_u32(), "a runner outlived its agent: killing it");
+        if !process.kill() {
+            tracing::warn!(pid = pid.as_u32(), "it can't be killed");
         }
-        ended += 1;
+        ending.push(pid);
     }
-    ended
+    let killed = ending.len();
+    let deadline = Instant::now() + limit;
+    while !ending.is_empty() {
+        let kind = ProcessRefreshKind::nothing();
+        system.refresh_processes_specifics(ProcessesToUpdate::Some(&ending), true, kind);
+        ending.retain(|pid| system.process(*pid).is_some_and(|process| runs(process.status())));
+        if Instant::now() >= deadline {
+            break;
+        }
+        thread::sleep(LOOK_AGAIN);
+    }
+    Ended { killed, left: ending.len() }
+}
+
+/// A zombie has ended, whether or not its parent has noticed.
+fn runs(status: ProcessStatus) -> bool {
+    !matches!(status, ProcessStatus::Zombie | ProcessStatus::Dead)
 }
 
 /// `… serve --config SHARDS_DIR/…`
@@ -65,18 +98,23 @@ mod tests {
     }
 
     #[test]
-    fn an_orphan_is_ended_before_this_returns() {
+    fn orphans_are_ended_before_this_returns() {
         let dir = tempfile::tempdir().unwrap();
-        let config = dir.path().join("a_b/config.json");
-        let mut child = Command::new("sh")
-            .args(["-c", "read line", "serve", "--config"])
-            .arg(&config)
-            .stdin(Stdio::piped())
-            .spawn()
-            .unwrap();
-        assert_eq!(end_all(dir.path()), 1);
-        // Killed and, as a child of this process, already waited for: an error either way is fine.
-        assert!(!child.wait().is_ok_and(|status| status.success()));
-        assert_eq!(end_all(dir.path()), 0);
+        let start = |name: &str| {
+            Command::new("sh")
+                .args(["-c", "read line", "serve", "--config"])
+                .arg(dir.path().join(name).join("config.json"))
+                .stdin(Stdio::piped())
+                .spawn()
+                .unwrap()
+        };
+        let mut children = ["a_b", "a_c", "a_d"].map(start);
+        let limit = Duration::from_secs(60);
+        assert_eq!(end_all(dir.path(), limit), Ended { killed: 3, left: 0 });
+        for child in &mut children {
+            // It can't be anything but over: not waiting proves that.
+            assert!(child.try_wait().unwrap().is_some_and(|status| !status.success()));
+        }
+        assert_eq!(end_all(dir.path(), limit), Ended::default());
     }
 }

@@ -1,9 +1,13 @@
 //! Facts about the machine.
 
-use std::{path::Path, process::Command};
+use std::{path::Path, process::Command, thread, time::Duration};
 
 use exo_crds::{Compute, MemoryStatus, Quantity};
 use sysinfo::{CpuRefreshKind, DiskRefreshKind, Disks, MemoryRefreshKind, RefreshKind, System};
+use tokio::sync::watch;
+
+/// Between two looks: as often as heartbeats carry what they find.
+const PERIOD: Duration = Duration::from_secs(2);
 
 /// What does not change while the agent runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,6 +35,25 @@ pub(crate) fn facts() -> Facts {
         compute: Some(if macos { Compute::Metal } else { Compute::Cpu }),
         gpu_limit_bytes: sysctl.as_deref().and_then(gpu_limit_bytes),
     }
+}
+
+/// Looks now and then until nobody wants to know, on a thread of its own: a disk that hangs then
+/// holds up nothing but its own figure, not even the end of the process.
+pub(crate) fn watch<T: Send + Sync + 'static>(
+    what: &str,
+    look: impl Fn() -> Option<T> + Send + 'static,
+) -> watch::Receiver<Option<T>> {
+    let (sender, receiver) = watch::channel(None);
+    let looking = move || {
+        while !sender.is_closed() {
+            sender.send_replace(look());
+            thread::sleep(PERIOD);
+        }
+    };
+    if let Err(error) = thread::Builder::new().name(format!("probe-{what}")).spawn(looking) {
+        tracing::warn!(%error, what, "no thread for a probe");
+    }
+    receiver
 }
 
 /// `sysctl`'s answer about memory; keys it doesn't know are left out of it.
@@ -148,6 +171,17 @@ mod tests {
         check(None, group(16 * GIB, 2 * GIB), 0, (16 * GIB, 14 * GIB));
         check(None, group(u64::MAX, 2 * GIB), 0, (64 * GIB, 50 * GIB));
         check(None, group(60 * GIB, 0), 0, (60 * GIB, 50 * GIB));
+    }
+
+    #[tokio::test]
+    async fn a_look_that_hangs_leaves_the_last_value_to_be_read() {
+        let (finish, hung) = std::sync::mpsc::channel::<u32>();
+        let mut values = watch("test", move || hung.recv().ok());
+        assert_eq!(*values.borrow(), None);
+        finish.send(7).unwrap();
+        values.wait_for(|value| *value == Some(7)).await.unwrap();
+        // The next look never ends.
+        assert_eq!(*values.borrow(), Some(7));
     }
 
     #[test]

@@ -11,7 +11,6 @@ use std::{
 };
 
 use exo_crds::runner::RunnerEvent;
-use futures::StreamExt as _;
 use tokio::{
     io::AsyncRead,
     process::{Child, ChildStdin, Command},
@@ -19,12 +18,14 @@ use tokio::{
     task::JoinHandle,
     time::timeout,
 };
-use tokio_util::codec::{FramedRead, LinesCodec, LinesCodecError};
 
-use crate::shard::{
-    Exit,
-    facilities::{Output, Runner},
-    launch::{GROUP_VARIABLES, Launch},
+use crate::{
+    lines::Lines,
+    shard::{
+        Exit,
+        facilities::{Output, Runner},
+        launch::{GROUP_VARIABLES, Launch},
+    },
 };
 
 /// Time to end by itself once its stdin is closed.
@@ -33,7 +34,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(3);
 const KEPT_LINES: usize = 20;
 /// Longer lines are cut when kept: a status is no place for a dump.
 const KEPT_LINE_BYTES: usize = 400;
-/// Longer lines are dropped when read.
+/// Longer lines are cut when read.
 const LINE_LIMIT_BYTES: usize = 64 << 10;
 /// Events that wait for the shard's task. It reads them as they come; a runner that floods it has
 /// to wait.
@@ -136,25 +137,22 @@ impl Drop for Process {
     }
 }
 
+/// Reads to the end of the pipe, come what may: a runner must never wait for its agent to read.
 async fn read_events(
     stdout: impl AsyncRead + Unpin,
     events: mpsc::Sender<RunnerEvent>,
     shard: String,
 ) {
-    let mut lines = lines(stdout);
+    let mut lines = Lines::new(stdout, LINE_LIMIT_BYTES);
     while let Some(line) = lines.next().await {
-        let event = match line {
-            Ok(line) => serde_json::from_str(&line).map_err(|error| error.to_string()),
-            Err(LinesCodecError::MaxLineLengthExceeded) => Err("too long".to_owned()),
-            Err(LinesCodecError::Io(_)) => return,
+        let event = if line.cut {
+            Err("too long".to_owned())
+        } else {
+            serde_json::from_str(&line.text).map_err(|error| error.to_string())
         };
         match event {
-            // The other end goes only with the runner.
-            Ok(event) => {
-                if events.send(event).await.is_err() {
-                    return;
-                }
-            }
+            // Without anybody at the other end, events are read all the same.
+            Ok(event) => drop(events.send(event).await),
             Err(error) => tracing::warn!(shard, error, "a line from the runner is no event"),
         }
     }
@@ -165,13 +163,9 @@ async fn read_log(
     tail: Arc<Mutex<VecDeque<String>>>,
     shard: String,
 ) {
-    let mut lines = lines(stderr);
+    let mut lines = Lines::new(stderr, LINE_LIMIT_BYTES);
     while let Some(line) = lines.next().await {
-        let line = match line {
-            Ok(line) => line,
-            Err(LinesCodecError::MaxLineLengthExceeded) => continue,
-            Err(LinesCodecError::Io(_)) => return,
-        };
+        let line = line.text;
         tracing::debug!(target: "exo_runner", shard, "{line}");
         let mut tail = tail.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if tail.len() == KEPT_LINES {
@@ -179,10 +173,6 @@ async fn read_log(
         }
         tail.push_back(cut(line));
     }
-}
-
-fn lines<R: AsyncRead>(reader: R) -> FramedRead<R, LinesCodec> {
-    FramedRead::new(reader, LinesCodec::new_with_max_length(LINE_LIMIT_BYTES))
 }
 
 fn cut(mut line: String) -> String {
@@ -276,6 +266,27 @@ mod tests {
             start(dir.path(), r#"echo '{"type":"memory","bytes":1}'; exec sleep 1000"#);
         event(&mut process).await;
         assert_eq!(process.stop().await.signal, Some(9));
+    }
+
+    #[tokio::test]
+    async fn odd_output_is_read_over() {
+        let dir = tempfile::tempdir().unwrap();
+        // More than a pipe holds: a reader that stops leaves the runner stuck.
+        let mut process = start(
+            dir.path(),
+            r#"for pipe in 1 2; do
+                 head -c 71680 /dev/zero | tr '\0' x >&$pipe; echo >&$pipe
+                 printf '\377\n' >&$pipe
+                 head -c 71680 /dev/zero | tr '\0' y >&$pipe; echo >&$pipe
+               done
+               echo '{"type":"memory","bytes":7}'
+               echo 'the end' >&2"#,
+        );
+        assert_eq!(event(&mut process).await, RunnerEvent::Memory { bytes: 7 });
+        let exit = exited(&mut process).await;
+        assert_eq!((exit.code, exit.log_lines.len()), (Some(0), 4));
+        assert_eq!(exit.log_lines[1], "\u{fffd}");
+        assert_eq!(exit.log_lines[3], "the end");
     }
 
     #[tokio::test]

@@ -66,6 +66,8 @@ struct Prompt {
 enum Sharding {
     /// Each rank holds a run of layers.
     Pipeline,
+    /// Each rank holds a part of every layer.
+    Tensor,
 }
 
 fn parse_layers(text: &str) -> Result<Range<usize>, String> {
@@ -104,15 +106,18 @@ struct Logprob {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    match (args.sharding, args.max_tokens) {
-        (Sharding::Pipeline, 0) => bail!("--max-tokens must be at least 1"),
-        (Sharding::Pipeline, _) => {}
-    }
+    ensure!(args.max_tokens > 0, "--max-tokens must be at least 1");
     let group = Group::from_env()?;
     let (rank, size) = group.as_ref().map_or((0, 1), |g| (g.rank(), g.size()));
-    let layers = match &args.layers {
-        Some(layers) => layers.clone(),
-        None => even_share(count_layers(args)?, rank, size)?,
+    let (layers, sharding) = match (args.sharding, &args.layers) {
+        (Sharding::Pipeline, Some(layers)) => (layers.clone(), exo_engine::Sharding::Pipeline),
+        (Sharding::Pipeline, None) => {
+            (even_share(count_layers(args)?, rank, size)?, exo_engine::Sharding::Pipeline)
+        }
+        (Sharding::Tensor, None) => (0..count_layers(args)?, exo_engine::Sharding::Tensor),
+        (Sharding::Tensor, Some(_)) => {
+            bail!("--layers does not go with --sharding tensor: every rank has all layers")
+        }
     };
     let tokenizer = match args.prompt.prompt_ids {
         Some(_) if !args.model.join("tokenizer.json").exists() => None,
@@ -122,6 +127,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let config = LoadConfig {
         model_dir: args.model.clone(),
         layers,
+        sharding,
         group: group.clone(),
         context_length: 0,
     };

@@ -6,6 +6,7 @@
 //! `CustomResourceDefinition` alone, and those few of Kubernetes' own that tools count on.
 
 mod auth;
+mod authorize;
 mod builtin;
 mod clock;
 mod discovery;
@@ -32,6 +33,7 @@ mod verbs;
 use axum::{Extension, Router};
 
 pub use auth::Identity;
+pub use authorize::{Attributes, Policy};
 pub use flow::Limits;
 pub use garbage::collect_garbage;
 pub use resource::DefinitionError;

@@ -176,6 +176,20 @@ impl Verb {
         Ok(verb)
     }
 
+    /// As policies on access name it.
+    pub(crate) fn policy_name(self) -> &'static str {
+        match self {
+            Self::Get => "get",
+            Self::List => "list",
+            Self::Watch => "watch",
+            Self::Create => "create",
+            Self::Update => "update",
+            Self::Patch => "patch",
+            Self::Delete => "delete",
+            Self::DeleteCollection => "deletecollection",
+        }
+    }
+
     /// As metrics name it.
     pub(crate) fn name(self) -> &'static str {
         match self {

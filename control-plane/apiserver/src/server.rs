@@ -19,6 +19,7 @@ use tokio::sync::OnceCell;
 
 use crate::{
     auth::{self, Identity},
+    authorize::{Policy, authorize},
     builtin, discovery,
     error::ApiError,
     flow::{Flow, Limits},
@@ -46,6 +47,7 @@ struct Inner {
     definitions: Vec<Value>,
     seeded: OnceCell<()>,
     metrics: Metrics,
+    policy: Policy,
     flow: Flow,
 }
 
@@ -83,7 +85,20 @@ impl ApiServer {
         let metrics = Metrics::register(registry).map_err(ServerError::Metrics)?;
         let flow = Flow::new(limits);
         let seeded = OnceCell::new();
-        Ok(Self(Arc::new(Inner { store, resources, definitions, seeded, metrics, flow })))
+        // Who makes a server without a policy lets every identity do everything.
+        let policy: Policy = Arc::new(|_| Ok(()));
+        let inner = Inner { store, resources, definitions, seeded, metrics, policy, flow };
+        Ok(Self(Arc::new(inner)))
+    }
+
+    /// The same with a policy on access, asked before every request on a resource.
+    ///
+    /// # Panics
+    /// When the server is already in use: call it right after [`ApiServer::new`].
+    #[must_use]
+    pub fn with_policy(mut self, policy: Policy) -> Self {
+        Arc::get_mut(&mut self.0).expect("no clone exists yet").policy = policy;
+        self
     }
 
     pub(crate) fn store(&self) -> &Store {
@@ -254,6 +269,7 @@ async fn answer(
         Some(_) => return Err(ApiError::UnknownPath),
     };
     let (parts, body) = request.into_parts();
+    let identity = parts.extensions.get::<Identity>().ok_or(ApiError::Unauthorized)?;
     let text = |name| header_text(&parts.headers, name);
     let form = Form::negotiate(text(header::ACCEPT), query.get("includeObject"))?;
     let content_type = text(header::CONTENT_TYPE)
@@ -271,6 +287,7 @@ async fn answer(
         body: read_body(body).await?,
         server,
     };
+    authorize(&call.server.0.policy, identity, verb, &call).await?;
     if subresource == Some(Subresource::Scale) {
         return match verb {
             Verb::Get => verbs::scale::get(&call).await,

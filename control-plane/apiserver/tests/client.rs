@@ -212,11 +212,13 @@ async fn a_position_from_before_history_is_gone() {
     }
     assert!(stream.try_next().await.unwrap().is_none(), "the stream ends");
 
-    let result = api.watch(&WatchParams::default(), "999").await;
-    let Err(kube::Error::Api(status)) = result.map(drop) else {
-        panic!("a position in the future is of another store")
-    };
-    assert_eq!(status.code, 410);
+    // A position in the future is of another store.
+    let stream = api.watch(&WatchParams::default(), "999").await.unwrap();
+    pin_mut!(stream);
+    match stream.try_next().await.unwrap().unwrap() {
+        WatchEvent::Error(status) => assert_eq!(status.code, 410),
+        other => panic!("{other:?}"),
+    }
 
     let token = page.metadata.continue_.unwrap();
     let error = api.list(&ListParams::default().limit(1).continue_token(&token)).await.unwrap_err();

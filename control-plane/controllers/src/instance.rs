@@ -1,9 +1,13 @@
 //! Instance controller: looks after the shards of every InferenceInstance.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use exo_crds::{InferenceInstance, Model, Node, Shard};
-use exo_plan::{Decision, Observed, reconcile};
+use exo_plan::{Action as Do, Decision, Observed, create_refused, reconcile};
 use futures::StreamExt as _;
 use k8s_openapi::jiff::Timestamp;
 use kube::{
@@ -95,7 +99,10 @@ async fn look(
         return Ok(Action::await_change());
     };
     let decision = decide(&context.client, &instance).await?;
-    act(&context, &api, instance, &decision).await?;
+    if act(&context, &api, instance, &decision).await? == Acted::Refused {
+        // What was just written calls for another decision.
+        return Ok(Action::requeue(RETRY_CONFLICT));
+    }
     let after = decision.requeue_after.unwrap_or(RESYNC).min(RESYNC);
     Ok(Action::requeue(after))
 }
@@ -121,6 +128,13 @@ async fn decide(client: &Client, instance: &InferenceInstance) -> Result<Decisio
     }))
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Acted {
+    Done,
+    /// A shard was refused, which the status says now.
+    Refused,
+}
+
 /// Writes the status first, on condition that the instance is still what was looked at: so an epoch
 /// number is taken by one leader only.
 async fn act(
@@ -128,7 +142,7 @@ async fn act(
     api: &Api<InferenceInstance>,
     mut instance: InferenceInstance,
     decision: &Decision,
-) -> Result<(), WriteError> {
+) -> Result<Acted, WriteError> {
     let name = instance.name_any();
     let namespace = instance.namespace().unwrap_or_default();
     if instance.status.as_ref() != Some(&decision.status) && context.leads() {
@@ -138,17 +152,57 @@ async fn act(
             tracing::info!(instance = name, phase = ?decision.status.phase, "instance");
         }
         instance.status = Some(decision.status.clone());
-        api.replace_status(&name, &PostParams::default(), &instance)
-            .await
-            .map_err(|e| WriteError::new(format!("writing the status of {name}"), e))?;
+        instance = replace_status(api, &instance).await?;
     }
+    let mut status = decision.status.clone();
+    let mut refused = BTreeSet::new();
+    let mut failed = None;
     for action in &decision.actions {
         if !context.leads() {
-            return Ok(());
+            return Ok(Acted::Done);
         }
-        carry_out(&context.client, &namespace, action).await?;
+        let created = match action {
+            Do::Create(shard) => Some(shard),
+            Do::SetRendezvous { .. } | Do::Delete { .. } | Do::Release { .. } => None,
+        };
+        if created.is_some_and(|shard| refused.contains(&shard.spec.replica)) {
+            // Its epoch is over before it began.
+            continue;
+        }
+        let Err(error) = carry_out(&context.client, &namespace, action).await else {
+            continue;
+        };
+        match (created, error.refusal()) {
+            (Some(shard), Some(why)) => {
+                tracing::warn!(instance = name, %error, why, "the server refused a shard");
+                create_refused(&mut status, shard, why, Timestamp::now());
+                refused.insert(shard.spec.replica);
+            }
+            _ => {
+                failed = Some(error);
+                break;
+            }
+        }
     }
-    Ok(())
+    if !refused.is_empty() && context.leads() {
+        instance.status = Some(status);
+        replace_status(api, &instance).await?;
+    }
+    match failed {
+        Some(error) => Err(error),
+        None if refused.is_empty() => Ok(Acted::Done),
+        None => Ok(Acted::Refused),
+    }
+}
+
+async fn replace_status(
+    api: &Api<InferenceInstance>,
+    instance: &InferenceInstance,
+) -> Result<InferenceInstance, WriteError> {
+    let name = instance.name_any();
+    api.replace_status(&name, &PostParams::default(), instance)
+        .await
+        .map_err(|e| WriteError::new(format!("writing the status of {name}"), e))
 }
 
 fn after_error(instance: &InferenceInstance, error: &WriteError) -> Action {

@@ -1,6 +1,6 @@
 //! Writes, one API call each.
 
-use exo_crds::{SHARD_FINALIZER, Shard};
+use exo_crds::Shard;
 use exo_plan::Action;
 use kube::{
     Api, Client,
@@ -26,6 +26,19 @@ impl WriteError {
     pub(crate) fn is_conflict(&self) -> bool {
         status_code(&self.source) == Some(409)
     }
+
+    /// The server's words, when it was asked for something that it will not do: the same request
+    /// would be refused again. Being busy is no such answer.
+    pub(crate) fn refusal(&self) -> Option<&str> {
+        match self.source.as_ref() {
+            kube::Error::Api(status)
+                if (400..500).contains(&status.code) && ![408, 409, 429].contains(&status.code) =>
+            {
+                Some(&status.message)
+            }
+            _ => None,
+        }
+    }
 }
 
 pub(crate) fn status_code(error: &kube::Error) -> Option<u16> {
@@ -35,7 +48,8 @@ pub(crate) fn status_code(error: &kube::Error) -> Option<u16> {
     }
 }
 
-/// Carries out one action; what is already so counts as done.
+/// Carries out one action; what is already so counts as done. Only a shard that is still what was
+/// decided about is released.
 pub(crate) async fn carry_out(
     client: &Client,
     namespace: &str,
@@ -68,32 +82,20 @@ pub(crate) async fn carry_out(
                 Ok(_) | Err(_) => {}
             }
         }
-        Action::Release { namespace, name } => release(client, namespace, name).await?,
+        Action::Release { namespace, name, finalizers, resource_version } => {
+            let api: Api<Shard> = Api::namespaced(client.clone(), namespace);
+            tracing::info!(shard = name, "releasing shard of a lost node");
+            let patch = json!({"metadata": {
+                "finalizers": finalizers,
+                "resourceVersion": resource_version,
+            }});
+            match api.patch(name, &PatchParams::default(), &Patch::Merge(patch)).await {
+                Err(error) if status_code(&error) != Some(404) => {
+                    return Err(WriteError::new(format!("releasing shard {name}"), error));
+                }
+                Ok(_) | Err(_) => {}
+            }
+        }
     }
     Ok(())
-}
-
-/// Takes the agent's finalizer off, on condition that the shard has not changed meanwhile.
-async fn release(client: &Client, namespace: &str, name: &str) -> Result<(), WriteError> {
-    let api: Api<Shard> = Api::namespaced(client.clone(), namespace);
-    let failed = |error| WriteError::new(format!("releasing shard {name}"), error);
-    let Some(shard) = api.get_opt(name).await.map_err(failed)? else {
-        return Ok(());
-    };
-    let left: Vec<String> = shard
-        .metadata
-        .finalizers
-        .unwrap_or_default()
-        .into_iter()
-        .filter(|finalizer| finalizer != SHARD_FINALIZER)
-        .collect();
-    tracing::info!(shard = name, node = shard.spec.node, "releasing shard of a lost node");
-    let patch = json!({"metadata": {
-        "finalizers": left,
-        "resourceVersion": shard.metadata.resource_version,
-    }});
-    match api.patch(name, &PatchParams::default(), &Patch::Merge(patch)).await {
-        Err(error) if status_code(&error) != Some(404) => Err(failed(error)),
-        Ok(_) | Err(_) => Ok(()),
-    }
 }

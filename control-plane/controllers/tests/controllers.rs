@@ -1,8 +1,22 @@
 //! The controllers against a real API server in the same process, with agents played by the test.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
+use axum::{
+    Json, Router,
+    extract::Request,
+    http::{Method, StatusCode},
+    middleware::{self, Next},
+    response::IntoResponse as _,
+};
 use exo_apiserver::{ApiServer, Identity, app, in_process};
 use exo_crds::{
     InferenceInstance, InstancePhase, MemoryStatus, Model, Node, NodeAddress, NodeStatus, Quantity,
@@ -30,11 +44,16 @@ struct Cluster {
 
 impl Cluster {
     fn start(leads: bool) -> Self {
+        Self::start_with(leads, |router| router)
+    }
+
+    /// `wrap` may come between the controllers and the API server.
+    fn start_with(leads: bool, wrap: impl FnOnce(Router) -> Router) -> Self {
         let registry = prometheus::Registry::new();
         let server = ApiServer::new(Store::memory(), &exo_crds::all(), &registry).unwrap();
         let identity =
             Identity { name: "test".to_owned(), groups: vec!["system:masters".to_owned()] };
-        let client = Client::new(in_process(app(server), identity), "default");
+        let client = Client::new(wrap(in_process(app(server), identity)), "default");
         let (leadership, receiver) = watch::channel(leads);
         let shutdown = CancellationToken::new();
         let running = exo_controllers::run(client.clone(), receiver, shutdown.clone());
@@ -226,6 +245,72 @@ async fn an_instance_lives_through_failure_and_change() {
     cluster.shutdown.cancel();
     let cluster = Arc::into_inner(cluster).unwrap();
     tokio::time::timeout(DEADLINE, cluster.controllers).await.unwrap().unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_shard_is_a_failure_that_waits() {
+    const REFUSALS: u32 = 2;
+    let asked = Arc::new(AtomicU32::new(0));
+    let counter = asked.clone();
+    // Of each epoch the second rank is refused.
+    let refuse = move |request: Request, next: Next| {
+        let creates = request.method() == Method::POST && request.uri().path().ends_with("/shards");
+        let nth = if creates { counter.fetch_add(1, Ordering::SeqCst) } else { 0 };
+        let refused = nth % 2 == 1 && nth / 2 < REFUSALS;
+        async move {
+            if !refused {
+                return next.run(request).await;
+            }
+            let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
+                "message": "spec.rank: not today", "reason": "Invalid", "code": 422});
+            (StatusCode::UNPROCESSABLE_ENTITY, Json(status)).into_response()
+        }
+    };
+    let cluster =
+        Arc::new(Cluster::start_with(true, |router| router.layer(middleware::from_fn(refuse))));
+    cluster.node("a").await;
+    cluster.node("b").await;
+    cluster.model_and_instance().await;
+    let failed = |cluster: Arc<Cluster>| async move {
+        let status = cluster.instances().get("chat").await.unwrap().status?;
+        let ready = status.conditions.into_iter().find(|c| c.type_ == "Ready")?;
+        (ready.reason == "ShardFailed").then_some(ready.message)
+    };
+    let message = cluster.until("the failure in the status", failed, &cluster).await;
+    // The first wait may be too short to be seen.
+    assert!(message.contains("the API server refused the shard chat-0-a"), "{message}");
+    assert!(message.contains("-1: spec.rank: not today; "), "{message}");
+    assert!(message.contains(" failure(s) in a row, next try after"), "{message}");
+    // Epochs 1 and 2 are refused, 3 is not: no number was used up in between.
+    let status = cluster.ready_epoch(3).await.status.unwrap();
+    assert_eq!(status.replicas[0].failures, REFUSALS);
+    assert_eq!(asked.load(Ordering::SeqCst), 2 * REFUSALS + 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_instance_with_a_name_for_no_label_is_told_so() {
+    let cluster = Arc::new(Cluster::start(true));
+    cluster.node("a").await;
+    cluster.node("b").await;
+    cluster.model_and_instance().await;
+    let name = "n".repeat(64);
+    cluster
+        .create(
+            cluster.instances(),
+            json!({
+                "apiVersion": "exo.dev/v1alpha1", "kind": "InferenceInstance",
+                "metadata": {"name": name}, "spec": {"model": "tiny"},
+            }),
+        )
+        .await;
+    let refused = |cluster: Arc<Cluster>| async move {
+        let status = cluster.instances().get(&"n".repeat(64)).await.unwrap().status?;
+        let ready = status.conditions.iter().find(|c| c.type_ == "Ready")?;
+        (ready.reason == "NameTooLong").then_some(status.replicas[0].epoch)
+    };
+    assert_eq!(cluster.until("a refusal", refused, &cluster).await, 0);
+    // The others are not held up.
+    cluster.ready_epoch(1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,6 +5,7 @@ mod delete;
 mod describe;
 mod documents;
 mod get;
+mod hopeless;
 mod select;
 mod version;
 mod wait;
@@ -12,7 +13,7 @@ mod wait;
 use std::io::Write;
 
 use crate::{
-    cli::{Args, Command},
+    cli::{Args, Command, DryRun},
     server::Server,
 };
 
@@ -20,6 +21,11 @@ use crate::{
 pub(crate) async fn run(args: Args, out: &mut dyn Write) -> anyhow::Result<()> {
     if let Command::Version(version) = &args.command {
         return version::run(version, &args.global, out).await;
+    }
+    if let Command::Apply(apply) = &args.command
+        && apply.dry_run == Some(DryRun::Client)
+    {
+        return apply::check(apply, &args.global, out);
     }
     let server = Server::connect(&args.global).await?;
     match args.command {

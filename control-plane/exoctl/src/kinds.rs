@@ -1,7 +1,12 @@
 //! The kinds that a server knows, and what people call them.
 
+use std::fmt;
+
 use exo_crds::GROUP;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::APIResource;
+use k8s_openapi::{
+    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
+    apimachinery::pkg::apis::meta::v1::APIResource,
+};
 use kube::core::ApiResource;
 
 /// A kind of resource, as discovery describes it.
@@ -14,13 +19,34 @@ pub(crate) struct Kind {
 }
 
 /// All of them.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Kinds(Vec<Kind>);
+#[derive(Clone, Debug)]
+pub(crate) struct Kinds {
+    kinds: Vec<Kind>,
+    /// Who knows no others, for messages.
+    whose: Whose,
+}
+
+/// Whose kinds they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whose {
+    Server,
+    Exoctl,
+}
+
+impl fmt::Display for Whose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Server => "the server has",
+            Self::Exoctl => "without a server, exoctl knows",
+        })
+    }
+}
 
 /// A word that names no kind.
 #[derive(Debug, thiserror::Error)]
-#[error("the server has no resource type `{word}`{}", did_you_mean(.suggestion.as_deref()))]
+#[error("{whose} no resource type `{word}`{}", did_you_mean(.suggestion.as_deref()))]
 pub(crate) struct UnknownKind {
+    whose: Whose,
     word: String,
     suggestion: Option<String>,
 }
@@ -31,6 +57,23 @@ pub(crate) fn did_you_mean(suggestion: Option<&str>) -> String {
 }
 
 impl Kind {
+    /// As a definition says; of the version that it calls `version`.
+    fn defined(crd: &CustomResourceDefinition, version: &str) -> Self {
+        let (group, names) = (&crd.spec.group, &crd.spec.names);
+        Self {
+            api: ApiResource {
+                group: group.clone(),
+                version: version.to_owned(),
+                api_version: format!("{group}/{version}"),
+                kind: names.kind.clone(),
+                plural: names.plural.clone(),
+            },
+            singular: names.singular.clone().unwrap_or_else(|| names.kind.to_lowercase()),
+            namespaced: crd.spec.scope == "Namespaced",
+            short_names: names.short_names.clone().unwrap_or_default(),
+        }
+    }
+
     /// `None` for subresources.
     pub(crate) fn discovered(group: &str, version: &str, resource: APIResource) -> Option<Self> {
         if resource.name.contains('/') {
@@ -91,7 +134,17 @@ impl Kinds {
     /// Our own group comes first: `nodes` are exo's even on a Kubernetes server.
     pub(crate) fn new(mut kinds: Vec<Kind>) -> Self {
         kinds.sort_by_key(|kind| kind.api.group != GROUP);
-        Self(kinds)
+        Self { kinds, whose: Whose::Server }
+    }
+
+    /// Those that this exoctl was built with: `exo.dev`'s own.
+    pub(crate) fn built_in() -> Self {
+        let crds = exo_crds::all();
+        let kinds = crds
+            .iter()
+            .flat_map(|crd| crd.spec.versions.iter().map(|v| Kind::defined(crd, &v.name)))
+            .collect();
+        Self { kinds, whose: Whose::Exoctl }
     }
 
     /// By plural, singular, short name or kind in any case, optionally followed by `.group`.
@@ -106,19 +159,21 @@ impl Kinds {
             let named = kind.names().any(|n| n == name) || kind.api.kind.to_lowercase() == name;
             in_group && named
         };
-        self.0
-            .iter()
-            .find(is_it)
-            .ok_or_else(|| UnknownKind { word: word.to_owned(), suggestion: self.suggest(name) })
+        self.kinds.iter().find(is_it).ok_or_else(|| UnknownKind {
+            whose: self.whose,
+            word: word.to_owned(),
+            suggestion: self.suggest(name),
+        })
     }
 
     /// By a document's own `apiVersion` and `kind`.
     pub(crate) fn find_exact(&self, api_version: &str, kind: &str) -> Result<&Kind, UnknownKind> {
         let is_it = |k: &&Kind| k.api.api_version == api_version && k.api.kind == kind;
-        self.0.iter().find(is_it).ok_or_else(|| {
-            let kinds = self.0.iter().map(|k| k.api.kind.as_str());
-            let of_kind = self.0.iter().find(|k| k.api.kind == kind);
+        self.kinds.iter().find(is_it).ok_or_else(|| {
+            let kinds = self.kinds.iter().map(|k| k.api.kind.as_str());
+            let of_kind = self.kinds.iter().find(|k| k.api.kind == kind);
             UnknownKind {
+                whose: self.whose,
                 word: format!("{api_version} {kind}"),
                 suggestion: match of_kind {
                     Some(known) => Some(format!("{} {kind}", known.api.api_version)),
@@ -129,7 +184,7 @@ impl Kinds {
     }
 
     fn suggest(&self, word: &str) -> Option<String> {
-        let names = self.0.iter().flat_map(Kind::names);
+        let names = self.kinds.iter().flat_map(Kind::names);
         closest(word, names).map(str::to_owned)
     }
 }
@@ -221,6 +276,17 @@ pub(crate) mod tests {
             |version: &str, kind: &str| kinds.find_exact(version, kind).unwrap_err().to_string();
         assert!(exact("exo.dev/v1alpha1", "Shrad").ends_with("did you mean `Shard`?"));
         assert!(exact("exo.dev/v1", "Shard").ends_with("did you mean `exo.dev/v1alpha1 Shard`?"));
+    }
+
+    #[test]
+    fn built_in_kinds_are_exos_own() {
+        let kinds = Kinds::built_in();
+        let instance = kinds.find_exact("exo.dev/v1alpha1", "InferenceInstance").unwrap();
+        assert_eq!(instance.named("a"), "inferenceinstance.exo.dev/a");
+        assert!(instance.namespaced);
+        assert!(!kinds.find("model").unwrap().namespaced);
+        let error = kinds.find_exact("v1", "Secret").unwrap_err().to_string();
+        assert_eq!(error, "without a server, exoctl knows no resource type `v1 Secret`");
     }
 
     #[test]

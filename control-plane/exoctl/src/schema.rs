@@ -1,8 +1,8 @@
-//! Checks documents of exo's own kinds before anything is sent, so that a file with a mistake
-//! changes nothing, and `apply --dry-run=client` needs no server's word.
+//! Checks documents of exo's own kinds without a server, for `apply --dry-run=client`.
 //!
-//! Only what is certainly wrong is reported: unknown fields, wrong types, missing fields, values
-//! out of range. The server checks everything once more.
+//! Never used for what is sent: the server may be newer and know more fields than this exoctl.
+//! Only what is certainly wrong here is reported: unknown fields, wrong types, missing fields,
+//! values out of range.
 
 use serde_json::{Map, Value};
 

@@ -23,10 +23,40 @@ const AS_JSON: &str = "application/json";
 pub(crate) struct Server {
     pub(crate) client: Client,
     url: String,
-    /// Given with `-n`, or the context's.
-    namespace: String,
-    namespace_given: bool,
+    namespace: Namespace,
     kinds: OnceCell<Kinds>,
+}
+
+/// The namespace of what names none itself.
+#[derive(Clone, Debug)]
+pub(crate) struct Namespace {
+    /// Given with `-n`, or the default.
+    name: String,
+    given: bool,
+}
+
+impl Namespace {
+    /// What `-n` says, or `default`.
+    pub(crate) fn new(global: &Global, default: &str) -> Self {
+        Self {
+            name: global.namespace.clone().unwrap_or_else(|| default.to_owned()),
+            given: global.namespace.is_some(),
+        }
+    }
+
+    /// The namespace of a document: its own, else the default.
+    ///
+    /// # Errors
+    /// When `-n` says something else than the document.
+    pub(crate) fn of(&self, document: &Value) -> anyhow::Result<String> {
+        match document["metadata"]["namespace"].as_str() {
+            Some(own) if self.given && own != self.name => {
+                anyhow::bail!("metadata.namespace is `{own}`, but -n says `{}`", self.name)
+            }
+            Some(own) => Ok(own.to_owned()),
+            None => Ok(self.name.clone()),
+        }
+    }
 }
 
 /// The form of an answer.
@@ -44,34 +74,23 @@ impl Server {
     pub(crate) async fn connect(global: &Global) -> anyhow::Result<Self> {
         let config: Config = config::load(global).await?;
         let url = config.cluster_url.to_string();
-        let namespace =
-            global.namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
+        let namespace = Namespace::new(global, &config.default_namespace);
         let client = Client::try_from(config).context("using the kubeconfig")?;
         Ok(Self {
             client,
             url: url.trim_end_matches('/').to_owned(),
             namespace,
-            namespace_given: global.namespace.is_some(),
             kinds: OnceCell::new(),
         })
     }
 
     pub(crate) fn namespace(&self) -> &str {
-        &self.namespace
+        &self.namespace.name
     }
 
-    /// The namespace of a document: its own, else the default.
-    ///
-    /// # Errors
-    /// When `-n` says something else than the document.
+    /// See [`Namespace::of`].
     pub(crate) fn namespace_of(&self, document: &Value) -> anyhow::Result<String> {
-        match document["metadata"]["namespace"].as_str() {
-            Some(own) if self.namespace_given && own != self.namespace => {
-                anyhow::bail!("metadata.namespace is `{own}`, but -n says `{}`", self.namespace)
-            }
-            Some(own) => Ok(own.to_owned()),
-            None => Ok(self.namespace.clone()),
-        }
+        self.namespace.of(document)
     }
 
     /// The kinds that the server knows; asked once.

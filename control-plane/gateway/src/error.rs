@@ -1,6 +1,8 @@
 //! The error body of the OpenAI protocol, and the one table from failures to what a client sees.
 //! Never holds a user's text.
 
+use std::time::Duration;
+
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header::RETRY_AFTER},
@@ -43,6 +45,34 @@ impl ApiError {
     /// 400 for a body that is no request at all.
     pub(crate) fn malformed(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, INVALID_REQUEST, message.into())
+    }
+
+    /// 403: a web page that may not use the gateway. The origin is a website's name, no user's
+    /// text.
+    pub(crate) fn foreign_page(origin: &HeaderValue) -> Self {
+        Self {
+            code: Some("origin_not_allowed"),
+            ..Self::new(
+                StatusCode::FORBIDDEN,
+                INVALID_REQUEST,
+                format!(
+                    "web pages of {} may not use this gateway; its allowed origins say which may",
+                    String::from_utf8_lossy(origin.as_bytes())
+                ),
+            )
+        }
+    }
+
+    /// 408: the body did not come in time.
+    pub(crate) fn body_too_slow(limit: Duration) -> Self {
+        Self {
+            code: Some("request_timeout"),
+            ..Self::new(
+                StatusCode::REQUEST_TIMEOUT,
+                INVALID_REQUEST,
+                format!("the request body was not there within {limit:?}"),
+            )
+        }
     }
 
     /// 413.
@@ -98,6 +128,17 @@ impl ApiError {
                 "rate_limit_error",
                 format!("{limit} requests are in flight, which is this gateway's limit"),
             )
+        }
+    }
+
+    /// 429: the bodies of the requests in flight are together as large as this gateway takes.
+    pub(crate) fn too_many_bytes(limit_bytes: usize) -> Self {
+        Self {
+            message: format!(
+                "the bodies of the requests in flight have reached {limit_bytes} bytes, which is \
+                 this gateway's limit"
+            ),
+            ..Self::too_many_requests(0)
         }
     }
 

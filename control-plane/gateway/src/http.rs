@@ -55,7 +55,7 @@ pub fn app(gateway: Gateway) -> Router {
         .fallback(unknown_path)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::clone(&shared), observe::observe))
-        .layer(middleware::from_fn(cors::allow_all))
+        .layer(middleware::from_fn_with_state(Arc::clone(&shared), cors::guard))
         .with_state(shared)
 }
 
@@ -64,8 +64,10 @@ async fn chat_completions(
     request: Request,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let admitted = admit(&shared)?;
-    let body = body::read_json(request, shared.limits.body_bytes).await?;
+    let mut admitted = admit(&shared)?;
+    let body::Read { body, share } =
+        body::read_json(request, &shared.limits, &shared.bodies, arrived).await?;
+    admitted.share = share;
     let request = ChatRequest::read(&body)?;
     // Free what may be megabytes before the answer, which may take minutes.
     drop(body);
@@ -99,6 +101,8 @@ async fn chat_completions(
 struct Admitted {
     shared: Arc<Shared>,
     _permit: OwnedSemaphorePermit,
+    /// Of the bytes of all bodies: the prompt is kept, for it may have to be sent again.
+    share: Option<OwnedSemaphorePermit>,
 }
 
 impl Drop for Admitted {
@@ -112,7 +116,7 @@ fn admit(shared: &Arc<Shared>) -> Result<Admitted, ApiError> {
         .try_acquire_owned()
         .map_err(|_| ApiError::too_many_requests(shared.limits.in_flight))?;
     shared.metrics.in_flight.inc();
-    Ok(Admitted { shared: Arc::clone(shared), _permit: permit })
+    Ok(Admitted { shared: Arc::clone(shared), _permit: permit, share: None })
 }
 
 /// Looks a model up; a gateway that just started waits for its first lists before it says no.

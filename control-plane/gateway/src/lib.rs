@@ -30,12 +30,19 @@ use crate::{balance::Balance, index::Index, metrics::Metrics, upstream::Runners}
 pub struct Limits {
     /// Larger request bodies are refused.
     pub body_bytes: usize,
+    /// More bytes in the bodies of all requests in flight together are refused.
+    pub bodies_bytes: usize,
+    /// Request bodies that take longer to arrive are refused.
+    pub body_wait: Duration,
     /// More requests at a time are refused.
     pub in_flight: usize,
     /// How long a request waits for a first replica that is ready.
     pub ready_wait: Duration,
     /// How long a request whose replica broke waits for another one.
     pub resume_wait: Duration,
+    /// Origins (`https://chat.example.org`) whose web pages may use the gateway, besides those of
+    /// this machine and of the gateway's own host; `*` stands for every website.
+    pub allowed_origins: Vec<String>,
 }
 
 impl Default for Limits {
@@ -43,11 +50,16 @@ impl Default for Limits {
         Self {
             // Long contexts are megabytes of text; images are not taken.
             body_bytes: 10 * 1024 * 1024,
+            // Twenty-five of the largest; ordinary prompts are kilobytes.
+            bodies_bytes: 256 * 1024 * 1024,
+            // The largest body over 3 Mbit/s; slower ones would only hold others' places.
+            body_wait: Duration::from_secs(30),
             in_flight: 1024,
             // A cold start of a small model; clients usually give up after a minute.
             ready_wait: Duration::from_secs(30),
             // A node's lease, a new placement and the load of a large model.
             resume_wait: Duration::from_secs(120),
+            allowed_origins: Vec::new(),
         }
     }
 }
@@ -69,6 +81,8 @@ struct Shared {
     registry: Registry,
     limits: Limits,
     admission: Arc<Semaphore>,
+    /// A permit for each byte of a body.
+    bodies: Arc<Semaphore>,
 }
 
 /// kube's client has no `Debug`.
@@ -103,6 +117,7 @@ impl Gateway {
                 metrics: Metrics::register(registry)?,
                 registry: registry.clone(),
                 admission: Arc::new(Semaphore::new(limits.in_flight)),
+                bodies: Arc::new(Semaphore::new(limits.bodies_bytes)),
                 limits,
             }),
         })

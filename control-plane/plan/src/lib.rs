@@ -17,4 +17,4 @@ pub use place::{
     NodeReason, NodeState, Placement, Placing, RankPlacement, Unplaceable, Why, memory_needed,
     place,
 };
-pub use reconcile::{Action, Decision, Observed, reconcile, release_lost};
+pub use reconcile::{Action, Decision, Observed, create_refused, reconcile, release_lost};

@@ -2,7 +2,7 @@
 //!
 //! Every type here is part of the on-disk format: its JSON is fixed by a literal test.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +67,13 @@ impl Op {
 }
 
 impl Txn {
+    /// Why this can't be carried out, whatever the state.
+    pub(crate) fn flaw(&self) -> Option<String> {
+        let mut keys = BTreeSet::new();
+        let twice = self.ops.iter().find(|op| !keys.insert(op.key()))?;
+        Some(format!("a transaction changes `{}` twice", twice.key()))
+    }
+
     /// A new key with this value, or a conflict.
     pub fn create(key: impl Into<Arc<str>>, value: impl Into<Arc<str>>) -> Self {
         Self::replace(key, 0, value)

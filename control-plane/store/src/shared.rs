@@ -62,6 +62,14 @@ impl Shared {
         self.progress.borrow().closed
     }
 
+    /// Waits until the state has this revision, or the store is shut down.
+    #[cfg(feature = "etcd")]
+    pub(crate) async fn reached(&self, revision: u64) {
+        let mut progress = self.progress.subscribe();
+        // The sender lives as long as `self`.
+        let _ = progress.wait_for(|p| p.revision >= revision || p.closed).await;
+    }
+
     pub(crate) fn watch(self: &Arc<Self>, prefix: &str, after: u64) -> Watch {
         Watch {
             wake: self.progress.subscribe(),

@@ -9,7 +9,7 @@
 //! complete: every event with the value before it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     ops::Bound,
     sync::Arc,
 };
@@ -205,13 +205,8 @@ impl State {
     }
 
     fn apply_txn(&mut self, txn: &Txn) -> Outcome {
-        let mut keys = BTreeSet::new();
-        for op in &txn.ops {
-            if !keys.insert(op.key()) {
-                return Outcome::Invalid {
-                    reason: format!("a transaction changes `{}` twice", op.key()),
-                };
-            }
+        if let Some(reason) = txn.flaw() {
+            return Outcome::Invalid { reason };
         }
         let holds = |compare: &Compare| {
             let current = self.get(&compare.key).map_or(0, |e| e.mod_revision);
@@ -385,6 +380,36 @@ impl State {
             previous: at.checked_sub(1).and_then(|i| versions[i].entry(key)),
             current: versions.get(at).and_then(|v| v.entry(key)),
         }
+    }
+
+    /// A state that another system keeps, as of `revision`; history begins there.
+    #[cfg(feature = "etcd")]
+    pub(crate) fn copied(limits: HistoryLimits, revision: u64, entries: Vec<Entry>) -> Self {
+        let keys = entries.into_iter().map(|entry| {
+            let Entry { key, value, create_revision: created, mod_revision } = entry;
+            (key, vec![Version { revision: mod_revision, created, value: Some(value) }])
+        });
+        let keys = keys.collect();
+        Self::from_image(limits, StateImage { revision, compacted: revision, time_ms: 0, keys })
+    }
+
+    /// Takes over changes that another system made, in the order of their revisions, and that
+    /// nothing else happened up to `seen`. What is known already is passed over.
+    #[cfg(feature = "etcd")]
+    pub(crate) fn follow(
+        &mut self,
+        changes: impl IntoIterator<Item = (u64, Arc<str>, Option<Arc<str>>)>,
+        seen: u64,
+    ) {
+        let known = self.revision;
+        for (revision, key, value) in changes {
+            if revision > known {
+                self.push(&key, revision, value.as_ref());
+                self.revision = revision;
+            }
+        }
+        self.revision = self.revision.max(seen);
+        self.trim();
     }
 
     pub(crate) fn image(&self) -> StateImage {

@@ -1,6 +1,7 @@
 //! The handle through which everything else uses the store.
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -10,9 +11,11 @@ use std::{
 
 use tokio::sync::watch;
 
+#[cfg(feature = "etcd")]
+use crate::etcd::{EtcdBackend, EtcdConfig, EtcdError};
 use crate::{
     command::{Command, Entry, Meta, Outcome, Txn},
-    raft::{OpenError, RaftBackend, RaftConfig},
+    raft::{self, Member, OpenError, Peering, RaftBackend, RaftConfig},
     shared::{Shared, Watch},
     state::{HistoryLimits, ListQuery, Listing, ReadError, State},
 };
@@ -87,6 +90,8 @@ pub struct Store {
 enum Backend {
     Memory(Arc<Memory>),
     Raft(Arc<RaftBackend>),
+    #[cfg(feature = "etcd")]
+    Etcd(Arc<EtcdBackend>),
 }
 
 /// How much the store holds.
@@ -135,8 +140,84 @@ impl Store {
     /// A store on this node's disk, replicated by Raft. A new folder begins a cluster of this one
     /// voter. When this returns, a single voter leads and has everything it ever acknowledged.
     pub async fn raft(config: RaftConfig) -> Result<Self, OpenError> {
-        let (shared, backend) = Box::pin(RaftBackend::open(config)).await?;
+        Self::open_raft(config, None).await
+    }
+
+    /// The same for a node among others. Serve [`raft_routes`](crate::raft_routes) at
+    /// `config.address` right after this, to the cluster's own nodes only.
+    ///
+    /// A node with a store in its folder takes its place again; `peering.begin` is for a new one.
+    pub async fn raft_with_peers(config: RaftConfig, peering: Peering) -> Result<Self, OpenError> {
+        Self::open_raft(config, Some(peering)).await
+    }
+
+    async fn open_raft(config: RaftConfig, peering: Option<Peering>) -> Result<Self, OpenError> {
+        let backend = Box::pin(RaftBackend::open(config, peering)).await?;
+        let shared = Arc::clone(backend.shared());
         Ok(Self { shared, backend: Backend::Raft(Arc::new(backend)) })
+    }
+
+    /// A store in an etcd cluster. This node follows all of it in memory, and stands for election
+    /// as the one that [leads](Self::leads).
+    #[cfg(feature = "etcd")]
+    pub async fn etcd(config: EtcdConfig) -> Result<Self, EtcdError> {
+        let backend = Box::pin(EtcdBackend::open(config)).await?;
+        let shared = Arc::clone(backend.shared());
+        Ok(Self { shared, backend: Backend::Etcd(Arc::new(backend)) })
+    }
+
+    /// The nodes of the cluster as this one knows them; none where Raft is not used.
+    pub fn members(&self) -> Vec<Member> {
+        match &self.backend {
+            Backend::Memory(_) => Vec::new(),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(_) => Vec::new(),
+            Backend::Raft(raft) => raft.members(),
+        }
+    }
+
+    /// Adds a node that follows without a vote, or tells where it is now. Returns when it has
+    /// caught up. Works on every node, as do the other changes of membership.
+    pub async fn add_learner(&self, id: u64, address: &str) -> Result<(), StoreError> {
+        self.replicated()?.add_learner(id, address.to_owned()).await
+    }
+
+    /// Makes exactly these nodes voters: all must be members. Former voters go on as learners.
+    pub async fn change_membership(&self, voters: BTreeSet<u64>) -> Result<(), StoreError> {
+        self.replicated()?.set_voters(voters).await
+    }
+
+    /// Takes a node out of the cluster, whether it is a voter or not, running or not.
+    pub async fn remove_node(&self, id: u64) -> Result<(), StoreError> {
+        self.replicated()?.remove(id).await
+    }
+
+    /// Writes a snapshot on this node now, and drops all of the log behind it. Snapshots are also
+    /// written on their own, by the log's length; then some of the log is kept for followers that
+    /// are a little behind.
+    pub async fn snapshot(&self) -> Result<(), StoreError> {
+        self.replicated()?.snapshot().await
+    }
+
+    fn replicated(&self) -> Result<&RaftBackend, StoreError> {
+        if self.shared.is_closed() {
+            return Err(StoreError::Closed);
+        }
+        match &self.backend {
+            Backend::Memory(_) => Err(StoreError::Invalid("this store has no members".to_owned())),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(_) => Err(StoreError::Invalid("etcd keeps its own members".to_owned())),
+            Backend::Raft(raft) => Ok(raft),
+        }
+    }
+
+    pub(crate) fn routes(&self) -> axum::Router {
+        match &self.backend {
+            Backend::Memory(_) => axum::Router::new(),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(_) => axum::Router::new(),
+            Backend::Raft(raft) => raft::routes(Arc::clone(raft)),
+        }
     }
 
     /// Carries out a transaction; it is durable when this returns.
@@ -171,6 +252,8 @@ impl Store {
                 };
                 state.apply(meta, &command)
             })),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(etcd) => etcd.command(command).await,
             Backend::Raft(raft) => raft.command(command).await,
         }
     }
@@ -220,6 +303,8 @@ impl Store {
         }
         match &self.backend {
             Backend::Memory(_) => Ok(()),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(etcd) => etcd.barrier().await,
             Backend::Raft(raft) => raft.barrier().await,
         }
     }
@@ -233,6 +318,8 @@ impl Store {
     pub fn leadership(&self) -> watch::Receiver<Leadership> {
         match &self.backend {
             Backend::Memory(memory) => memory.leadership.subscribe(),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(etcd) => etcd.leadership(),
             Backend::Raft(raft) => raft.leadership(),
         }
     }
@@ -241,6 +328,8 @@ impl Store {
     pub fn leads(&self) -> watch::Receiver<bool> {
         match &self.backend {
             Backend::Memory(memory) => memory.leads.subscribe(),
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(etcd) => etcd.leads(),
             Backend::Raft(raft) => raft.leads(),
         }
     }
@@ -250,6 +339,8 @@ impl Store {
         self.shared.close();
         match &self.backend {
             Backend::Memory(_) => {}
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(etcd) => etcd.shutdown(),
             Backend::Raft(raft) => raft.shutdown().await,
         }
     }
@@ -258,6 +349,8 @@ impl Store {
     pub(crate) fn raft_backend(&self) -> Option<&RaftBackend> {
         match &self.backend {
             Backend::Memory(_) => None,
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(_) => None,
             Backend::Raft(raft) => Some(raft),
         }
     }
@@ -279,6 +372,8 @@ impl Store {
                 let index = memory.index.load(Ordering::Relaxed);
                 RaftPosition { log_index: index, applied_index: index }
             }
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(_) => RaftPosition { log_index: 0, applied_index: 0 },
             Backend::Raft(raft) => {
                 let metrics = raft.metrics();
                 RaftPosition {

@@ -1,11 +1,14 @@
 //! What every backend does the same way.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod support;
+
 use std::time::Duration;
 
 use exo_store::{
     Compare, ListQuery, Op, RaftConfig, ReadError, Store, StoreError, Txn, TxnOutcome,
 };
+use support::Cluster;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
@@ -22,6 +25,24 @@ async fn each<F: AsyncFn(Store)>(body: F) {
     .unwrap();
     body(store.clone()).await;
     store.shutdown().await;
+    let cluster = Cluster::start(3).await;
+    body(cluster.store(cluster.leader().await)).await;
+}
+
+/// The same, and over a node that doesn't lead.
+async fn everywhere<F: AsyncFn(Store)>(body: F) {
+    each(&body).await;
+    let cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await;
+    body(cluster.store(leader % 3 + 1)).await;
+    cluster.shutdown().await;
+    #[cfg(feature = "etcd")]
+    {
+        let server = support::etcd::Server::start();
+        let store = server.open().await;
+        body(store.clone()).await;
+        store.shutdown().await;
+    }
 }
 
 fn committed(outcome: TxnOutcome) -> u64 {
@@ -35,6 +56,12 @@ async fn create(store: &Store, key: &str, value: &str) -> u64 {
     committed(store.txn(Txn::create(key, value)).await.unwrap())
 }
 
+/// Counts revisions from where the store begins; etcd has used some by then.
+fn after(store: &Store) -> impl Fn(u64) -> u64 + use<> {
+    let begin = store.revision();
+    move |revision| begin + revision
+}
+
 fn keys(listing: &exo_store::Listing) -> Vec<&str> {
     listing.entries.iter().map(|e| &*e.key).collect()
 }
@@ -45,54 +72,57 @@ fn below(prefix: &str) -> ListQuery {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn writes_compare_and_set() {
-    each(async |store| {
-        assert_eq!(create(&store, "/a", "1").await, 1);
+    everywhere(async |store| {
+        let at = after(&store);
+        assert_eq!(create(&store, "/a", "1").await, at(1));
         let conflict = store.txn(Txn::create("/a", "2")).await.unwrap();
         let TxnOutcome::Conflict { current } = conflict else { panic!("{conflict:?}") };
         let entry = current[0].clone().unwrap();
-        assert_eq!((&*entry.value, entry.create_revision, entry.mod_revision), ("1", 1, 1));
+        assert_eq!((&*entry.value, entry.create_revision, entry.mod_revision), ("1", at(1), at(1)));
 
-        let changed = store.txn(Txn::replace("/a", 1, "2")).await.unwrap();
-        assert_eq!(committed(changed), 2);
-        let stale = store.txn(Txn::delete("/a", 1)).await.unwrap();
+        let changed = store.txn(Txn::replace("/a", at(1), "2")).await.unwrap();
+        assert_eq!(committed(changed), at(2));
+        let stale = store.txn(Txn::delete("/a", at(1))).await.unwrap();
         assert!(matches!(stale, TxnOutcome::Conflict { .. }));
-        assert_eq!(committed(store.txn(Txn::delete("/a", 2)).await.unwrap()), 3);
+        assert_eq!(committed(store.txn(Txn::delete("/a", at(2))).await.unwrap()), at(3));
         assert_eq!(store.get("/a").await.unwrap(), None);
-        assert_eq!(create(&store, "/a", "3").await, 4);
-        assert_eq!(store.get("/a").await.unwrap().unwrap().create_revision, 4);
+        assert_eq!(create(&store, "/a", "3").await, at(4));
+        assert_eq!(store.get("/a").await.unwrap().unwrap().create_revision, at(4));
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transaction_is_one_revision() {
-    each(async |store| {
+    everywhere(async |store| {
+        let at = after(&store);
         let put = |key: &str| Op::Put { key: key.into(), value: "v".into() };
         let txn = Txn { compare: vec![], ops: vec![put("/b"), put("/a")] };
-        assert_eq!(committed(store.txn(txn).await.unwrap()), 1);
+        assert_eq!(committed(store.txn(txn).await.unwrap()), at(1));
         let nothing = Txn {
-            compare: vec![Compare { key: "/a".into(), mod_revision: 1 }],
+            compare: vec![Compare { key: "/a".into(), mod_revision: at(1) }],
             ops: vec![Op::Delete { key: "/c".into() }],
         };
-        assert_eq!(committed(store.txn(nothing).await.unwrap()), 1, "no change, no revision");
+        assert_eq!(committed(store.txn(nothing).await.unwrap()), at(1), "no change, no revision");
         let twice = Txn { compare: vec![], ops: vec![put("/a"), Op::Delete { key: "/a".into() }] };
         assert!(matches!(store.txn(twice).await, Err(StoreError::Invalid(_))));
-        let batch = store.watch("/", 0).next().await.unwrap();
+        let batch = store.watch("/", at(0)).next().await.unwrap();
         let changed: Vec<_> = batch.events.iter().map(|e| (e.revision, &*e.key)).collect();
-        assert_eq!(changed, [(1, "/b"), (1, "/a")]);
+        assert_eq!(changed, [(at(1), "/b"), (at(1), "/a")]);
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lists_show_one_revision() {
-    each(async |store| {
+    everywhere(async |store| {
+        let at = after(&store);
         for key in ["/x/a", "/x/b", "/x/c", "/y/a"] {
             create(&store, key, "1").await;
         }
         let first = store.list(&ListQuery { limit: 2, ..below("/x/") }).await.unwrap();
-        assert_eq!((keys(&first), first.revision, first.more), (vec!["/x/a", "/x/b"], 4, true));
-        store.txn(Txn::delete("/x/c", 3)).await.unwrap();
+        assert_eq!((keys(&first), first.revision, first.more), (vec!["/x/a", "/x/b"], at(4), true));
+        store.txn(Txn::delete("/x/c", at(3))).await.unwrap();
         create(&store, "/x/d", "1").await;
         let rest = store
             .list(&ListQuery {
@@ -102,10 +132,10 @@ async fn lists_show_one_revision() {
             })
             .await
             .unwrap();
-        assert_eq!((keys(&rest), rest.revision, rest.more), (vec!["/x/c"], 4, false));
+        assert_eq!((keys(&rest), rest.revision, rest.more), (vec!["/x/c"], at(4), false));
         let now = store.list(&below("/x/")).await.unwrap();
-        assert_eq!((keys(&now), now.revision), (vec!["/x/a", "/x/b", "/x/d"], 6));
-        let future = ListQuery { revision: Some(99), ..below("/") };
+        assert_eq!((keys(&now), now.revision), (vec!["/x/a", "/x/b", "/x/d"], at(6)));
+        let future = ListQuery { revision: Some(at(99)), ..below("/") };
         assert!(matches!(
             store.list(&future).await,
             Err(StoreError::Read(ReadError::Future { .. }))
@@ -116,9 +146,10 @@ async fn lists_show_one_revision() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn watches_tell_all_changes_in_order() {
-    each(async |store| {
+    everywhere(async |store| {
+        let at = after(&store);
         create(&store, "/x/a", "1").await;
-        let mut watch = store.watch("/x/", 0);
+        let mut watch = store.watch("/x/", at(0));
         let batch = watch.next().await.unwrap();
         assert_eq!(batch.events.len(), 1);
         assert_eq!(batch.events[0].previous, None);
@@ -126,8 +157,8 @@ async fn watches_tell_all_changes_in_order() {
         let quiet = timeout(Duration::from_millis(20), watch.next()).await;
         assert!(quiet.is_err(), "nothing to tell");
         create(&store, "/y/a", "1").await;
-        store.txn(Txn::replace("/x/a", 1, "2")).await.unwrap();
-        store.txn(Txn::delete("/x/a", 3)).await.unwrap();
+        store.txn(Txn::replace("/x/a", at(1), "2")).await.unwrap();
+        store.txn(Txn::delete("/x/a", at(3))).await.unwrap();
         let mut told = Vec::new();
         while told.len() < 2 {
             for event in watch.next().await.unwrap().events {
@@ -137,43 +168,46 @@ async fn watches_tell_all_changes_in_order() {
         }
         assert_eq!(
             told,
-            [(3, Some("1".to_owned()), Some("2".to_owned())), (4, Some("2".to_owned()), None)]
+            [
+                (at(3), Some("1".to_owned()), Some("2".to_owned())),
+                (at(4), Some("2".to_owned()), None)
+            ]
         );
-        assert_eq!(watch.revision(), 4);
+        assert_eq!(watch.revision(), at(4));
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn compaction_ends_what_asks_for_the_past() {
-    each(async |store| {
+    everywhere(async |store| {
+        let at = after(&store);
         create(&store, "/a", "1").await;
         for revision in 1..5 {
-            store.txn(Txn::replace("/a", revision, "v")).await.unwrap();
+            store.txn(Txn::replace("/a", at(revision), "v")).await.unwrap();
         }
-        let mut slow = store.watch("/", 1);
-        store.compact(3).await.unwrap();
-        assert!(matches!(
-            slow.next().await,
-            Err(StoreError::Read(ReadError::Compacted { requested: 1, compacted: 3 }))
-        ));
-        let old = ListQuery { revision: Some(2), ..below("/") };
+        let mut slow = store.watch("/", at(1));
+        store.compact(at(3)).await.unwrap();
+        let Err(StoreError::Read(error)) = slow.next().await else { panic!("a gap is hidden") };
+        assert_eq!(error, ReadError::Compacted { requested: at(1), compacted: at(3) });
+        let old = ListQuery { revision: Some(at(2)), ..below("/") };
         assert!(matches!(
             store.list(&old).await,
             Err(StoreError::Read(ReadError::Compacted { .. }))
         ));
-        let kept = ListQuery { revision: Some(3), ..below("/") };
-        assert_eq!(store.list(&kept).await.unwrap().entries[0].mod_revision, 3);
-        let batch = store.watch("/", 3).next().await.unwrap();
-        assert_eq!(batch.events[0].previous.as_ref().unwrap().mod_revision, 3);
-        assert!(matches!(store.compact(99).await, Err(StoreError::Invalid(_))));
+        let kept = ListQuery { revision: Some(at(3)), ..below("/") };
+        assert_eq!(store.list(&kept).await.unwrap().entries[0].mod_revision, at(3));
+        let batch = store.watch("/", at(3)).next().await.unwrap();
+        assert_eq!(batch.events[0].previous.as_ref().unwrap().mod_revision, at(3));
+        assert!(matches!(store.compact(at(99)).await, Err(StoreError::Invalid(_))));
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_writers_each_get_their_revision() {
-    each(async |store| {
+    everywhere(async |store| {
+        let at = after(&store);
         let writes = (0..200).map(|i| {
             let store = store.clone();
             tokio::spawn(async move { create(&store, &format!("/{i:03}"), "v").await })
@@ -183,7 +217,7 @@ async fn concurrent_writers_each_get_their_revision() {
             revisions.push(write.await.unwrap());
         }
         revisions.sort_unstable();
-        assert_eq!(revisions, (1..=200).collect::<Vec<_>>());
+        assert_eq!(revisions, (at(1)..=at(200)).collect::<Vec<_>>());
         assert_eq!(store.list(&below("/")).await.unwrap().entries.len(), 200);
     })
     .await;

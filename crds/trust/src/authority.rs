@@ -121,6 +121,15 @@ impl Request {
 
 /// Whether a certificate (PEM) is in the last third of its life or unreadable.
 pub fn certificate_renewal_due(certificate_pem: &str, now_s: u64) -> bool {
+    ends_within(certificate_pem, now_s, LEAF_DAYS * DAY_S / 3)
+}
+
+/// Whether a certificate (PEM) is past its end or unreadable.
+pub fn certificate_expired(certificate_pem: &str, now_s: u64) -> bool {
+    ends_within(certificate_pem, now_s, 0)
+}
+
+fn ends_within(certificate_pem: &str, now_s: u64, seconds: u64) -> bool {
     let Ok(der) = CertificateDer::from_pem_slice(certificate_pem.as_bytes()) else {
         return true;
     };
@@ -128,8 +137,7 @@ pub fn certificate_renewal_due(certificate_pem: &str, now_s: u64) -> bool {
         return true;
     };
     let end = certificate.validity().not_after.timestamp();
-    let now = i64::try_from(now_s).unwrap_or(i64::MAX);
-    end - now < (LEAF_DAYS * DAY_S / 3) as i64
+    u64::try_from(end).unwrap_or(0) < now_s.saturating_add(seconds)
 }
 
 /// CN and O of a certificate in DER form.

@@ -20,7 +20,9 @@ use rustls::{ServerConfig, crypto::CryptoProvider, server::WebPkiClientVerifier}
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use serde::{Deserialize, Serialize};
 
-pub use authority::{Authority, Issued, Request, Subject, certificate_renewal_due};
+pub use authority::{
+    Authority, Issued, Request, Subject, certificate_expired, certificate_renewal_due,
+};
 pub use client::{bootstrap_client, client_config, reqwest_client};
 pub use listener::{Peer, TlsListener};
 

@@ -30,6 +30,8 @@ pub enum LoadError {
     Duplicate { tensor: String, first: PathBuf, second: PathBuf },
     #[error("tensor '{tensor}' should be in {}, which is not there", path.display())]
     MissingFile { tensor: String, path: PathBuf },
+    #[error("'{module}' can't be split over {ranks} ranks: {reason}")]
+    Split { module: String, ranks: i32, reason: String },
     #[error("the checkpoint does not fit the model: {0}")]
     Mismatch(Mismatch),
 }

@@ -1,48 +1,26 @@
 //! Strict loading: every parameter of the model is set exactly once from a tensor of the right name, shape and
-//! type, and nothing is left over. A rank checks the whole checkpoint by its headers and reads only what it owns.
-//! Never computes with weights.
+//! type, and nothing is left over. A rank checks the whole checkpoint by its headers and reads only what it owns:
+//! its layers, or its slices of every tensor. Never computes with weights.
 
 mod checkpoint;
 mod error;
 mod header;
+mod module;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mlx_rs::{Array, Dtype};
+use mlx_rs::Array;
+use mlx_rs::error::Exception;
 
 pub(crate) use checkpoint::Checkpoint;
 pub use error::{LoadError, Mismatch, Misshaped};
+use module::Wanted;
+pub(crate) use module::{Home, Kind, Module, Split};
 
 use crate::config::Quantization;
-use crate::nn::{Affine, Embedding, Linear};
-
-/// Which ranks of a pipeline hold a module.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Home {
-    First,
-    Layer(usize),
-    Last,
-    /// The first and the last rank: an embedding that is also the output projection.
-    Ends,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// Weight `[output, input]`, and a bias `[output]` if it has one.
-    Linear { input: i32, output: i32, bias: bool },
-    /// Weight `[rows, width]`.
-    Embedding { rows: i32, width: i32 },
-    /// Weight `[width]`.
-    Norm { width: i32 },
-}
-
-/// One module of a model: its path in the checkpoint, what tensors it has, who holds it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Module {
-    pub(crate) path: String,
-    pub(crate) kind: Kind,
-    pub(crate) home: Home,
-}
+use crate::mlx::from_bytes;
+use crate::nn::{Embedding, Linear, Mode, Packed, Packing, Stack};
+use crate::tensor::Share;
 
 /// What has been read so far; the last report has `done == total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,138 +29,142 @@ pub struct LoadProgress {
     pub bytes_total: u64,
 }
 
-/// How tensors of a module may be typed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Type {
-    Float,
-    Packed,
-}
-
-struct Wanted {
-    name: String,
-    shape: Vec<i32>,
-    r#type: Type,
-    owned: bool,
+/// What of a checkpoint a rank wants.
+pub(crate) struct Selection<'a> {
+    /// Of the whole model.
+    pub(crate) modules: &'a [Module],
+    pub(crate) quantization: Option<&'a Quantization>,
+    /// Names that may be in the checkpoint and are not read.
+    pub(crate) ignored: &'a dyn Fn(&str) -> bool,
+    pub(crate) owns: &'a dyn Fn(Home) -> bool,
+    pub(crate) share: Share,
 }
 
 /// The tensors of this rank, to be taken module by module.
 pub(crate) struct Weights {
     arrays: BTreeMap<String, Array>,
-    affine: BTreeMap<String, Affine>,
+    packings: BTreeMap<String, Packing>,
 }
 
-/// Checks the checkpoint against `modules` and reads those that `owns` says.
-///
-/// Names for which `ignored` holds may be in the checkpoint and are not read.
+/// Checks the checkpoint against the whole model and reads what is selected.
 pub(crate) fn load(
     checkpoint: &Checkpoint,
-    modules: &[Module],
-    quantization: Option<&Quantization>,
-    ignored: impl Fn(&str) -> bool,
-    owns: impl Fn(Home) -> bool,
+    selection: &Selection<'_>,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Weights, LoadError> {
+    let mut packings = BTreeMap::new();
     let mut wanted = Vec::new();
-    let mut affine = BTreeMap::new();
-    for module in modules {
-        let path = &module.path;
-        let packed = quantization
-            .filter(|_| !matches!(module.kind, Kind::Norm { .. }))
-            .filter(|_| checkpoint.contains(&format!("{path}.scales")))
-            .map(|q| q.of(path));
-        if let Some(packed) = packed {
-            affine.insert(path.clone(), packed);
+    for module in selection.modules {
+        let packing = packing(checkpoint, module, selection.quantization);
+        if let Some(packing) = packing {
+            packings.insert(module.path.clone(), packing);
         }
-        module.tensors(packed, owns(module.home), &mut wanted);
+        let owned = (selection.owns)(module.home);
+        let tensors = module.tensors(packing, selection.share)?;
+        wanted.extend(tensors.into_iter().map(|tensor| (module, owned, tensor)));
     }
-    check(checkpoint, &wanted, ignored)?;
+    check(checkpoint, &wanted, selection.ignored)?;
 
-    let owned: Vec<&Wanted> = wanted.iter().filter(|w| w.owned).collect();
-    let length = |w: &Wanted| checkpoint.entry(&w.name).map_or(0, |e| e.length);
-    let bytes_total = owned.iter().map(|w| length(w)).sum();
+    let owned = || wanted.iter().filter(|(_, owned, _)| *owned);
+    let bytes_total = owned().map(|(.., tensor)| length(checkpoint, tensor)).sum();
     let mut bytes_done = 0;
     let mut arrays = BTreeMap::new();
-    for tensor in owned {
-        arrays.insert(tensor.name.clone(), checkpoint.read(&tensor.name)?);
-        bytes_done += length(tensor);
+    for (module, _, tensor) in owned() {
+        let name = tensor.sources[0].rsplit('.').next().unwrap_or_default();
+        let array = read(checkpoint, tensor)?;
+        arrays.insert(format!("{}.{name}", module.path), array);
+        bytes_done += length(checkpoint, tensor);
         progress(LoadProgress { bytes_done, bytes_total });
     }
-    Ok(Weights { arrays, affine })
+    Ok(Weights { arrays, packings })
+}
+
+/// How a module is packed, if the checkpoint has it packed. Without a setting of its own the tensors' shapes tell, as
+/// converters do not list all modules; if they do not, the default holds and the shapes are refused later.
+fn packing(
+    checkpoint: &Checkpoint,
+    module: &Module,
+    quantization: Option<&Quantization>,
+) -> Option<Packing> {
+    let (columns, quantization) = (module.columns()?, quantization?);
+    let source = module.sources().first()?;
+    let scales = format!("{source}.scales");
+    if !checkpoint.contains(&scales) {
+        return None;
+    }
+    let default = quantization.default();
+    let inferred = || {
+        let width = |name: &str| checkpoint.entry(name)?.shape.last().copied();
+        let (scales, weight) = (width(&scales)?, width(&format!("{source}.weight"))?);
+        let bits = (i64::from(weight) * 32).checked_div(i64::from(columns))?;
+        let (group_size, bits) = (columns.checked_div(scales)?, i32::try_from(bits).ok()?);
+        let biased = checkpoint.contains(&format!("{source}.biases"));
+        let mode = if biased { Mode::Affine } else { Mode::Mxfp4 };
+        Some(Packing { group_size, bits, mode }).filter(|packing| packing.is_supported())
+    };
+    Some(quantization.exception(&module.path).or_else(inferred).unwrap_or(default))
+}
+
+/// Bytes that this rank reads of a parameter.
+fn length(checkpoint: &Checkpoint, tensor: &Wanted) -> u64 {
+    let whole = |source: &String| checkpoint.entry(source).map_or(0, |entry| entry.length);
+    let bytes: u64 = tensor.sources.iter().map(whole).sum();
+    match &tensor.region {
+        None => bytes,
+        Some(region) => {
+            let all = u64::try_from(tensor.shape[region.axis]).unwrap_or(0);
+            let own = u64::try_from(region.stop - region.start).unwrap_or(0);
+            (bytes * own).checked_div(all).unwrap_or(0)
+        }
+    }
+}
+
+fn read(checkpoint: &Checkpoint, tensor: &Wanted) -> Result<Array, LoadError> {
+    let mut bytes = Vec::with_capacity(length(checkpoint, tensor) as usize);
+    for source in &tensor.sources {
+        checkpoint.read(source, tensor.region.as_ref(), &mut bytes)?;
+    }
+    let dtype = checkpoint.entry(&tensor.sources[0]).map(|entry| entry.dtype);
+    // safetensors is little-endian, and so is every machine that MLX runs on.
+    Ok(from_bytes(&bytes, &tensor.own_shape(), dtype.expect("it was read from there")))
 }
 
 fn check(
     checkpoint: &Checkpoint,
-    wanted: &[Wanted],
-    ignored: impl Fn(&str) -> bool,
+    wanted: &[(&Module, bool, Wanted)],
+    ignored: &dyn Fn(&str) -> bool,
 ) -> Result<(), LoadError> {
     let mut mismatch = Mismatch::default();
-    for tensor in wanted {
-        match checkpoint.entry(&tensor.name) {
-            Some(entry) => {
-                if entry.shape != tensor.shape || !tensor.r#type.allows(entry.dtype) {
-                    mismatch.misshaped.push(Misshaped {
-                        tensor: tensor.name.clone(),
-                        expected: format!("{:?} of {}", tensor.shape, tensor.r#type.name()),
-                        found: format!("{:?} of {:?}", entry.shape, entry.dtype),
-                    });
+    for (_, owned, tensor) in wanted {
+        let mut dtype = None;
+        for source in &tensor.sources {
+            let Some(entry) = checkpoint.entry(source) else {
+                match checkpoint.absent(source) {
+                    Some(path) if *owned => {
+                        let (tensor, path) = (source.clone(), path.clone());
+                        return Err(LoadError::MissingFile { tensor, path });
+                    }
+                    Some(_) => {}
+                    None => mismatch.missing.push(source.clone()),
                 }
+                continue;
+            };
+            let same = dtype.is_none_or(|dtype| dtype == entry.dtype);
+            dtype = Some(entry.dtype);
+            if entry.shape != tensor.shape || !tensor.r#type.allows(entry.dtype) || !same {
+                mismatch.misshaped.push(Misshaped {
+                    tensor: source.clone(),
+                    expected: format!("{:?} of {}", tensor.shape, tensor.r#type.name()),
+                    found: format!("{:?} of {:?}", entry.shape, entry.dtype),
+                });
             }
-            None => match checkpoint.absent(&tensor.name) {
-                Some(path) if tensor.owned => {
-                    return Err(LoadError::MissingFile {
-                        tensor: tensor.name.clone(),
-                        path: path.clone(),
-                    });
-                }
-                Some(_) => {}
-                None => mismatch.missing.push(tensor.name.clone()),
-            },
         }
     }
-    let known: BTreeSet<&str> = wanted.iter().map(|w| w.name.as_str()).collect();
+    let sources = wanted.iter().flat_map(|(.., tensor)| &tensor.sources);
+    let known: BTreeSet<&str> = sources.map(String::as_str).collect();
     let unknown = checkpoint.names().filter(|n| !known.contains(n.as_str()) && !ignored(n));
     mismatch.unknown = unknown.cloned().collect();
     if mismatch.is_empty() { Ok(()) } else { Err(LoadError::Mismatch(mismatch)) }
-}
-
-impl Type {
-    fn allows(self, dtype: Dtype) -> bool {
-        match self {
-            Self::Float => matches!(dtype, Dtype::Float32 | Dtype::Float16 | Dtype::Bfloat16),
-            Self::Packed => dtype == Dtype::Uint32,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Float => "floats",
-            Self::Packed => "Uint32",
-        }
-    }
-}
-
-impl Module {
-    fn tensors(&self, packed: Option<Affine>, owned: bool, out: &mut Vec<Wanted>) {
-        let mut push = |name: &str, shape: Vec<i32>, r#type| {
-            out.push(Wanted { name: format!("{}.{name}", self.path), shape, r#type, owned });
-        };
-        let (rows, columns, bias) = match self.kind {
-            Kind::Norm { width } => return push("weight", vec![width], Type::Float),
-            Kind::Linear { input, output, bias } => (output, input, bias),
-            Kind::Embedding { rows, width } => (rows, width, false),
-        };
-        match packed {
-            None => push("weight", vec![rows, columns], Type::Float),
-            Some(affine) => {
-                push("weight", vec![rows, columns * affine.bits / 32], Type::Packed);
-                push("scales", vec![rows, columns / affine.group_size], Type::Float);
-                push("biases", vec![rows, columns / affine.group_size], Type::Float);
-            }
-        }
-        if bias {
-            push("bias", vec![rows], Type::Float);
-        }
-    }
 }
 
 impl Weights {
@@ -191,30 +173,49 @@ impl Weights {
         self.arrays.remove(&key).unwrap_or_else(|| panic!("{key} was not loaded or taken twice"))
     }
 
+    fn packed(&mut self, path: &str, weight: Array) -> Result<Packed, Array> {
+        let Some(&packing) = self.packings.get(path) else { return Err(weight) };
+        let biases = match packing.mode {
+            Mode::Affine => Some(self.take(path, "biases")),
+            Mode::Mxfp4 => None,
+        };
+        Ok(Packed { weight, scales: self.take(path, "scales"), biases, packing })
+    }
+
     pub(crate) fn norm(&mut self, path: &str) -> Array {
-        self.take(path, "weight")
+        self.vector(path, "weight")
+    }
+
+    pub(crate) fn vector(&mut self, path: &str, name: &str) -> Array {
+        self.take(path, name)
+    }
+
+    pub(crate) fn has(&self, path: &str) -> bool {
+        self.arrays.contains_key(&format!("{path}.weight"))
     }
 
     pub(crate) fn linear(&mut self, path: &str) -> Linear {
         let bias = self.arrays.remove(&format!("{path}.bias"));
         let weight = self.take(path, "weight");
-        match self.affine.get(path).copied() {
-            None => Linear::dense(&weight, bias),
-            Some(affine) => {
-                let (scales, biases) = (self.take(path, "scales"), self.take(path, "biases"));
-                Linear::quantized(weight, scales, biases, affine, bias)
-            }
+        match self.packed(path, weight) {
+            Ok(packed) => Linear::quantized(packed, bias),
+            Err(weight) => Linear::dense(&weight, bias),
         }
     }
 
     pub(crate) fn embedding(&mut self, path: &str) -> Embedding {
         let weight = self.take(path, "weight");
-        match self.affine.get(path).copied() {
-            None => Embedding::dense(weight),
-            Some(affine) => {
-                let (scales, biases) = (self.take(path, "scales"), self.take(path, "biases"));
-                Embedding::quantized(weight, scales, biases, affine)
-            }
+        match self.packed(path, weight) {
+            Ok(packed) => Embedding::quantized(packed),
+            Err(weight) => Embedding::dense(weight),
+        }
+    }
+
+    pub(crate) fn stack(&mut self, path: &str) -> Result<Stack, Exception> {
+        let weight = self.take(path, "weight");
+        match self.packed(path, weight) {
+            Ok(packed) => Ok(Stack::Packed(packed)),
+            Err(weight) => Stack::dense(weight),
         }
     }
 

@@ -1,11 +1,13 @@
 //! The boundary to MLX's C interface: the only place with `unsafe`. Owns what mlx-rs lacks (process groups, exact
-//! slices) and error capture for it; never holds model or sequence state.
+//! slices, packed matrices) and error capture for it; never holds model or sequence state.
 #![allow(unsafe_code)]
 
 mod array;
 pub mod distributed;
+mod quantized;
 
 pub(crate) use array::{from_bytes, slice, slice_update};
+pub(crate) use quantized::Quantized;
 
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_void};

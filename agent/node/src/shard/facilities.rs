@@ -11,7 +11,7 @@ use kube::{
     api::{Patch, PatchParams},
 };
 use serde_json::{Value, json};
-use tokio::time::timeout;
+use tokio::{sync::oneshot, time::timeout};
 
 use super::{Exit, failure, launch::Launch};
 use crate::{ports::Reservation, runner::Process, weights::ModelStore};
@@ -24,9 +24,15 @@ const CALL_LIMIT: Duration = Duration::from_secs(5);
 pub(crate) enum ApiError {
     #[error("the shard is gone")]
     Gone,
+    /// The object is not as it was taken to be.
+    #[error("{0}")]
+    Conflict(String),
     #[error("{0}")]
     Failed(String),
 }
+
+/// A disk that has to wake up takes a few seconds; one that takes longer hangs.
+const LOCATE_LIMIT: Duration = Duration::from_secs(30);
 
 /// What comes from a runner.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,7 +71,7 @@ pub(crate) trait Facilities: Send + Sync + 'static {
         shard: &Shard,
         present: bool,
     ) -> impl Future<Output = Result<(), ApiError>> + Send;
-    /// Merges `patch` into the shard's status.
+    /// Merges `patch` into the status of this very shard, not of another with its name.
     fn write_status(
         &self,
         shard: &Shard,
@@ -107,6 +113,9 @@ async fn answer<T>(
     match timeout(CALL_LIMIT, call).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(kube::Error::Api(status))) if status.code == 404 => Err(ApiError::Gone),
+        Ok(Err(kube::Error::Api(status))) if status.code == 409 => {
+            Err(ApiError::Conflict(status.message))
+        }
         Ok(Err(error)) => Err(ApiError::Failed(error.to_string())),
         Err(_) => Err(ApiError::Failed(format!("no answer within {} s", CALL_LIMIT.as_secs()))),
     }
@@ -118,11 +127,23 @@ impl Facilities for Host {
 
     async fn locate(&self, source: &ModelSource) -> Result<PathBuf, ShardFailure> {
         let (models, source) = (self.machine.models.clone(), source.clone());
-        // Folders may lie on a slow disk.
-        tokio::task::spawn_blocking(move || models.locate(&source))
-            .await
-            .map_err(|error| failure("WeightsNotFound", error.to_string(), false))?
-            .map_err(ShardFailure::from)
+        let (found, answer) = oneshot::channel();
+        // Folders may lie on a disk that hangs: a thread of its own keeps nothing else waiting, not
+        // even the end of the process.
+        let look = move || drop(found.send(models.locate(&source)));
+        let failed = |message: String| failure("WeightsNotFound", message, false);
+        std::thread::Builder::new()
+            .name("locate".to_owned())
+            .spawn(look)
+            .map_err(|error| failed(format!("no thread to look for the weights: {error}")))?;
+        match timeout(LOCATE_LIMIT, answer).await {
+            Ok(Ok(found)) => found.map_err(ShardFailure::from),
+            Ok(Err(_)) => Err(failed("looking for the weights broke".to_owned())),
+            Err(_) => {
+                let seconds = LOCATE_LIMIT.as_secs();
+                Err(failed(format!("the disk did not say within {seconds} s what is on it")))
+            }
+        }
     }
 
     fn reserve(&self) -> Result<(Reservation, ShardListen), ShardFailure> {
@@ -173,7 +194,20 @@ impl Facilities for Host {
     async fn write_status(&self, shard: &Shard, patch: Value) -> Result<(), ApiError> {
         let api = self.api(shard);
         let name = shard.metadata.name.as_deref().unwrap_or_default();
-        let patch = Patch::Merge(json!({"status": patch}));
-        answer(api.patch_status(name, &PatchParams::default(), &patch)).await.map(drop)
+        // The uid makes the server refuse what is meant for an earlier shard of this name.
+        let patch = json!({"metadata": {"uid": shard.metadata.uid}, "status": patch});
+        let patch = Patch::Merge(patch);
+        match answer(api.patch_status(name, &PatchParams::default(), &patch)).await {
+            // It may also be that others write at the same time.
+            Err(ApiError::Conflict(message)) => {
+                let now = answer(api.get(name)).await?;
+                Err(if now.metadata.uid == shard.metadata.uid {
+                    ApiError::Conflict(message)
+                } else {
+                    ApiError::Gone
+                })
+            }
+            result => result.map(drop),
+        }
     }
 }

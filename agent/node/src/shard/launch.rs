@@ -28,6 +28,11 @@ pub(crate) const GROUP_VARIABLES: [&str; 11] = [
     "NCCL_PORT",
 ];
 
+/// What a user may not set for a runner: the loader would put foreign code into the process that
+/// holds the node's private key. `LD_LIBRARY_PATH` stays: CUDA builds of MLX are found through it.
+const LOADER_VARIABLES: [&str; 2] = ["LD_PRELOAD", "LD_AUDIT"];
+const LOADER_PREFIX: &str = "DYLD_";
+
 /// Everything needed to start one runner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Launch {
@@ -95,6 +100,12 @@ pub(crate) fn launch(
             }
         }
     };
+    for (name, value) in &spec.environment {
+        if let Some(objection) = objection(name, value) {
+            let message = format!("environment variable `{}` {objection}", name.escape_debug());
+            return Err(failure("BadEnvironment", message, true));
+        }
+    }
     let mut environment: Vec<(String, String)> =
         spec.environment.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
     let mut set = |name: &str, value: String| environment.push((name.to_owned(), value));
@@ -128,6 +139,21 @@ pub(crate) fn launch(
     Ok(Launch { dir, config, hosts, environment })
 }
 
+/// What speaks against a variable that a user wants for the runners.
+fn objection(name: &str, value: &str) -> Option<&'static str> {
+    if name.is_empty() || name.contains(['=', '\0']) {
+        Some("has no possible name")
+    } else if value.contains('\0') {
+        Some("has a NUL in its value")
+    } else if GROUP_VARIABLES.contains(&name) {
+        Some("is set by the agent alone")
+    } else if LOADER_VARIABLES.contains(&name) || name.starts_with(LOADER_PREFIX) {
+        Some("would load foreign code into the runner")
+    } else {
+        None
+    }
+}
+
 /// Names the ranks that belong together: the owner's uid tells an instance from an earlier one of
 /// the same name.
 fn group(shard: &Shard) -> String {
@@ -153,18 +179,16 @@ mod tests {
     #[test]
     fn two_ranks_get_a_host_file() {
         let mut shard = shard("tiny-0-a1-0");
-        shard.spec.environment = [("MLX_RANK", "9"), ("X", "y")]
-            .map(|(name, value)| (name.to_owned(), value.to_owned()))
-            .into();
+        shard.spec.environment = environment(&[("LD_LIBRARY_PATH", "/cuda"), ("X", "y=z")]);
         let launch = check(&shard).unwrap();
         assert_eq!(launch.hosts.as_deref(), Some(r#"[["127.0.0.1:1001"],["127.0.0.1:2001"]]"#));
-        let environment: Vec<String> =
+        let lines: Vec<String> =
             launch.environment.iter().map(|(name, value)| format!("{name}={value}")).collect();
         assert_eq!(
-            environment,
+            lines,
             [
-                "MLX_RANK=9",
-                "X=y",
+                "LD_LIBRARY_PATH=/cuda",
+                "X=y=z",
                 "MLX_RANK=0",
                 "MLX_HOSTFILE=/d/default_tiny-0-a1-0/hosts.json",
                 "MLX_METAL_FAST_SYNCH=1",
@@ -193,6 +217,27 @@ mod tests {
                 "tls": {"ca": "/c/ca", "cert": "/c/cert", "key": "/c/key"},
             })
         );
+    }
+
+    fn environment(variables: &[(&str, &str)]) -> std::collections::BTreeMap<String, String> {
+        variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn variables_that_would_break_the_runner_are_refused_by_name() {
+        let bad = ["LD_PRELOAD", "LD_AUDIT", "DYLD_INSERT_LIBRARIES", "DYLD_", "A=B", "A\0", ""];
+        for name in bad.into_iter().chain(GROUP_VARIABLES) {
+            let mut shard = shard("s");
+            shard.spec.environment = environment(&[("GOOD", "1"), (name, "1")]);
+            let failure = check(&shard).unwrap_err();
+            assert_eq!((failure.reason.as_str(), failure.permanent), ("BadEnvironment", true));
+            let shown = name.escape_debug().to_string();
+            assert!(failure.message.contains(&format!("`{shown}`")), "{}", failure.message);
+        }
+        let mut shard = shard("s");
+        shard.spec.environment = environment(&[("A", "1\0")]);
+        let message = check(&shard).unwrap_err().message;
+        assert_eq!(message, "environment variable `A` has a NUL in its value");
     }
 
     #[test]

@@ -81,10 +81,16 @@ pub(crate) async fn run<F: Facilities>(
         running: None,
         counted: false,
     };
+    let mut seen = task.first.clone();
     let mut delays = Delays::new();
     loop {
         let shard = wanted.borrow_and_update().clone();
         task.report();
+        // Only what is new: an old sighting says nothing about the last write.
+        if let Some(shard) = shard.as_ref().filter(|shard| !Arc::ptr_eq(shard, &seen)) {
+            task.reporter.observe(shard);
+            seen = shard.clone();
+        }
         let ending = task.shared.ending.is_cancelled();
         let result = match task.local.next(shard.as_deref(), ending) {
             Step::Wait => {
@@ -335,6 +341,8 @@ mod tests {
         weights: Result<PathBuf, ShardFailure>,
         /// Calls to the API that fail before one succeeds.
         failing_calls: Mutex<u32>,
+        /// All that was sent to be merged into a status, arrived or not.
+        patches: Mutex<Vec<Value>>,
     }
 
     struct FakeRunner {
@@ -406,7 +414,9 @@ mod tests {
 
         async fn write_status(&self, shard: &Shard, patch: Value) -> Result<(), ApiError> {
             let phase = patch["phase"].as_str().unwrap_or_default();
-            self.call(format!("{} is {phase}", name(shard)))
+            let written = self.call(format!("{} is {phase}", name(shard)));
+            self.patches.lock().unwrap().push(patch);
+            written
         }
     }
 
@@ -438,6 +448,7 @@ mod tests {
                 voices: Mutex::default(),
                 weights: Ok("/m".into()),
                 failing_calls: Mutex::new(0),
+                patches: Mutex::default(),
             };
             edit(&mut script);
             let registry = Registry::new();
@@ -618,6 +629,49 @@ mod tests {
         }
         world.phase("s", ShardPhase::Ready);
         world.expect(&["s is Ready"]).await;
+        shard.gone().await;
+    }
+
+    #[tokio::test]
+    async fn a_status_that_others_changed_is_put_right_once() {
+        let mut world = World::new(|_| {});
+        let mut shard = world.start(shard("s"));
+        world.expect(&["s is Downloaded"]).await;
+        let written = |shard: &mut Shard| {
+            let (phase, listen) = (Some(ShardPhase::Downloaded), Some(listen()));
+            shard.status = Some(exo_crds::ShardStatus { phase, listen, ..Default::default() });
+        };
+        // The echo of the own write, and then somebody takes the address away.
+        shard.edit(written);
+        shard.edit(|shard| shard.status = None);
+        world.expect(&["s is Downloaded"]).await;
+        shard.edit(written);
+        let quiet = timeout(Duration::from_secs(2), world.log.recv()).await;
+        assert!(quiet.is_err(), "{quiet:?}");
+        shard.gone().await;
+    }
+
+    #[tokio::test]
+    async fn what_a_failed_write_may_have_left_is_taken_away() {
+        let mut world = World::new(|_| {});
+        let mut shard = world.start(shard("s"));
+        world.expect(&["s is Downloaded"]).await;
+        shard.meet();
+        world.expect(&["spawn s", "s is Connecting"]).await;
+        *world.shared.facilities.failing_calls.lock().unwrap() = 2;
+        world.say("s", Output::Event(RunnerEvent::Memory { bytes: 9 }));
+        world.phase("s", ShardPhase::Loading);
+        let sent = |name: &str| {
+            let patches = world.shared.facilities.patches.lock().unwrap();
+            patches.iter().any(|patch| !patch[name].is_null())
+        };
+        while !sent("memoryBytes") {
+            sleep(Duration::from_millis(5)).await;
+        }
+        world.say("s", Output::Exited(Exit { signal: Some(9), ..Exit::default() }));
+        world.expect(&["s is Failed"]).await;
+        let last = world.shared.facilities.patches.lock().unwrap().last().cloned().unwrap();
+        assert_eq!(last.get("memoryBytes"), Some(&Value::Null), "{last}");
         shard.gone().await;
     }
 

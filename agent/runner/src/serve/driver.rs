@@ -288,7 +288,7 @@ mod tests {
 
     impl Bench {
         fn new(live_max: usize) -> Self {
-            let limits = Limits { live_max, chunk_tokens: 4 };
+            let limits = Limits { live_max, chunk_tokens: 4, kv_tokens: 100 };
             let driver = Driver::new(limits, Echo::default(), Metrics::new());
             Self { driver, places: Arc::new(Semaphore::new(10)), next: 0 }
         }
@@ -307,7 +307,7 @@ mod tests {
             self.next += 1;
             let prompt = prompt.bytes().map(u32::from).collect();
             let submission = Submission {
-                job: Job { seq: self.next, prompt, draws: 0 },
+                job: Job { seq: self.next, prompt, draws: 0, tokens_left: 6 },
                 sampling: Sampling { temperature: 0.0, top_p: 1.0, seed: 0, logprobs: None },
                 answer,
                 events,

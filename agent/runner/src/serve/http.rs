@@ -170,7 +170,7 @@ fn enter(service: &Service, body: &[u8]) -> Result<Entered, Refusal> {
     }
     prompt.extend(&spec.generated);
     let submission = Submission {
-        job: Job { seq, prompt, draws: spec.generated.len() as u64 },
+        job: Job { seq, prompt, draws: spec.generated.len() as u64, tokens_left: left },
         sampling,
         answer,
         events: sender,

@@ -156,6 +156,8 @@ fn start_log() {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(false)
+        // It would complain of a log that can't be written into that same log, and panic.
+        .log_internal_errors(false)
         .try_init();
 }
 

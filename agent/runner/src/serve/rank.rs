@@ -16,7 +16,7 @@ use exo_crds::{
     runner::{EXIT_STOPPED, REASON_PEER_LOST, RunnerConfig},
 };
 use exo_engine::{
-    Engine, EngineError, LoadConfig, LoadProgress, Sampling, SeqId, Step,
+    Engine, EngineError, LoadConfig, LoadProgress, Sampling, SeqId, Sharding, Step,
     distributed::{Backend, Group},
     exit_now,
     text::{ChatTemplate, TextError, Tokenizer},
@@ -44,10 +44,11 @@ const SELF_TEST_LIMIT: Duration = Duration::from_secs(30);
 /// For the next part of the weights. Below `SILENCE_LIMIT_S`, so that the runner speaks first.
 const LOAD_LIMIT: Duration = Duration::from_secs(100);
 const MEET_LIMIT: Duration = Duration::from_secs(60);
-/// The first steps make kernels.
+/// For the whole warm-up, whose steps make kernels. Below `SILENCE_LIMIT_S`, as for loading.
 const WARM_LIMIT: Duration = Duration::from_secs(100);
 const STEP_LIMIT: Duration = Duration::from_secs(60);
-/// A peer's failure is often known here a moment before the channel names the peer.
+/// A peer's failure is often known here a moment before the channel names the peer: who waits is
+/// told the cause, and does not pass its own guess on to others.
 const BLAME_PAUSE: Duration = Duration::from_millis(500);
 /// For the last words to rank 0.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(1);
@@ -62,6 +63,7 @@ const WARM_SEQ: SeqId = 0;
 /// How often memory is looked at while steps run.
 const MEMORY_PERIOD: Duration = Duration::from_secs(2);
 
+const WARMING: &str = "warming up";
 const WAITING: &str = "waiting for the other ranks to load";
 
 /// What the engine's thread starts from.
@@ -106,23 +108,29 @@ impl Loaded {
 
 /// Runs the rank; returns when it can't go on. Rank 0 is told first where there is one.
 pub(crate) fn run(mut start: Start) -> Failure {
-    let failure = match connect(&mut start) {
-        Err(failure) => failure,
-        Ok((mut link, loaded)) => {
-            let failure = match serve(&start, &mut link, &loaded) {
-                Ok(()) => Failure::retryable("Stopped", "nobody can send requests any more"),
-                Err(failure) => failure,
-            };
-            if let Link::Other { sender, .. } = &mut link {
-                let note = RankNote::Failed { message: failure.message.clone() };
-                let send = async { timeout(LAST_WORDS_LIMIT, sender.send(&note)).await };
-                let _ = start.runtime.block_on(send);
-            }
-            failure
+    let pause = |failure: &Failure, world_size: u32| {
+        if world_size > 1 && !failure.permanent {
+            std::thread::sleep(BLAME_PAUSE);
         }
     };
-    if start.config.world_size > 1 && !failure.permanent {
-        std::thread::sleep(BLAME_PAUSE);
+    let world_size = start.config.world_size;
+    let (mut link, loaded) = match connect(&mut start) {
+        Err(failure) => {
+            pause(&failure, world_size);
+            return failure;
+        }
+        Ok(connected) => connected,
+    };
+    let failure = match serve(&start, &mut link, &loaded) {
+        Ok(()) => Failure::retryable("Stopped", "nobody can send requests any more"),
+        Err(failure) => failure,
+    };
+    // Meanwhile the channel's task may end the process with the cause.
+    pause(&failure, world_size);
+    if let Link::Other { sender, .. } = &mut link {
+        let note = RankNote::Failed { message: failure.message.clone() };
+        let send = async { timeout(LAST_WORDS_LIMIT, sender.send(&note)).await };
+        let _ = start.runtime.block_on(send);
     }
     failure
 }
@@ -190,7 +198,7 @@ async fn take_notes(
             Ok(RankNote::Loaded) => loaded.one_more(),
             Ok(RankNote::Failed { message }) => {
                 let message = format!("rank {rank} failed: {message}");
-                break Failure::retryable("PeerFailed", message);
+                break Failure::retryable(REASON_PEER_LOST, message);
             }
             Err(error) => break channel_failure(&error),
         }
@@ -228,7 +236,7 @@ fn serve(start: &Start, link: &mut Link, loaded: &Loaded) -> Result<(), Failure>
         reporter: reporter.clone(),
         runtime: start.runtime.clone(),
         senders: start.senders.clone(),
-        step_limit: WARM_LIMIT,
+        warm: false,
     };
     match (link, text) {
         (Link::First, Some(text)) => ranks.serve_requests(start, text),
@@ -298,6 +306,7 @@ fn load(
     let load = LoadConfig {
         model_dir: config.model_dir.clone(),
         layers: layers.start as usize..layers.end as usize,
+        sharding: Sharding::Pipeline,
         group,
         context_length: config.context_length as usize,
     };
@@ -351,17 +360,21 @@ struct Ranks {
     /// Empty on other ranks than 0, and when there are none.
     senders: Arc<Mutex<Vec<Sender>>>,
     memory: Memory,
-    step_limit: Duration,
+    /// The warm-up is over, which has one limit for all its steps.
+    warm: bool,
 }
 
 impl Ranks {
     /// Rank 0 from here on.
     fn serve_requests(mut self, start: &Start, text: ModelText) -> Result<(), Failure> {
-        self.warm()?;
+        self.watchdog.watch(WARMING, WARM_LIMIT);
+        self.warm_up()?;
         self.tell(&RankCommand::Ready)?;
-        self.step_limit = STEP_LIMIT;
+        self.watchdog.rest();
+        self.warm = true;
         let live_max = start.config.max_concurrency.max(1) as usize;
         let info = self.engine.info();
+        let kv_tokens = info.max_context;
         let (orders, receiver) = mpsc::channel();
         let service = Service {
             text,
@@ -379,12 +392,12 @@ impl Ranks {
             unreachable!("a process gets ready once");
         }
         self.reporter.phase(ShardPhase::Ready, 100);
-        let limits = Limits { live_max, chunk_tokens: CHUNK_TOKENS };
+        let limits = Limits { live_max, chunk_tokens: CHUNK_TOKENS, kv_tokens };
         Driver::new(limits, self, start.shared.metrics.clone()).run(&receiver)
     }
 
     /// One short answer through all ranks, so that the first request finds all kernels made.
-    fn warm(&mut self) -> Result<(), Failure> {
+    fn warm_up(&mut self) -> Result<(), Failure> {
         let sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 0, logprobs: None };
         self.open(WARM_SEQ, &sampling)?;
         let count = WARM_TOKENS.min(self.engine.info().max_context.saturating_sub(1)).max(1);
@@ -403,6 +416,7 @@ impl Ranks {
 
     /// The other ranks from here on.
     fn follow(&mut self, commands: &mpsc::Receiver<RankCommand>) -> Result<(), Failure> {
+        self.watchdog.watch(WARMING, WARM_LIMIT);
         while let Ok(command) = commands.recv() {
             match command {
                 RankCommand::Open { seq, sampling } => self.engine.open(seq, &sampling),
@@ -413,7 +427,8 @@ impl Ranks {
                 }
                 RankCommand::Close { seq } => self.engine.close(seq),
                 RankCommand::Ready => {
-                    self.step_limit = STEP_LIMIT;
+                    self.watchdog.rest();
+                    self.warm = true;
                     self.reporter.phase(ShardPhase::Ready, 100);
                 }
                 RankCommand::Shutdown | RankCommand::Abandon { .. } => {
@@ -433,9 +448,13 @@ impl Ranks {
 
     /// Runs a step on this rank.
     fn run(&mut self, step: &Step) -> Result<Stepped, Failure> {
-        self.watchdog.watch("a step", self.step_limit);
+        if self.warm {
+            self.watchdog.watch("a step", STEP_LIMIT);
+        }
         let result = self.engine.step(step);
-        self.watchdog.rest();
+        if self.warm {
+            self.watchdog.rest();
+        }
         self.check_memory();
         match result {
             Ok(output) => Ok(Stepped::Done(output)),

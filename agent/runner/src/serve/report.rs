@@ -15,8 +15,8 @@ use exo_crds::{
 use exo_engine::{EngineError, exit_now};
 use tracing::{error, info};
 
-/// While a rank loads for long or waits for others that do, it says so again this often; the agent
-/// takes longer silence for a hang.
+/// While a rank loads or warms up for long or waits for others that do, it says so again this often;
+/// the agent takes longer silence for a hang.
 const REPEAT_PERIOD: Duration = Duration::from_secs(30);
 
 /// Why the runner ends, as its last event says it.
@@ -108,22 +108,25 @@ impl Reporter {
     pub(crate) fn fail(&self, failure: &Failure) -> ! {
         // Held until the end: nothing else is printed after it, and only one thread fails.
         let _last = self.last_phase();
-        error!(reason = failure.reason, permanent = failure.permanent, "{}", failure.message);
+        // The event first: a log that nobody reads must not keep it back.
         print(&RunnerEvent::Failed {
             reason: failure.reason.to_owned(),
             message: failure.message.clone(),
             permanent: failure.permanent,
         });
+        error!(reason = failure.reason, permanent = failure.permanent, "{}", failure.message);
         exit_now(if failure.permanent { EXIT_PERMANENT } else { EXIT_RETRYABLE })
     }
 
-    /// Repeats the phase from time to time while loading.
+    /// Repeats the phase from time to time while loading and warming up.
     pub(crate) async fn repeat_loading(self) {
         loop {
             tokio::time::sleep(REPEAT_PERIOD).await;
             let last = self.last_phase();
-            if let Some(event @ RunnerEvent::Phase { phase: ShardPhase::Loading, .. }) = &*last {
-                print(event);
+            let repeated = |phase| matches!(phase, ShardPhase::Loading | ShardPhase::Warming);
+            match &*last {
+                Some(event @ RunnerEvent::Phase { phase, .. }) if repeated(*phase) => print(event),
+                Some(_) | None => {}
             }
         }
     }

@@ -1,7 +1,10 @@
 //! What rank 0 runs next: which sequences are admitted, prefilled, decoded. Pure: knows tokens and
 //! sequence numbers only; never texts, clients, the clock or MLX.
 //!
-//! Sequences are admitted first come, first served, up to a limit. Work goes in rounds: one chunk of
+//! Sequences are admitted first come, first served, up to a number of sequences and of tokens in
+//! their caches. The control plane sets aside, on each rank, a cache for one full context per
+//! replica (`exo-plan`, `place`): so all live sequences together never need more than that. Each
+//! counts from its admission on with all that it may come to; one alone is always admitted. Work goes in rounds: one chunk of
 //! one prompt, then one decode step for each sequence that has its prompt behind it. So all answers
 //! stream at the same pace, and a long prompt delays them by one chunk a round at most.
 
@@ -16,6 +19,9 @@ pub(crate) struct Limits {
     pub(crate) live_max: usize,
     /// Prompt tokens fed in one step.
     pub(crate) chunk_tokens: usize,
+    /// Tokens that the caches of all live sequences may come to: the memory that placement set
+    /// aside, one full context.
+    pub(crate) kv_tokens: usize,
 }
 
 /// A sequence to run.
@@ -26,6 +32,15 @@ pub(crate) struct Job {
     pub(crate) prompt: Vec<u32>,
     /// How many tokens were drawn in earlier runs.
     pub(crate) draws: u64,
+    /// How many more may be drawn at most.
+    pub(crate) tokens_left: usize,
+}
+
+impl Job {
+    /// Tokens that its cache may come to.
+    fn kv_tokens(&self) -> usize {
+        self.prompt.len().saturating_add(self.tokens_left)
+    }
 }
 
 /// The next thing to do.
@@ -50,6 +65,8 @@ enum State {
 struct Live {
     job: Job,
     state: State,
+    /// As it was admitted with: what is drawn is no longer left, but fed.
+    kv_tokens: usize,
 }
 
 /// See the module.
@@ -113,11 +130,9 @@ impl Scheduler {
         if let Some(seq) = self.closing.pop_front() {
             return Some(Action::Close { seq });
         }
-        if self.live.len() < self.limits.live_max
-            && let Some(job) = self.waiting.pop_front()
-        {
-            let seq = job.seq;
-            self.live.insert(seq, Live { job, state: State::Prefill { fed: 0 } });
+        if let Some(job) = self.admit() {
+            let (seq, kv_tokens) = (job.seq, job.kv_tokens());
+            self.live.insert(seq, Live { job, state: State::Prefill { fed: 0 }, kv_tokens });
             self.prefilling.push_back(seq);
             return Some(Action::Open { seq });
         }
@@ -132,6 +147,15 @@ impl Scheduler {
         );
         let step = self.next_chunk().or_else(|| self.next_decode());
         step.map(Action::Step)
+    }
+
+    /// The first that waits, if there is room for it. None overtakes it: it would wait for ever.
+    fn admit(&mut self) -> Option<Job> {
+        let wanted = self.waiting.front()?.kv_tokens();
+        let held: usize = self.live.values().map(|live| live.kv_tokens).sum();
+        let fits = held.saturating_add(wanted) <= self.limits.kv_tokens;
+        let admitted = self.live.is_empty() || (self.live.len() < self.limits.live_max && fits);
+        if admitted { self.waiting.pop_front() } else { None }
     }
 
     fn next_decode(&mut self) -> Option<Step> {
@@ -172,11 +196,11 @@ mod tests {
     use super::*;
 
     fn scheduler(live_max: usize, chunk_tokens: usize) -> Scheduler {
-        Scheduler::new(Limits { live_max, chunk_tokens })
+        Scheduler::new(Limits { live_max, chunk_tokens, kv_tokens: 1000 })
     }
 
     fn job(seq: SeqId, prompt: usize) -> Job {
-        Job { seq, prompt: (0..prompt as u32).collect(), draws: 0 }
+        Job { seq, prompt: (0..prompt as u32).collect(), draws: 0, tokens_left: 8 }
     }
 
     fn prefill(seq: SeqId, tokens: std::ops::Range<u32>, sample: bool) -> Action {
@@ -209,7 +233,7 @@ mod tests {
     #[test]
     fn a_resumed_sequence_goes_on_counting_draws() {
         let mut s = scheduler(1, 4);
-        s.submit(Job { seq: 1, prompt: vec![5, 6], draws: 9 });
+        s.submit(Job { seq: 1, prompt: vec![5, 6], draws: 9, tokens_left: 1 });
         s.next();
         let step = Step::Prefill { seq: 1, tokens: vec![5, 6], sample: true, draw: 9 };
         assert_eq!(s.next(), Some(Action::Step(step)));
@@ -256,6 +280,38 @@ mod tests {
         assert_eq!(s.next(), Some(Action::Close { seq: 1 }));
         assert_eq!(s.next(), Some(Action::Open { seq: 3 }));
         assert_eq!(s.counts(), (1, 0));
+    }
+
+    #[test]
+    fn caches_never_come_to_more_than_was_set_aside() {
+        let mut s = Scheduler::new(Limits { live_max: 9, chunk_tokens: 100, kv_tokens: 20 });
+        let mut submit = |seq, prompt, tokens_left| {
+            s.submit(Job { tokens_left, ..job(seq, prompt) });
+        };
+        // 12 of 20; 9 is too much beside it, and the small one does not overtake.
+        submit(1, 4, 8);
+        submit(2, 8, 1);
+        submit(3, 1, 1);
+        // More than there is: runs, but alone.
+        submit(4, 21, 9);
+        assert_eq!(s.next(), Some(Action::Open { seq: 1 }));
+        assert_eq!(s.next(), Some(prefill(1, 0..4, true)));
+        s.drew(1, 50);
+        assert_eq!(s.next(), Some(decode(1, 50, 1)));
+        s.drew(1, 51);
+        assert_eq!(s.counts(), (1, 3));
+        s.finish(1);
+        assert_eq!(s.next(), Some(Action::Close { seq: 1 }));
+        assert_eq!(s.next(), Some(Action::Open { seq: 2 }));
+        assert_eq!(s.next(), Some(Action::Open { seq: 3 }));
+        assert_eq!(s.next(), Some(prefill(2, 0..8, true)));
+        assert_eq!(s.counts(), (2, 1));
+        for seq in [2, 3] {
+            s.finish(seq);
+        }
+        assert_eq!(s.next(), Some(Action::Close { seq: 2 }));
+        assert_eq!(s.next(), Some(Action::Close { seq: 3 }));
+        assert_eq!(s.next(), Some(Action::Open { seq: 4 }));
     }
 
     /// What a test client does between two actions.
@@ -329,7 +385,10 @@ mod tests {
                 }
             }
         }
-        assert!(tracks.iter().filter(|t| t.opened && !t.closed).count() <= limits.live_max);
+        let open: Vec<&Track> = tracks.iter().filter(|t| t.opened && !t.closed).collect();
+        assert!(open.len() <= limits.live_max);
+        let kv_tokens: usize = open.iter().map(|t| t.prompt + t.answer as usize).sum();
+        assert!(open.len() == 1 || kv_tokens <= limits.kv_tokens, "{kv_tokens} of {limits:?}");
         true
     }
 
@@ -347,15 +406,17 @@ mod tests {
         fn every_sequence_gets_what_it_asked_for(
             live_max in 1..4_usize,
             chunk_tokens in 1..6_usize,
+            kv_tokens in 1..60_usize,
             events in prop::collection::vec(event(), 0..40),
         ) {
-            let limits = Limits { live_max, chunk_tokens };
+            let limits = Limits { live_max, chunk_tokens, kv_tokens };
             let mut s = Scheduler::new(limits);
             let mut tracks: Vec<Track> = Vec::new();
             for event in events {
                 match event {
                     Event::Submit { prompt, answer } => {
-                        s.submit(job(tracks.len() as u64, prompt));
+                        let tokens_left = answer as usize;
+                        s.submit(Job { tokens_left, ..job(tracks.len() as u64, prompt) });
                         tracks.push(Track { prompt, answer, ..Track::default() });
                     }
                     Event::Cancel(index) if !tracks.is_empty() => {

@@ -199,7 +199,7 @@ async fn more_requests_than_places_wait_and_the_rest_is_sent_away() {
     let client = client(&group);
     let mut streams = Vec::new();
     for _ in 0..4 + 256 {
-        streams.push(client.stream(&request("Hello", 500)).await);
+        streams.push(client.stream(&request("Hello", model::CONTEXT / 4 - 16)).await);
     }
     let (status, refusal) = client.refusal(&request("Hello", 1)).await;
     assert_eq!(status, 503);
@@ -208,6 +208,29 @@ async fn more_requests_than_places_wait_and_the_rest_is_sent_away() {
     assert_eq!(response.headers()["retry-after"], "1");
     assert_eq!(client.metric("exo_runner_active_sequences").await, 4.0);
     assert!(client.metric("exo_runner_waiting_requests").await > 200.0);
+}
+
+#[tokio::test]
+async fn caches_take_no_more_than_one_full_context() {
+    let model = Model::new();
+    let group = model.group(1);
+    let _runners = group.start_all();
+    let client = client(&group);
+    // Each alone has room, both together have not.
+    let body = request("Hello", model::CONTEXT - 64);
+    let (mut first, _second) = (client.stream(&body).await, client.stream(&body).await);
+    for _ in 0..5 {
+        first.next().await.unwrap();
+    }
+    assert_eq!(client.metric("exo_runner_active_sequences").await, 1.0);
+    assert_eq!(client.metric("exo_runner_waiting_requests").await, 1.0);
+    drop(first);
+    let deadline = Instant::now() + process::LIMIT;
+    while client.metric("exo_runner_waiting_requests").await > 0.0 {
+        assert!(Instant::now() < deadline, "the second was not admitted");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(client.metric("exo_runner_active_sequences").await, 1.0);
 }
 
 #[tokio::test]
@@ -272,12 +295,17 @@ async fn all_ranks_name_the_one_that_is_lost() {
     let model = Model::new();
     let group = model.group(4);
     let mut runners = group.start_all();
-    let answer = client(&group).whole(&request("Hello", 8)).await;
-    assert_eq!(answer.tokens.len(), 8);
+    // In the middle of an answer, so that MLX's collectives fail as well.
+    let mut answer = client(&group).stream(&request("Hello", 2000)).await;
+    for _ in 0..5 {
+        answer.next().await.unwrap();
+    }
     runners[2].signal("KILL");
     for rank in [0, 1, 3] {
-        let (_, message, permanent) = runners[rank].failure();
+        let (reason, message, permanent) = runners[rank].failure();
         assert!(message.contains("rank 2"), "rank {rank}: {message}");
+        // Nobody but the one that was killed passes for the cause.
+        assert_eq!(reason, "PeerLost", "rank {rank}: {message}");
         assert!(!permanent);
         assert_eq!(runners[rank].exit().code(), Some(1));
     }
@@ -310,8 +338,9 @@ async fn bad_weights_end_it_for_good() {
     assert!(message.contains("model.layers.3.mlp.up_proj.weight"), "{message}");
     assert_eq!(second.exit().code(), Some(2));
     // Rank 0 has all of its layers, but no peer.
-    let (_, message, permanent) = first.failure();
+    let (reason, message, permanent) = first.failure();
     assert!(message.contains("rank 1"), "{message}");
+    assert_eq!(reason, "PeerLost", "{message}");
     assert!(!permanent);
     assert_eq!(first.exit().code(), Some(1));
 }

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 /// Layers of the built-in model.
 pub(crate) const BUILT_IN_LAYERS: u32 = 8;
 pub(crate) const LAYERS: u32 = 4;
-pub(crate) const CONTEXT: u32 = 512;
+pub(crate) const CONTEXT: u32 = 4096;
 const VOCABULARY: usize = 1280;
 const HIDDEN: usize = 64;
 const MLP: usize = 96;

@@ -53,7 +53,14 @@ pub(crate) async fn watch(call: Call) -> Result<Response, ApiError> {
     let timeout_s = timeout_s.filter(|s| *s > 0).unwrap_or(DEFAULT_TIMEOUT_S);
     // A day is for ever; larger numbers would only overflow the clock.
     let deadline = Instant::now() + Duration::from_secs(timeout_s.min(86_400));
-    let start = start(&call, &prefix).await?;
+    let start = match start(&call, &prefix).await {
+        // Told within the stream: clients list anew after that, but try again after an HTTP error.
+        Err(error @ ApiError::Expired(_)) => {
+            let headers = [(header::CONTENT_TYPE, "application/json")];
+            return Ok((StatusCode::OK, headers, error_line(&error)).into_response());
+        }
+        start => start?,
+    };
     let changes = call.server.store().watch(&prefix, start.revision);
     let place = call.server.flow().watch(&call.client)?;
     let gauge = &call.server.metrics().watches;

@@ -1,6 +1,7 @@
 //! `exoctl apply`: creates what is missing and replaces the spec of what is there.
 //!
-//! Guarantee: when a document of the files is invalid, none of them is sent.
+//! Guarantee: when the server finds a document of the files invalid, none of them is applied. What
+//! is valid the server alone says; only `--dry-run=client` asks the schemas of this exoctl.
 
 use std::io::Write;
 
@@ -14,11 +15,11 @@ use super::{
     wait,
 };
 use crate::{
-    cli::{Apply, DryRun, Goal},
+    cli::{Apply, Global, Goal},
     error::{Collector, refused},
-    kinds::Kind,
+    kinds::{Kind, Kinds},
     schema::Schemas,
-    server::Server,
+    server::{Namespace, Server},
 };
 
 /// Someone else writes the same object (its controller's status, say); more in a row is no race.
@@ -28,22 +29,19 @@ const MANAGER: (&str, &str) = ("fieldManager", "exoctl");
 
 /// A document ready to be sent.
 #[derive(Debug)]
-struct Planned<'s> {
+struct Planned<'k> {
     source: String,
-    kind: &'s Kind,
+    kind: &'k Kind,
     namespace: String,
     name: String,
     object: Value,
 }
 
 pub(super) async fn run(args: &Apply, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
-    let planned = plan(server, documents::read(&args.files)?).await?;
-    if args.dry_run == Some(DryRun::Client) {
-        for one in &planned {
-            writeln!(out, "{} valid (client dry run)", one.kind.named(&one.name))?;
-        }
-        return Ok(());
-    }
+    let documents = documents::read(&args.files)?;
+    let kinds = server.kinds().await?;
+    let planned = plan(documents, kinds, |object| server.namespace_of(object))?;
+    // A single document needs no rehearsal: refused, it leaves nothing behind.
     if planned.len() > 1 && args.dry_run.is_none() {
         rehearse(server, &planned).await?;
     }
@@ -64,6 +62,27 @@ pub(super) async fn run(args: &Apply, server: &Server, out: &mut dyn Write) -> a
     Ok(())
 }
 
+/// `--dry-run=client`: asks no server, and needs none.
+pub(super) fn check(args: &Apply, global: &Global, out: &mut dyn Write) -> anyhow::Result<()> {
+    let (kinds, schemas) = (Kinds::built_in(), Schemas::built_in());
+    let namespace = Namespace::new(global, "default");
+    let documents = documents::read(&args.files)?;
+    let mut failures = Collector::default();
+    for one in plan(documents, &kinds, |object| namespace.of(object))? {
+        let Kind { api, .. } = one.kind;
+        let problems = schemas.check(&api.api_version, &api.kind, &one.object);
+        if problems.is_empty() {
+            writeln!(out, "{} valid (client dry run)", one.kind.named(&one.name))?;
+        } else {
+            let Planned { source, name, .. } = &one;
+            let problems = problems.join("; ");
+            let invalid = anyhow::anyhow!("{source}: {} `{name}` is invalid: {problems}", api.kind);
+            failures.note::<()>(Err(invalid))?;
+        }
+    }
+    failures.finish()
+}
+
 /// Lets the server check all documents, so that a refusal of the last one finds nothing done.
 async fn rehearse(server: &Server, planned: &[Planned<'_>]) -> anyhow::Result<()> {
     let mut failures = Collector::default();
@@ -74,14 +93,17 @@ async fn rehearse(server: &Server, planned: &[Planned<'_>]) -> anyhow::Result<()
     failures.finish()
 }
 
-/// Checks every document before any is sent.
-async fn plan(server: &Server, documents: Vec<Document>) -> anyhow::Result<Vec<Planned<'_>>> {
-    let schemas = Schemas::built_in();
+/// Finds the kind, namespace and name of every document before any is sent.
+fn plan<'k>(
+    documents: Vec<Document>,
+    kinds: &'k Kinds,
+    namespace_of: impl Fn(&Value) -> anyhow::Result<String>,
+) -> anyhow::Result<Vec<Planned<'k>>> {
     let mut failures = Collector::default();
     let mut planned: Vec<Planned<'_>> = Vec::new();
     for document in documents {
         let source = document.source.clone();
-        let one = plan_one(server, &schemas, document).await;
+        let one = plan_one(document, kinds, &namespace_of);
         if let Some(one) = failures.note(one.with_context(|| source))? {
             let same = |p: &&Planned<'_>| {
                 p.kind == one.kind && p.namespace == one.namespace && p.name == one.name
@@ -102,11 +124,11 @@ async fn plan(server: &Server, documents: Vec<Document>) -> anyhow::Result<Vec<P
     Ok(planned)
 }
 
-async fn plan_one<'s>(
-    server: &'s Server,
-    schemas: &Schemas,
+fn plan_one<'k>(
     document: Document,
-) -> anyhow::Result<Planned<'s>> {
+    kinds: &'k Kinds,
+    namespace_of: impl Fn(&Value) -> anyhow::Result<String>,
+) -> anyhow::Result<Planned<'k>> {
     let Document { source, mut object } = document;
     if !object.is_object() {
         bail!("the document is not an object");
@@ -117,12 +139,8 @@ async fn plan_one<'s>(
     let metadata = &object["metadata"];
     let name = metadata["name"].as_str().filter(|name| !name.is_empty());
     let name = name.context("metadata.name: is required")?.to_owned();
-    let kind = server.kinds().await?.find_exact(api_version, kind_name)?;
-    let problems = schemas.check(api_version, kind_name, &object);
-    if !problems.is_empty() {
-        bail!("{kind_name} `{name}` is invalid: {}", problems.join("; "));
-    }
-    let namespace = server.namespace_of(&object)?;
+    let kind = kinds.find_exact(api_version, kind_name)?;
+    let namespace = namespace_of(&object)?;
     let metadata = object["metadata"].as_object_mut().context("metadata: must be an object")?;
     match kind.namespaced {
         true => metadata.insert("namespace".to_owned(), namespace.as_str().into()),
@@ -216,7 +234,7 @@ fn same(before: &Value, after: &Value) -> bool {
     essence(before) == essence(after)
 }
 
-/// Only instances become Ready; the other kinds are what they are.
+/// Only instances become Ready; the other kinds are what they are. One that can't is not waited for.
 async fn wait_until_ready(
     args: &Apply,
     server: &Server,
@@ -227,8 +245,13 @@ async fn wait_until_ready(
     let goal = Goal::Condition { kind: "Ready".to_owned(), status: "True".to_owned() };
     let mut failures = Collector::default();
     for one in planned.iter().filter(|p| p.kind.api.kind == "InferenceInstance") {
-        let target =
-            wait::Target { kind: one.kind, namespace: &one.namespace, name: &one.name, uid: None };
+        let target = wait::Target {
+            kind: one.kind,
+            namespace: &one.namespace,
+            name: &one.name,
+            uid: None,
+            gives_up: true,
+        };
         let waited = wait::wait_for(server, &target, &goal, deadline, args.timeout).await;
         if failures.note(waited)?.is_some() {
             writeln!(out, "{} is Ready", one.kind.named(&one.name))?;

@@ -52,6 +52,7 @@ pub(super) async fn run(args: &Delete, server: &Server, out: &mut dyn Write) -> 
                 namespace: &doomed.namespace,
                 name: &doomed.name,
                 uid: uid.as_ref(),
+                gives_up: false,
             };
             let gone = wait::wait_for(server, &target, &Goal::Delete, deadline, args.timeout).await;
             failures.note(gone)?;

@@ -8,7 +8,7 @@ use kube::runtime::{WatchStreamExt as _, watcher::watch_object};
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::select;
+use super::{hopeless, select};
 use crate::{
     cli::{Goal, Wait},
     error::Collector,
@@ -25,6 +25,8 @@ pub(super) struct Target<'a> {
     pub(super) name: &'a str,
     /// The very object, where another one may have taken its name meanwhile.
     pub(super) uid: Option<&'a Value>,
+    /// An instance that has failed for good ends the wait.
+    pub(super) gives_up: bool,
 }
 
 pub(super) async fn run(args: &Wait, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
@@ -38,8 +40,13 @@ pub(super) async fn run(args: &Wait, server: &Server, out: &mut dyn Write) -> an
             bail!("say which {}: KIND/NAME", selected.kind.api.plural);
         }
         for name in &selected.names {
-            let target =
-                Target { kind: selected.kind, namespace: server.namespace(), name, uid: None };
+            let target = Target {
+                kind: selected.kind,
+                namespace: server.namespace(),
+                name,
+                uid: None,
+                gives_up: false,
+            };
             let waited = wait_for(server, &target, &args.goal, deadline, args.timeout).await;
             if failures.note(waited)?.is_some() {
                 let met = match args.goal {
@@ -66,35 +73,37 @@ pub(super) async fn wait_for(
     // An error that repeats itself (no permission, no server) is seen at once here; watches only
     // retry.
     let path = target.kind.path(Some(target.namespace), Some(target.name));
-    let first = server.get_if_exists(&path).await?;
-    let found_uid = first.as_ref().map(|object| object["metadata"]["uid"].clone());
+    let mut object = server.get_if_exists(&path).await?;
+    let found_uid = object.as_ref().map(|object| object["metadata"]["uid"].clone());
     let uid = target.uid.or(found_uid.as_ref());
     let objects = watch_object(server.api(target.kind, target.namespace), target.name);
     let objects = objects.default_backoff();
     pin_mut!(objects);
     let mut teller = Teller::default();
-    let mut state = State::of(goal, first.as_ref(), uid);
+    let named = target.kind.named(target.name);
     loop {
-        match &state {
-            State::Reached => return Ok(()),
-            State::NotYet(now) => teller.tell(target, goal, now),
+        let State::NotYet(now) = State::of(goal, object.as_ref(), uid) else {
+            return Ok(());
+        };
+        if let (true, Some(instance)) = (target.gives_up, &object) {
+            let reason = hopeless::reason(server, target.namespace, instance);
+            let reason = tokio::time::timeout_at(deadline, reason).await;
+            if let Ok(Some(reason)) = reason {
+                bail!("{named} will not become Ready: {reason}");
+            }
         }
+        teller.tell(target, goal, &now);
         match tokio::time::timeout_at(deadline, objects.next()).await {
-            Ok(Some(Ok(object))) => {
-                let object = object.and_then(|object| serde_json::to_value(object).ok());
-                state = State::of(goal, object.as_ref(), uid);
+            Ok(Some(Ok(seen))) => {
+                object = seen.and_then(|object| serde_json::to_value(object).ok());
             }
             // The connection may come back before the deadline.
             Ok(Some(Err(_))) => {}
-            Ok(None) => bail!("the watch of {} ended", target.kind.named(target.name)),
-            Err(_) => {
-                let State::NotYet(now) = state else { return Ok(()) };
-                bail!(
-                    "timed out after {timeout:?} waiting for {} of {}: {now}",
-                    describe(goal),
-                    target.kind.named(target.name)
-                );
-            }
+            Ok(None) => bail!("the watch of {named} ended"),
+            Err(_) => bail!(
+                "timed out after {timeout:?} waiting for {} of {named}: {now}",
+                describe(goal)
+            ),
         }
     }
 }
@@ -144,32 +153,33 @@ impl State {
         let conditions = object["status"]["conditions"].as_array();
         let is_it = |c: &&Value| c["type"].as_str().is_some_and(|t| t.eq_ignore_ascii_case(kind));
         let Some(condition) = conditions.and_then(|c| c.iter().find(is_it)) else {
-            return Self::NotYet("the condition is not set".to_owned());
+            return Self::NotYet(format!("{kind} is not known yet"));
         };
         let text = |field: &str| condition[field].as_str().unwrap_or_default();
-        // A verdict on an older spec says nothing about this one.
-        let generation = object["metadata"]["generation"].as_i64();
-        let observed = condition["observedGeneration"]
-            .as_i64()
-            .or_else(|| object["status"]["observedGeneration"].as_i64());
-        if let (Some(generation), Some(observed)) = (generation, observed)
-            && observed < generation
-        {
+        if is_stale(object, condition) {
             return Self::NotYet("the newest change has not been looked at".to_owned());
         }
         if text("status").eq_ignore_ascii_case(wanted) {
             return Self::Reached;
         }
-        let reason = match text("reason") {
-            "" => String::new(),
-            reason => format!(" ({reason})"),
-        };
-        let message = match text("message") {
-            "" => String::new(),
-            message => format!(": {message}"),
-        };
-        Self::NotYet(format!("it is {}{reason}{message}", text("status")))
+        Self::NotYet(match (text("reason"), text("message")) {
+            ("", "") => format!("{kind} is {}", text("status")),
+            ("", message) => message.to_owned(),
+            (reason, "") => reason.to_owned(),
+            // One sentence: what it does, and how far each rank is.
+            (reason @ "Starting", message) => format!("{reason}, {message}"),
+            (reason, message) => format!("{reason}: {message}"),
+        })
     }
+}
+
+/// Whether a condition is a verdict on an older spec, which says nothing about this one.
+pub(super) fn is_stale(object: &Value, condition: &Value) -> bool {
+    let generation = object["metadata"]["generation"].as_i64();
+    let observed = condition["observedGeneration"]
+        .as_i64()
+        .or_else(|| object["status"]["observedGeneration"].as_i64());
+    matches!((generation, observed), (Some(generation), Some(observed)) if observed < generation)
 }
 
 fn describe(goal: &Goal) -> String {
@@ -192,7 +202,7 @@ impl Teller {
     fn tell(&mut self, target: &Target<'_>, goal: &Goal, now: &str) {
         // Deletions are quick and their states are dull.
         if *goal != Goal::Delete && self.last.as_deref() != Some(now) {
-            eprintln!("{}: {now}", target.kind.named(target.name));
+            eprintln!("{}: {now}", target.name);
             self.last = Some(now.to_owned());
         }
     }
@@ -220,9 +230,14 @@ mod tests {
                 "observedGeneration": observed}]}})
         };
         check(with("True", 2), State::Reached);
-        check(with("False", 2), not_yet("it is False (NoCapacity): no node has 19Gi free"));
+        check(with("False", 2), not_yet("NoCapacity: no node has 19Gi free"));
         check(with("True", 1), not_yet("the newest change has not been looked at"));
-        check(json!({}), not_yet("the condition is not set"));
+        check(json!({}), not_yet("ready is not known yet"));
+        let starting = json!({"status": {"conditions": [{"type": "Ready", "status": "False",
+            "reason": "Starting", "message": "rank 0 Loading on a, rank 1 Ready on b"}]}});
+        check(starting, not_yet("Starting, rank 0 Loading on a, rank 1 Ready on b"));
+        let bare = json!({"status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}});
+        check(bare, not_yet("ready is Unknown"));
         assert_eq!(State::of(&ready, None, None), not_yet("it does not exist"));
     }
 

@@ -4,7 +4,10 @@ use std::{path::PathBuf, process::Stdio, time::Duration};
 
 use exo_apiserver::{ApiServer, Identity, app, in_process};
 use exo_store::Store;
-use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use k8s_openapi::{
+    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
+    apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp,
+};
 use kube::{
     Api, Client,
     api::{Patch, PatchParams, PostParams},
@@ -37,9 +40,14 @@ pub(crate) struct Output {
 
 impl Cluster {
     pub(crate) async fn start() -> Self {
+        Self::start_with(&exo_crds::all()).await
+    }
+
+    /// A server that may know more than exoctl.
+    pub(crate) async fn start_with(crds: &[CustomResourceDefinition]) -> Self {
         exo_trust::install_crypto();
         let registry = prometheus::Registry::new();
-        let server = ApiServer::new(Store::memory(), &exo_crds::all(), &registry).unwrap();
+        let server = ApiServer::new(Store::memory(), crds, &registry).unwrap();
         let identity = Identity { name: "admin".into(), groups: vec!["system:masters".into()] };
         let router = in_process(app(server), identity);
         let client = Client::new(router.clone(), "default");
@@ -121,18 +129,64 @@ impl Cluster {
         api.patch_status(&name, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
     }
 
+    /// Does what agent and controller do when an instance of two ranks can't be loaded.
+    pub(crate) async fn fail(&self, name: &str, permanent: bool) {
+        let shards = Api::<exo_crds::Shard>::namespaced(self.client.clone(), "default");
+        let shard = format!("{name}-0-a3-1");
+        if shards.get_opt(&shard).await.unwrap().is_none() {
+            let object = serde_json::from_value(json!({
+                "apiVersion": "exo.dev/v1alpha1", "kind": "Shard",
+                "metadata": {"name": shard, "labels": {"exo.dev/instance": name}},
+                "spec": {"instance": name, "replica": 0, "epoch": 3, "node": "mac-2", "rank": 1,
+                    "worldSize": 2, "sharding": "Pipeline", "layers": "4-7", "transport": "ring",
+                    "seed": 1, "contextLength": 2048, "maxConcurrency": 4, "fastSynch": true,
+                    "model": {"name": "tiny", "source": {"path": "tiny"}, "modelType": "llama",
+                              "layers": 8}},
+            }))
+            .unwrap();
+            shards.create(&PostParams::default(), &object).await.unwrap();
+        }
+        let failure = json!({"reason": "BadWeights", "message": "no tensor `lm_head.weight`",
+            "permanent": permanent});
+        let status = json!({"status": {"phase": "Failed", "failure": failure}});
+        shards.patch_status(&shard, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
+        // The controller's words follow the shard's.
+        let message = match permanent {
+            true => "shard chat-0-a3-1: BadWeights; next try in a while",
+            false => "shard chat-0-a3-0: PeerLost; next try soon",
+        };
+        let status = json!({"status": {"phase": "Failed",
+            "replicas": [{"index": 0, "epoch": 3, "nodes": ["mac-1", "mac-2"], "ready": false}],
+            "conditions": [condition(false, "ShardFailed", message)]}});
+        self.patch_instance(name, status).await;
+    }
+
     /// Does what the instance controller does when an instance is, or isn't, ready.
     pub(crate) async fn set_ready(&self, name: &str, ready: bool) {
-        let api = Api::<exo_crds::InferenceInstance>::namespaced(self.client.clone(), "default");
-        let now = Time(Timestamp::now());
-        let (status, reason, message) = match ready {
-            true => ("True", "AllReady", "1 of 1 replicas is ready"),
-            false => ("False", "NoCapacity", "no node has 19Gi free"),
+        let condition = match ready {
+            true => condition(true, "AllReady", "1 of 1 replicas is ready"),
+            false => condition(false, "NoCapacity", "no node has 19Gi free"),
         };
-        let status: Value = json!({"status": {"phase": if ready { "Ready" } else { "Pending" },
-            "conditions": [{"type": "Ready", "status": status, "reason": reason,
-                "message": message, "lastTransitionTime": now,
-                "observedGeneration": 1}]}});
+        let phase = if ready { "Ready" } else { "Pending" };
+        self.patch_instance(name, json!({"status": {"phase": phase, "conditions": [condition]}}))
+            .await;
+    }
+
+    /// Does what the instance controller does while the ranks of an instance load.
+    pub(crate) async fn set_starting(&self, name: &str) {
+        let message = "rank 0 Loading on mac-1, rank 1 Downloaded on mac-2";
+        let condition = condition(false, "Starting", message);
+        let status = json!({"status": {"phase": "Starting", "conditions": [condition]}});
+        self.patch_instance(name, status).await;
+    }
+
+    async fn patch_instance(&self, name: &str, status: Value) {
+        let api = Api::<exo_crds::InferenceInstance>::namespaced(self.client.clone(), "default");
         api.patch_status(name, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
     }
+}
+
+fn condition(ready: bool, reason: &str, message: &str) -> Value {
+    json!({"type": "Ready", "status": if ready { "True" } else { "False" }, "reason": reason,
+        "message": message, "lastTransitionTime": Time(Timestamp::now()), "observedGeneration": 1})
 }

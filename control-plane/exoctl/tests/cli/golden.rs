@@ -30,6 +30,9 @@ async fn check(name: &str) {
                 "create shards" => cluster.create_shards().await,
                 "chat is ready" => cluster.set_ready("chat", true).await,
                 "chat is not ready" => cluster.set_ready("chat", false).await,
+                "chat is starting" => cluster.set_starting("chat").await,
+                "chat has failed for now" => cluster.fail("chat", false).await,
+                "chat has failed for good" => cluster.fail("chat", true).await,
                 other => panic!("{name}: no such action: {other}"),
             }
         } else if line.starts_with('#') || line.is_empty() {

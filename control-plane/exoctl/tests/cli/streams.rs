@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 
 use crate::cluster::{Cluster, PATIENCE};
 
@@ -102,4 +102,82 @@ async fn wait_sees_what_happens_later() {
     let (waited, ()) = tokio::join!(waiting, happening);
     assert_eq!(waited.code, 0, "{}", waited.stderr);
     assert_eq!(waited.stdout, "inferenceinstance.exo.dev/chat condition met\n");
+}
+
+#[tokio::test]
+async fn a_field_that_only_the_server_knows_is_the_servers_business() {
+    let mut crds = serde_json::to_value(exo_crds::all()).unwrap();
+    let crd = crds
+        .as_array_mut()
+        .unwrap()
+        .iter_mut()
+        .find(|crd| crd["spec"]["names"]["kind"] == "InferenceInstance");
+    let schema = &mut crd.unwrap()["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+    schema["properties"]["spec"]["properties"]["priority"] = serde_json::json!({"type": "integer"});
+    let cluster = Cluster::start_with(&serde_json::from_value::<Vec<_>>(crds).unwrap()).await;
+    let newer = |priority: &str| {
+        format!(
+            "{{apiVersion: exo.dev/v1alpha1, kind: InferenceInstance, metadata: {{name: chat}}, \
+             spec: {{model: tiny, priority: {priority}}}}}"
+        )
+    };
+    let apply = ["apply", "-f", "-"];
+    let refused = cluster.run_with_input(&apply, &newer("high")).await;
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains("spec.priority"), "{}", refused.stderr);
+    let applied = cluster.run_with_input(&apply, &newer("3")).await;
+    assert_eq!(applied.stdout, "inferenceinstance.exo.dev/chat created\n", "{}", applied.stderr);
+    let got = cluster.run(&["get", "instance", "chat", "-o", "json"]).await;
+    assert!(got.stdout.contains("\"priority\": 3"), "{}", got.stdout);
+    // Alone, this exoctl can't know it.
+    let alone =
+        cluster.run_with_input(&["apply", "-f", "-", "--dry-run=client"], &newer("3")).await;
+    assert_eq!(alone.code, 1);
+    assert!(alone.stderr.contains("spec.priority: unknown field"), "{}", alone.stderr);
+}
+
+#[tokio::test]
+async fn a_client_dry_run_needs_no_server() {
+    let cluster = Cluster::start().await;
+    std::fs::remove_file(cluster.kubeconfig()).unwrap();
+    let instance = "{apiVersion: exo.dev/v1alpha1, kind: InferenceInstance, \
+                    metadata: {name: chat}, spec: {model: tiny}}";
+    let checked = cluster.run_with_input(&["apply", "-f", "-", "--dry-run=client"], instance).await;
+    assert_eq!(checked.code, 0, "{}", checked.stderr);
+    assert_eq!(checked.stdout, "inferenceinstance.exo.dev/chat valid (client dry run)\n");
+}
+
+#[tokio::test]
+async fn waiting_ends_when_a_failure_for_good_comes_to_light() {
+    let cluster = Cluster::start().await;
+    let instance = "{apiVersion: exo.dev/v1alpha1, kind: InferenceInstance, \
+                    metadata: {name: chat}, spec: {model: tiny}}";
+    let mut command = cluster.command(&["apply", "-f", "-", "--wait"]);
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(instance.as_bytes()).await.unwrap();
+    drop(stdin);
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let mut next = async || {
+        let line = tokio::time::timeout(PATIENCE, lines.next_line()).await.expect("a line comes");
+        line.unwrap().expect("the command goes on")
+    };
+    assert_eq!(next().await, "chat: Ready is not known yet");
+    cluster.set_starting("chat").await;
+    assert_eq!(next().await, "chat: Starting, rank 0 Loading on mac-1, rank 1 Downloaded on mac-2");
+    cluster.fail("chat", false).await;
+    assert_eq!(next().await, "chat: ShardFailed: shard chat-0-a3-0: PeerLost; next try soon");
+    cluster.fail("chat", true).await;
+    assert_eq!(
+        next().await,
+        "error: inferenceinstance.exo.dev/chat will not become Ready: shard chat-0-a3-1 on mac-2: \
+         BadWeights: no tensor `lm_head.weight`"
+    );
+    let ended = tokio::time::timeout(PATIENCE, child.wait()).await.unwrap().unwrap();
+    assert_eq!(ended.code(), Some(1));
 }

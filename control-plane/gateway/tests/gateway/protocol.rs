@@ -1,8 +1,11 @@
 //! What clients see when all goes well, and when they ask for something wrong.
 
+use std::time::Duration;
+
 use axum::http::StatusCode;
 use exo_crds::generate::{ErrorCode, GenerateEvent};
 use exo_gateway::Limits;
+use futures::StreamExt as _;
 use serde_json::{Value, json};
 
 use crate::{
@@ -25,7 +28,6 @@ async fn answers_whole_and_streamed() {
     let response = answer.await.unwrap();
     assert_eq!(response.status(), 200);
     assert!(response.headers().contains_key("x-request-id"));
-    assert_eq!(response.headers()["access-control-allow-origin"], "*");
     let object: Value = response.json().await.unwrap();
     assert_eq!(object["object"], "chat.completion");
     assert_eq!(object["model"], "chat");
@@ -89,14 +91,16 @@ async fn lists_instances_as_models() {
     assert_eq!(cluster.get("/health").await.status(), 200);
 }
 
+/// Sends it as a page of this machine does, which must be able to read the refusal.
 async fn refused(
     cluster: &Cluster,
     request: reqwest::RequestBuilder,
     status: u16,
 ) -> serde_json::Map<String, Value> {
-    let response = request.send().await.unwrap();
+    const PAGE: &str = "http://localhost:3000";
+    let response = request.header("origin", PAGE).send().await.unwrap();
     assert_eq!(response.status(), status);
-    assert!(response.headers().contains_key("access-control-allow-origin"), "{}", cluster.url);
+    assert_eq!(response.headers()["access-control-allow-origin"], PAGE, "{}", cluster.url);
     let mut body: Value = response.json().await.unwrap();
     let error = body["error"].take();
     assert!(error["message"].as_str().is_some_and(|m| !m.is_empty()), "{error}");
@@ -134,21 +138,107 @@ async fn mistakes_get_openais_error_form() {
     cluster.wait_for_metric("exo_gateway_requests_total{code=\"404\",route=\"other\"}", 1.0).await;
 }
 
-#[tokio::test]
-async fn pages_of_other_origins_may_ask() {
-    let cluster = Cluster::start().await;
-    let response = cluster
+fn preflight(cluster: &Cluster, path: &str, origin: &str) -> reqwest::RequestBuilder {
+    cluster
         .http
-        .request(reqwest::Method::OPTIONS, format!("{}/v1/chat/completions", cluster.url))
-        .header("origin", "http://example.org")
+        .request(reqwest::Method::OPTIONS, format!("{}{path}", cluster.url))
+        .header("origin", origin)
         .header("access-control-request-method", "POST")
         .header("access-control-request-headers", "authorization,content-type")
-        .send()
-        .await
-        .unwrap();
-    assert_eq!(response.status(), 204);
-    assert_eq!(response.headers()["access-control-allow-origin"], "*");
-    assert_eq!(response.headers()["access-control-allow-headers"], "authorization,content-type");
+}
+
+#[tokio::test]
+async fn only_pages_of_this_machine_and_allowed_ones_may_ask() {
+    let allowed = "https://chat.example.org";
+    let limits = Limits { allowed_origins: vec![allowed.to_owned()], ..Limits::default() };
+    let cluster = Cluster::start_with(limits).await;
+    let path = "/v1/chat/completions";
+    for origin in ["http://localhost:3000", "https://127.0.0.1", allowed, cluster.url.as_str()] {
+        let response = preflight(&cluster, path, origin).send().await.unwrap();
+        assert_eq!(response.status(), 204, "{origin}");
+        let headers = response.headers();
+        assert_eq!(headers["access-control-allow-origin"], origin);
+        assert_eq!(headers["access-control-allow-headers"], "authorization,content-type");
+        assert_eq!(headers["vary"], "origin");
+    }
+    for origin in ["https://example.org", "null"] {
+        // A page needs no preflight for a body that it calls plain text, as the gateway takes it.
+        let plain = cluster.post(&hello(false)).header("origin", origin);
+        let listing = cluster.http.get(format!("{}/v1/models", cluster.url));
+        for request in [preflight(&cluster, path, origin), plain, listing.header("origin", origin)]
+        {
+            let response = request.send().await.unwrap();
+            assert_eq!(response.status(), 403, "{origin}");
+            assert!(!response.headers().contains_key("access-control-allow-origin"));
+            let error: Value = response.json().await.unwrap();
+            assert_eq!(error["error"]["code"], "origin_not_allowed");
+            assert!(error["error"]["message"].as_str().unwrap().contains(origin));
+        }
+    }
+    // Clients that are no pages ask as ever.
+    assert_eq!(cluster.get("/v1/models").await.status(), 200);
+}
+
+#[tokio::test]
+async fn no_page_reads_the_metrics() {
+    let limits = Limits { allowed_origins: vec!["*".to_owned()], ..Limits::default() };
+    let cluster = Cluster::start_with(limits).await;
+    for origin in ["http://localhost:3000", "https://example.org"] {
+        let url = format!("{}/metrics", cluster.url);
+        let got = cluster.http.get(url).header("origin", origin).send().await.unwrap();
+        let asked = preflight(&cluster, "/metrics", origin).send().await.unwrap();
+        assert_eq!((got.status().as_u16(), asked.status().as_u16()), (200, 405));
+        for response in [got, asked] {
+            let headers = response.headers();
+            assert!(
+                !headers.keys().any(|h| h.as_str().starts_with("access-control")),
+                "{headers:?}"
+            );
+        }
+        let models = cluster.http.get(format!("{}/v1/models", cluster.url));
+        let models = models.header("origin", origin).send().await.unwrap();
+        assert_eq!(models.headers()["access-control-allow-origin"], origin);
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_come_gives_its_place_back() {
+    let limits =
+        Limits { body_wait: Duration::from_millis(200), in_flight: 1, ..Limits::default() };
+    let cluster = Cluster::start_with(limits).await;
+    let url = format!("{}/v1/chat/completions", cluster.url);
+    let first = futures::stream::iter([Ok::<_, std::io::Error>("{\"model\": ")]);
+    let endless = first.chain(futures::stream::pending());
+    let slow = cluster.http.post(&url).body(reqwest::Body::wrap_stream(endless));
+    let error = refused(&cluster, slow, 408).await;
+    assert_eq!(error["code"], "request_timeout");
+    cluster.wait_for_metric("exo_gateway_in_flight", 0.0).await;
+    refused(&cluster, cluster.post(&hello(false)), 404).await;
+}
+
+#[tokio::test]
+async fn bytes_of_all_bodies_together_are_bounded() {
+    let mut runner = Runner::start().await;
+    let cluster = Cluster::start_with(Limits { bodies_bytes: 1000, ..Limits::default() }).await;
+    cluster.serving(&runner).await;
+    let mut long = hello(false);
+    long["messages"][0]["content"] = json!("x".repeat(800));
+    let answer = cluster.ask(&long);
+    let mut arrived = runner.next().await;
+    let error = refused(&cluster, cluster.post(&long), 429).await;
+    assert!(error["message"].as_str().unwrap().contains("1000 bytes"), "{error:?}");
+    // There is room for a short one, and for a long one once the first is answered.
+    let short = cluster.ask(&hello(false));
+    let mut arrived_short = runner.next().await;
+    for arrived in [&mut arrived, &mut arrived_short] {
+        arrived.send_all([start(), end(0)]).await;
+    }
+    assert_eq!(answer.await.unwrap().status(), 200);
+    assert_eq!(short.await.unwrap().status(), 200);
+    cluster.wait_for_metric("exo_gateway_in_flight", 0.0).await;
+    let answer = cluster.ask(&long);
+    runner.next().await.send_all([start(), end(0)]).await;
+    assert_eq!(answer.await.unwrap().status(), 200);
 }
 
 #[tokio::test]

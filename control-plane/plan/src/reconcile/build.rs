@@ -12,6 +12,30 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use super::{Observed, name_of};
 use crate::Placement;
 
+/// Longest value of a label, as Kubernetes allows it.
+const MAX_LABEL_CHARS: usize = 63;
+/// Longest name of an object, as Kubernetes allows it.
+const MAX_NAME_CHARS: usize = 253;
+/// What [`shard_name`] adds at most.
+const LONGEST_SUFFIX: &str = "-4294967295-a18446744073709551615-4294967295";
+// The label is the tighter limit: an instance that fits it has shards whose names fit as well.
+const _: () = assert!(MAX_LABEL_CHARS + LONGEST_SUFFIX.len() <= MAX_NAME_CHARS);
+
+/// Why shards of this instance could not be written, whatever their epoch and rank.
+pub(super) fn name_too_long(instance: &InferenceInstance) -> Option<String> {
+    let chars = name_of(instance).len();
+    (chars > MAX_LABEL_CHARS).then(|| {
+        format!(
+            "the name has {chars} characters; its shards carry it in the label {LABEL_INSTANCE}, \
+             which holds at most {MAX_LABEL_CHARS}"
+        )
+    })
+}
+
+fn shard_name(instance: &str, replica: u32, epoch: u64, rank: u32) -> String {
+    format!("{instance}-{replica}-a{epoch}-{rank}")
+}
+
 /// One shard per rank, for the epoch that `status` names.
 pub(super) fn shards(
     instance: &InferenceInstance,
@@ -43,7 +67,7 @@ pub(super) fn shards(
                 fast_synch: instance.spec.fast_synch,
                 environment: instance.spec.environment.clone(),
             };
-            let name = format!("{}-{}-a{}-{rank}", name_of(instance), status.index, status.epoch);
+            let name = shard_name(name_of(instance), status.index, status.epoch, rank);
             let mut shard = Shard::new(&name, spec);
             shard.metadata.namespace = instance.metadata.namespace.clone();
             shard.metadata.labels = Some(BTreeMap::from([
@@ -145,4 +169,14 @@ fn selected(observed: &Observed<'_>, selector: &BTreeMap<String, String>, name: 
         let labels = node.metadata.labels.as_ref();
         selector.iter().all(|(key, value)| labels.and_then(|labels| labels.get(key)) == Some(value))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_suffix_is_longer_than_the_longest() {
+        assert_eq!(shard_name("", u32::MAX, u64::MAX, u32::MAX), LONGEST_SUFFIX);
+    }
 }

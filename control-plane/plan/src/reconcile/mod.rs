@@ -4,6 +4,8 @@
 //! - A replica gets shards of a new epoch only when none of its older shards is left.
 //! - An epoch number is never used twice: the decision that takes a number also writes it into the
 //!   status, and whoever acts writes the status first, on condition that nobody else did.
+//! - Shards that the server would refuse for their names are never asked for; those that it refuses
+//!   for something else count as a failed epoch (see [`create_refused`]), so that the next try waits.
 //! - Shards of an epoch that failed stay, for their messages to be read, until the next try; their
 //!   peers are stopped at once.
 //!
@@ -35,10 +37,15 @@ use crate::{NodeState, Placing, memory_needed, place};
 /// A first failure is often a neighbour's: try again soon, then ever more slowly.
 const FIRST_DELAY_S: i64 = 1;
 const LONGEST_DELAY_S: i64 = 60;
+/// An agent's report of its own runner's end comes within this; cut to a whole second, so it may be
+/// one less.
+const HEARSAY_DELAY_S: i64 = 2;
 /// Bad weights don't get better by themselves, but somebody may replace the files.
 const PERMANENT_DELAY_S: i64 = 300;
 /// After answering for this long, earlier failures are forgotten.
 const STABLE_S: i64 = 60;
+/// Reason of the conditions of an instance whose name does not fit into a label.
+const NAME_TOO_LONG: &str = "NameTooLong";
 /// Memory of nodes changes without a trigger of its own.
 const UNPLACEABLE_RETRY: Duration = Duration::from_secs(5);
 
@@ -80,6 +87,10 @@ pub enum Action {
     Release {
         namespace: String,
         name: String,
+        /// Finalizers that stay.
+        finalizers: Vec<String>,
+        /// Of the shard that was decided about: one that has changed since is to be looked at anew.
+        resource_version: Option<String>,
     },
 }
 
@@ -95,6 +106,13 @@ enum State {
         reason: &'static str,
         message: String,
     },
+}
+
+/// Why an epoch failed; see [`End::Failed`].
+struct Failure<'a> {
+    message: &'a str,
+    permanent: bool,
+    hearsay: bool,
 }
 
 /// One replica's part of a decision.
@@ -157,17 +175,37 @@ pub fn release_lost<'a>(
 ) -> Vec<Action> {
     shards
         .into_iter()
-        .filter(|shard| {
+        .filter_map(|shard| {
             let finalizers = shard.metadata.finalizers.as_deref().unwrap_or_default();
-            is_deleting(shard)
+            let release = is_deleting(shard)
                 && finalizers.iter().any(|f| f == SHARD_FINALIZER)
-                && verdict::lost_node(nodes, &shard.spec.node).is_some()
-        })
-        .map(|shard| Action::Release {
-            namespace: shard.metadata.namespace.clone().unwrap_or_default(),
-            name: shard.metadata.name.clone().unwrap_or_default(),
+                && verdict::lost_node(nodes, &shard.spec.node).is_some();
+            release.then(|| Action::Release {
+                namespace: shard.metadata.namespace.clone().unwrap_or_default(),
+                name: shard.metadata.name.clone().unwrap_or_default(),
+                finalizers: finalizers.iter().filter(|f| *f != SHARD_FINALIZER).cloned().collect(),
+                resource_version: shard.metadata.resource_version.clone(),
+            })
         })
         .collect()
+}
+
+/// What to write into an instance's status when the server refused to create `shard`, with its
+/// words: the epoch has failed, and the next one waits as after any other failure. Conditions
+/// follow with the next decision.
+pub fn create_refused(
+    status: &mut InferenceInstanceStatus,
+    shard: &Shard,
+    why: &str,
+    now: Timestamp,
+) {
+    let replica = status.replicas.iter_mut().find(|r| r.index == shard.spec.replica);
+    if let Some(replica) = replica {
+        let name = shard.metadata.name.as_deref().unwrap_or_default();
+        replica.failures = replica.failures.saturating_add(1);
+        replica.last_failure = Some(format!("the API server refused the shard {name}: {why}"));
+        replica.retry_after = Some(after(now, back_off_s(replica.failures)));
+    }
 }
 
 /// Decides about the replicas one after the other, each with the memory that the earlier ones left.
@@ -203,8 +241,9 @@ impl Planner<'_> {
             Verdict::Empty if old.is_empty() => self.next_epoch(status),
             Verdict::Empty => stopping(status, &old),
             Verdict::Live { ready, rendezvous } => self.live(status, &current, ready, rendezvous),
-            Verdict::Ended(End::Failed { message, permanent, .. }) if !self.edited => {
-                self.failed(status, &current, &message, permanent)
+            Verdict::Ended(End::Failed { message, permanent, hearsay }) if !self.edited => {
+                let failure = Failure { message: &message, permanent, hearsay };
+                self.failed(status, &current, &failure)
             }
             Verdict::Ended(end) => {
                 if self.edited || end == End::Changed {
@@ -259,14 +298,16 @@ impl Planner<'_> {
         Outcome { actions: rendezvous, status, state, requeue_after }
     }
 
-    /// A shard has failed: its peers stop now, the failed ones when it is time to try again.
+    /// A shard has failed: its peers stop now, the failed ones when it is time to try again. While
+    /// there is only hearsay nothing is stopped: the rank that knows the cause must be able to say
+    /// so, and a broken group ends by itself.
     fn failed(
         &self,
         mut status: ReplicaStatus,
         shards: &[&Shard],
-        message: &str,
-        permanent: bool,
+        failure: &Failure<'_>,
     ) -> Outcome {
+        let &Failure { message, permanent, hearsay } = failure;
         let now = self.observed.now;
         let fresh_message = status.last_failure.as_deref() != Some(message);
         let counted = status.retry_after.is_some();
@@ -277,17 +318,23 @@ impl Planner<'_> {
                 .is_some_and(|since| since.0.as_second() + STABLE_S <= now.as_second());
             status.failures = if stable { 1 } else { status.failures.saturating_add(1) };
         }
-        // A permanent failure that comes to light later overrules what its peers said first.
-        if !counted || (permanent && fresh_message) {
+        // A cause that comes to light later overrules what its peers said first.
+        if !counted || (fresh_message && !hearsay) {
             status.last_failure = Some(message.to_owned());
-            let delay = if permanent { PERMANENT_DELAY_S } else { back_off_s(status.failures) };
+        }
+        if !counted || (fresh_message && permanent) {
+            let delay = match (permanent, hearsay) {
+                (true, _) => PERMANENT_DELAY_S,
+                (false, true) => back_off_s(status.failures).max(HEARSAY_DELAY_S),
+                (false, false) => back_off_s(status.failures),
+            };
             status.retry_after = Some(after(now, delay));
         }
         let wait = time_left(status.retry_after.as_ref(), now);
         let to_delete: Vec<&Shard> = shards
             .iter()
             .copied()
-            .filter(|shard| wait.is_none() || !verdict::has_failed(shard))
+            .filter(|shard| wait.is_none() || !(hearsay || verdict::has_failed(shard)))
             .collect();
         Outcome {
             actions: delete(&to_delete),
@@ -319,6 +366,11 @@ impl Planner<'_> {
             state: State::Unplaceable { reason, message },
             requeue_after: Some(UNPLACEABLE_RETRY),
         };
+        if let Some(message) = build::name_too_long(observed.instance) {
+            // Names don't change: nothing to come back for.
+            let outcome = unplaceable(status, NAME_TOO_LONG, message);
+            return Outcome { requeue_after: None, ..outcome };
+        }
         let wanted = &observed.instance.spec.model;
         let Some(model) = observed.models.get(wanted) else {
             let message = format!("there is no model named {wanted}");

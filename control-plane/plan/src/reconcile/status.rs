@@ -104,7 +104,7 @@ pub(super) fn progress(shards: &[&Shard], status: &ReplicaStatus) -> String {
             format!("rank {} {:?} on {}", shard.spec.rank, phase_of(shard), shard.spec.node)
         })
         .collect();
-    let mut text = format!("epoch {}: {}", status.epoch, ranks.join(", "));
+    let mut text = ranks.join(", ");
     if let Some(failure) = &status.last_failure {
         text.push_str(&format!("; {} failure(s) before, the last: {failure}", status.failures));
     }

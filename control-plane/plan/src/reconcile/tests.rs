@@ -281,10 +281,7 @@ fn from_nothing_to_ready() {
     world.settle();
     assert_eq!(world.names(), ["chat-0-a1-0", "chat-0-a1-1"]);
     assert_eq!(world.status().phase, Some(InstancePhase::Starting));
-    assert_eq!(
-        world.message("Ready"),
-        "False Starting: epoch 1: rank 0 Pending on a, rank 1 Pending on b"
-    );
+    assert_eq!(world.message("Ready"), "False Starting: rank 0 Pending on a, rank 1 Pending on b");
     world.set("chat-0-a1-0", ShardPhase::Downloaded);
     assert_eq!(world.decide().actions, []);
     world.set("chat-0-a1-1", ShardPhase::Downloaded);
@@ -356,6 +353,8 @@ fn bad_weights_wait_longest_and_name_the_tensor() {
     world.settle();
     world.fail("chat-0-a1-0", "PeerLost", "rank 1 went away", false);
     world.settle();
+    // Rank 1, which knows the cause, is left the time to say so.
+    assert_eq!(world.names(), ["chat-0-a1-0", "chat-0-a1-1"]);
     world.fail("chat-0-a1-1", "BadWeights", "tensor `lm_head.weight` is missing", true);
     world.settle();
     let message = world.message("Ready");
@@ -368,6 +367,18 @@ fn bad_weights_wait_longest_and_name_the_tensor() {
     world.settle();
     assert_eq!(world.names(), ["chat-0-a2-0", "chat-0-a2-1"]);
     assert_eq!(world.status().replicas[0].failures, 0);
+}
+
+#[test]
+fn hearsay_alone_ends_an_epoch_after_a_moment() {
+    let mut world = World::new(&["a", "b"], 2);
+    world.settle();
+    world.fail("chat-0-a1-0", "PeerLost", "rank 1 went away", false);
+    world.settle();
+    assert_eq!(world.decide().requeue_after, Some(Duration::from_secs(2)));
+    world.pass_time(2);
+    world.settle();
+    assert_eq!(world.names(), ["-chat-0-a1-0", "-chat-0-a1-1"]);
 }
 
 #[test]
@@ -474,6 +485,88 @@ fn memory_promised_to_one_replica_is_not_given_to_the_next() {
     world.set("chat-0-a1-0", ShardPhase::Loading);
     world.settle();
     assert_eq!(world.names(), ["chat-0-a1-0"]);
+}
+
+#[test]
+fn a_name_that_no_label_holds_is_refused_once_and_for_all() {
+    let mut world = World::new(&["a"], 1);
+    world.instance.metadata.name = Some("n".repeat(64));
+    world.settle();
+    assert_eq!(world.names(), Vec::<String>::new());
+    assert_eq!(
+        world.message("Placed"),
+        "False NameTooLong: the name has 64 characters; its shards carry it in the label \
+         exo.dev/instance, which holds at most 63"
+    );
+    assert!(world.message("Ready").starts_with("False NameTooLong: "));
+    assert_eq!(world.status().phase, Some(InstancePhase::Pending));
+    assert_eq!(world.status().replicas[0].epoch, 0, "no number is used up");
+    assert_eq!(world.decide().requeue_after, None);
+    // One character less is fine.
+    let name = "n".repeat(63);
+    world.instance.metadata.name = Some(name.clone());
+    world.settle();
+    assert_eq!(world.names(), [format!("{name}-0-a1-0")]);
+}
+
+#[test]
+fn a_shard_that_the_server_refuses_is_a_failed_epoch() {
+    let mut world = World::new(&["a", "b"], 2);
+    let mut waits = Vec::new();
+    for epoch in 1..=3 {
+        let decision = world.decide();
+        let mut status = decision.status;
+        let mut creates = decision.actions.into_iter();
+        let (Some(Action::Create(first)), Some(Action::Create(second))) =
+            (creates.next(), creates.next())
+        else {
+            panic!("two shards are wanted");
+        };
+        assert_eq!(second.metadata.name.as_deref(), Some(format!("chat-0-a{epoch}-1").as_str()));
+        create_refused(&mut status, &second, "spec.rank: no", world.now);
+        world.instance.status = Some(status);
+        world.apply(Action::Create(first));
+        // The rank that was created goes; nothing new comes before its time.
+        world.settle();
+        assert_eq!(world.names(), [format!("-chat-0-a{epoch}-0")]);
+        world.agents();
+        world.settle();
+        assert_eq!(world.names(), Vec::<String>::new());
+        assert_eq!(world.status().phase, Some(InstancePhase::Failed));
+        waits.push(world.decide().requeue_after.unwrap().as_secs());
+        world.pass_time(*waits.last().unwrap() as i64);
+    }
+    assert_eq!(waits, [1, 2, 4]);
+    world.pass_time(-1);
+    assert_eq!(
+        world.message("Ready"),
+        "False ShardFailed: the API server refused the shard chat-0-a3-1: spec.rank: no; \
+         3 failure(s) in a row, next try after 1970-01-01T00:16:47Z"
+    );
+    world.pass_time(1);
+    world.until_ready();
+    assert_eq!(world.names(), ["chat-0-a4-0", "chat-0-a4-1"]);
+}
+
+#[test]
+fn a_release_is_about_the_shard_that_was_seen() {
+    let mut world = World::new(&["a"], 1);
+    world.settle();
+    let now = whole_seconds(world.now);
+    let metadata = &mut world.shard("chat-0-a1-0").metadata;
+    metadata.deletion_timestamp = Some(now);
+    metadata.resource_version = Some("7".to_owned());
+    metadata.finalizers.as_mut().unwrap().push("somebody.else/too".to_owned());
+    lose(&mut world.nodes[0]);
+    assert_eq!(
+        release_lost(&world.nodes, &world.shards),
+        [Action::Release {
+            namespace: "default".to_owned(),
+            name: "chat-0-a1-0".to_owned(),
+            finalizers: vec!["somebody.else/too".to_owned()],
+            resource_version: Some("7".to_owned()),
+        }]
+    );
 }
 
 /// Something that happens to a cluster.

@@ -21,7 +21,12 @@ pub(super) enum Verdict {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum End {
     #[error("{message}")]
-    Failed { message: String, permanent: bool },
+    Failed {
+        message: String,
+        permanent: bool,
+        /// All that is known so far is that ranks lost a peer, and the peer has yet to speak.
+        hearsay: bool,
+    },
     #[error("the instance or its model was changed")]
     Changed,
     #[error("node {node} is lost: {why}")]
@@ -95,6 +100,8 @@ fn failure(shards: &[&Shard]) -> Option<End> {
             shard.spec.node
         ),
         permanent: failure.is_some_and(|failure| failure.permanent),
+        hearsay: failure.is_some_and(|failure| failure.reason == REASON_PEER_LOST)
+            && !shards.iter().all(|shard| has_failed(shard)),
     })
 }
 

@@ -84,6 +84,12 @@ impl Disk {
     pub(super) fn open(dir: &Path, node_id: u64) -> Result<Self, DiskError> {
         std::fs::create_dir_all(dir)
             .map_err(|source| DiskError::Folder { path: dir.to_owned(), source })?;
+        let disk = Self::open_file(dir)?;
+        disk.check_format(node_id)?;
+        Ok(disk)
+    }
+
+    fn open_file(dir: &Path) -> Result<Self, DiskError> {
         let path = dir.join(FILE);
         let database = Database::builder()
             .set_cache_size(CACHE_BYTES)
@@ -91,9 +97,15 @@ impl Disk {
             .set_check_integrity_on_open(true)
             .create(&path)
             .map_err(|source| DiskError::Open { path: path.clone(), source: Box::new(source) })?;
-        let disk = Self { path, database: RwLock::new(Some(database)) };
-        disk.check_format(node_id)?;
-        Ok(disk)
+        Ok(Self { path, database: RwLock::new(Some(database)) })
+    }
+
+    /// The node to which the file of `dir` belongs, if there is one.
+    pub(super) fn node_id(dir: &Path) -> Result<Option<u64>, DiskError> {
+        if !dir.join(FILE).exists() {
+            return Ok(None);
+        }
+        Self::open_file(dir)?.meta("node_id")
     }
 
     fn check_format(&self, node_id: u64) -> Result<(), DiskError> {
@@ -245,15 +257,19 @@ impl Disk {
             .collect()
     }
 
-    /// Adds entries in one transaction.
-    pub(super) fn append(&self, entries: &[Entry<TypeConfig>]) -> Result<(), DiskError> {
+    /// Adds entries in one transaction; returns their bytes.
+    pub(super) fn append(&self, entries: &[Entry<TypeConfig>]) -> Result<u64, DiskError> {
+        let mut bytes = 0;
         self.write(|txn| {
             let mut table = txn.open_table(LOG)?;
             for entry in entries {
-                table.insert(entry.log_id.index, json(entry).as_slice())?;
+                let entry_json = json(entry);
+                bytes += entry_json.len() as u64;
+                table.insert(entry.log_id.index, entry_json.as_slice())?;
             }
             Ok(())
-        })
+        })?;
+        Ok(bytes)
     }
 
     /// Removes the entries from `index` on.

@@ -4,28 +4,57 @@ use std::{
     collections::{BTreeMap, Bound},
     fmt::Debug,
     ops::{RangeBounds, RangeInclusive},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use openraft::{
-    AnyError, Entry, LogId, LogState, OptionalSend, RaftLogReader, StorageError, StorageIOError,
-    Vote,
+    AnyError, Entry, EntryPayload, LogId, LogState, OptionalSend, RaftLogReader, StorageError,
+    StorageIOError, Vote,
     storage::{LogFlushed, RaftLogStorage},
 };
+use tokio::sync::Notify;
 
 use super::{
     TypeConfig,
     disk::{Disk, DiskError},
+    node::Proposals,
 };
 
 /// Entries kept in memory; an entry is read back right after it is written.
 const TAIL_ENTRIES: usize = 256;
+/// The log is cut by a snapshot after so many bytes, however few its entries.
+const SNAPSHOT_BYTES: u64 = 64 << 20;
 
 /// Handles share the log.
 #[derive(Clone)]
 pub(super) struct LogStore {
     disk: Arc<Disk>,
     tail: Arc<Mutex<Tail>>,
+    proposals: Proposals,
+    growth: Arc<Growth>,
+}
+
+/// How much was appended since the last sign that it is enough.
+#[derive(Default)]
+pub(super) struct Growth {
+    bytes: AtomicU64,
+    enough: Notify,
+}
+
+impl Growth {
+    fn add(&self, bytes: u64) {
+        if self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes >= SNAPSHOT_BYTES {
+            self.bytes.store(0, Ordering::Relaxed);
+            self.enough.notify_one();
+        }
+    }
+
+    pub(super) async fn reached_limit(&self) {
+        self.enough.notified().await;
+    }
 }
 
 #[derive(Default)]
@@ -50,7 +79,17 @@ impl LogStore {
         Ok(Self {
             tail: Arc::new(Mutex::new(Tail { entries: BTreeMap::new(), last, purged })),
             disk,
+            proposals: Proposals::default(),
+            growth: Arc::default(),
         })
+    }
+
+    pub(super) fn proposals(&self) -> Proposals {
+        self.proposals.clone()
+    }
+
+    pub(super) fn growth(&self) -> Arc<Growth> {
+        Arc::clone(&self.growth)
     }
 
     fn with_tail<T>(&self, run: impl FnOnce(&mut Tail) -> T) -> T {
@@ -147,10 +186,18 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I::IntoIter: OptionalSend,
     {
         let entries: Vec<_> = entries.into_iter().collect();
+        for entry in &entries {
+            if let EntryPayload::Normal(request) = &entry.payload {
+                self.proposals.reached_log(request.mark);
+            }
+        }
         let written = entries.clone();
-        self.blocking(move |disk| disk.append(&written))
-            .await
-            .map_err(StorageIOError::write_logs)?;
+        let growth = self.growth();
+        let append = move |disk: &Disk| {
+            growth.add(disk.append(&written)?);
+            Ok(())
+        };
+        self.blocking(append).await.map_err(StorageIOError::write_logs)?;
         self.with_tail(|tail| {
             for entry in entries {
                 tail.push(entry);

@@ -1,28 +1,53 @@
 //! The replicated backend: openraft over a log on disk, with the state in memory.
 //!
-//! Owns: the log, votes and snapshots on disk, group commit. Never: the transport between nodes
-//! (a cluster of one voter needs none).
+//! Owns: the log, votes and snapshots on disk, group commit, the calls between nodes. Never: who
+//! may call; connections are made by the client and accepted by the server that it is given.
 
+mod call;
 mod disk;
 mod log;
 mod machine;
+mod members;
 mod network;
+mod node;
+mod reads;
+mod routes;
 #[cfg(test)]
 mod tests;
 mod writer;
 
-use std::{collections::BTreeMap, io::Cursor, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    hash::{BuildHasher as _, RandomState},
+    io::Cursor,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use openraft::{BasicNode, Raft, RaftMetrics, ServerState, SnapshotPolicy};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, task::JoinHandle};
 
+pub use call::{Begin, Peering};
 pub use disk::DiskError;
+pub use members::Member;
+pub(crate) use routes::routes;
 
 use crate::{
     StoreError,
     command::{Command, Outcome},
-    raft::{disk::Disk, log::LogStore, machine::StateMachine, network::Peers, writer::Writer},
+    raft::{
+        call::Caller,
+        disk::Disk,
+        log::{Growth, LogStore},
+        machine::StateMachine,
+        members::Change,
+        network::Peers,
+        node::Node,
+        reads::Reads,
+        writer::Writer,
+    },
     shared::Shared,
     store::Leadership,
 };
@@ -42,6 +67,9 @@ pub(crate) struct Request {
     /// The proposer's clock, milliseconds since the Unix epoch.
     time_ms: u64,
     commands: Vec<Command>,
+    /// Tells this process's proposals apart; means nothing elsewhere.
+    #[serde(skip)]
+    mark: u64,
 }
 
 /// One outcome for each command of the entry.
@@ -69,29 +97,73 @@ pub enum OpenError {
     Raft(String),
 }
 
-/// Followers hear from the leader this often.
+/// Followers hear from the leader this often; a call to a follower may take as long.
 const HEARTBEAT_MS: u64 = 100;
-/// A leader that is not heard of for this long is replaced.
-const ELECTION_MS: (u64, u64) = (400, 800);
+/// A follower that hears nothing of the leader for the upper bound, and then for a random time
+/// between both, stands for election: a new leader is there within a second.
+const ELECTION_MS: (u64, u64) = (200, 400);
 /// Log entries between snapshots: replaying so many takes well under a second.
 const SNAPSHOT_EVERY: u64 = 10_000;
 /// Log entries kept behind a snapshot, for followers that are a little behind.
 const KEEP_BEHIND_SNAPSHOT: u64 = 1_000;
+/// Parts in which snapshots travel.
+const CHUNK_BYTES: u64 = 1 << 20;
+/// Time for one part, and for the last one with all that is written then.
+const CHUNK_LIMIT_MS: u64 = 10_000;
 /// A single voter leads at once; this bounds the replay of its log.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
 pub(crate) struct RaftBackend {
-    raft: NodeRaft,
+    node: Arc<Node>,
     writer: Writer,
+    reads: Reads,
     leadership: watch::Receiver<Leadership>,
     leads: watch::Receiver<bool>,
-    follower: JoinHandle<()>,
+    tasks: Vec<JoinHandle<()>>,
     disk: Arc<Disk>,
+    shared: Arc<Shared>,
+}
+
+/// The id of the node whose store is in this folder; for a new folder a random one, which
+/// [`Store::raft`](crate::Store::raft) then writes down.
+///
+/// # Errors
+/// When there is a file that can't be read.
+pub fn node_id(dir: &Path) -> Result<u64, DiskError> {
+    if let Some(id) = Disk::node_id(dir)? {
+        return Ok(id);
+    }
+    // The standard library's hasher takes its keys from the system's random source. 48 bits stay
+    // exact in every JSON reader.
+    Ok((RandomState::new().hash_one(0) >> 16).max(1))
+}
+
+fn fault(error: &dyn std::error::Error) -> OpenError {
+    OpenError::Raft(error.to_string())
+}
+
+fn settings() -> Result<Arc<openraft::Config>, OpenError> {
+    let settings = openraft::Config {
+        cluster_name: "exo".to_owned(),
+        heartbeat_interval: HEARTBEAT_MS,
+        election_timeout_min: ELECTION_MS.0,
+        election_timeout_max: ELECTION_MS.1,
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_EVERY),
+        max_in_snapshot_log_to_keep: KEEP_BEHIND_SNAPSHOT,
+        snapshot_max_chunk_size: CHUNK_BYTES,
+        install_snapshot_timeout: CHUNK_LIMIT_MS,
+        ..openraft::Config::default()
+    };
+    Ok(Arc::new(settings.validate().map_err(|e| fault(&e))?))
 }
 
 impl RaftBackend {
-    /// Opens what is in the folder, or begins a cluster of this one voter where there is nothing.
-    pub(crate) async fn open(config: RaftConfig) -> Result<(Arc<Shared>, Self), OpenError> {
+    /// Opens what is in the folder. Where there is nothing, begins a cluster of this one voter, or
+    /// waits to be added to one.
+    pub(crate) async fn open(
+        config: RaftConfig,
+        peering: Option<Peering>,
+    ) -> Result<Self, OpenError> {
         let path = config.dir.clone();
         let disk = tokio::task::spawn_blocking(move || Disk::open(&path, config.node_id))
             .await
@@ -100,53 +172,77 @@ impl RaftBackend {
         let machine = StateMachine::load(&disk)?;
         let shared = Arc::clone(machine.shared());
         let log = LogStore::open(Arc::clone(&disk))?;
-        let fault = |error: &dyn std::error::Error| OpenError::Raft(error.to_string());
-        let settings = openraft::Config {
-            cluster_name: "exo".to_owned(),
-            heartbeat_interval: HEARTBEAT_MS,
-            election_timeout_min: ELECTION_MS.0,
-            election_timeout_max: ELECTION_MS.1,
-            snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_EVERY),
-            max_in_snapshot_log_to_keep: KEEP_BEHIND_SNAPSHOT,
-            ..openraft::Config::default()
-        };
-        let settings = Arc::new(settings.validate().map_err(|e| fault(&e))?);
-        let raft = NodeRaft::new(config.node_id, settings, Peers, log, machine)
+        let (proposals, growth) = (log.proposals(), log.growth());
+        let caller = Caller::new(config.node_id, peering.as_ref());
+        let peers = Peers(caller.clone());
+        let raft = NodeRaft::new(config.node_id, settings()?, peers, log, machine)
             .await
             .map_err(|e| fault(&e))?;
-        if !raft.is_initialized().await.map_err(|e| fault(&e))? {
+        let joins = peering.is_some_and(|p| p.begin == Begin::Join);
+        if !joins && !raft.is_initialized().await.map_err(|e| fault(&e))? {
             let node = BasicNode::new(&config.address);
             raft.initialize(BTreeMap::from([(config.node_id, node)]))
                 .await
                 .map_err(|e| fault(&e))?;
         }
         start_alone(&raft, config.node_id).await?;
-        let now = leadership(&raft.metrics().borrow());
+        let node = Arc::new(Node { id: config.node_id, raft, caller, proposals });
+        let now = leadership(&node.metrics().borrow());
         let (leads_sender, leads) = watch::channel(now.is_leader);
         let (sender, leadership) = watch::channel(now);
-        let follower = tokio::spawn(follow_leadership(raft.metrics(), sender, leads_sender));
-        let backend =
-            Self { writer: Writer::start(raft.clone()), raft, leadership, leads, follower, disk };
-        Ok((shared, backend))
+        let tasks = vec![
+            tokio::spawn(follow_leadership(node.metrics(), sender, leads_sender)),
+            tokio::spawn(snapshot_by_size(Arc::clone(&node), growth)),
+            tokio::spawn(tell_address(Arc::clone(&node), config.address)),
+        ];
+        let (writer, reads) = (Writer::start(Arc::clone(&node)), Reads::start(Arc::clone(&node)));
+        Ok(Self { node, writer, reads, leadership, leads, tasks, disk, shared })
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
     pub(crate) async fn command(&self, command: Command) -> Result<Outcome, StoreError> {
         self.writer.write(command).await
     }
 
-    /// Waits until this node has applied everything acknowledged before the call; it leads.
+    /// Waits until this node has applied everything acknowledged before the call.
     pub(crate) async fn barrier(&self) -> Result<(), StoreError> {
-        use openraft::error::{CheckIsLeaderError, RaftError};
-        match self.raft.ensure_linearizable().await {
-            Ok(_) => Ok(()),
-            Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(forward))) => {
-                Err(StoreError::NotLeader { leader: forward.leader_node.map(|node| node.addr) })
-            }
-            Err(RaftError::APIError(CheckIsLeaderError::QuorumNotEnough(error))) => {
-                Err(StoreError::Unavailable(error.to_string()))
-            }
-            Err(RaftError::Fatal(error)) => Err(StoreError::Unavailable(error.to_string())),
-        }
+        self.reads.barrier().await
+    }
+
+    pub(crate) fn members(&self) -> Vec<Member> {
+        self.node.members()
+    }
+
+    pub(crate) async fn add_learner(&self, id: u64, address: String) -> Result<(), StoreError> {
+        self.node.change(&Change::AddLearner { id, address }).await
+    }
+
+    pub(crate) async fn set_voters(&self, ids: BTreeSet<u64>) -> Result<(), StoreError> {
+        self.node.change(&Change::Voters { ids }).await
+    }
+
+    pub(crate) async fn remove(&self, id: u64) -> Result<(), StoreError> {
+        self.node.change(&Change::Remove { id }).await
+    }
+
+    /// Writes a snapshot of everything applied by now, and lets go of the log behind it.
+    pub(crate) async fn snapshot(&self) -> Result<(), StoreError> {
+        let failed = |error: &dyn std::error::Error| StoreError::Unavailable(error.to_string());
+        let applied = self.metrics().last_applied;
+        self.node.raft.trigger().snapshot().await.map_err(|e| failed(&e))?;
+        let reached = |m: &RaftMetrics<u64, BasicNode>| m.snapshot >= applied;
+        let wait = self.node.raft.wait(Some(START_LIMIT));
+        wait.metrics(reached, "a snapshot").await.map_err(|e| failed(&e))?;
+        let behind = applied.map_or(0, |id| id.index);
+        self.node.raft.trigger().purge_log(behind).await.map_err(|e| failed(&e))?;
+        Ok(())
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.shared.is_closed()
     }
 
     pub(crate) fn leadership(&self) -> watch::Receiver<Leadership> {
@@ -158,14 +254,16 @@ impl RaftBackend {
     }
 
     pub(crate) fn metrics(&self) -> RaftMetrics<u64, BasicNode> {
-        self.raft.metrics().borrow().clone()
+        self.node.metrics().borrow().clone()
     }
 
     pub(crate) async fn shutdown(&self) {
-        if let Err(error) = self.raft.shutdown().await {
+        if let Err(error) = self.node.raft.shutdown().await {
             tracing::error!(%error, "Raft did not stop cleanly");
         }
-        self.follower.abort();
+        for task in &self.tasks {
+            task.abort();
+        }
         // openraft's tasks may still hold the log for a moment; the file is let go of now.
         let disk = Arc::clone(&self.disk);
         if let Err(error) = tokio::task::spawn_blocking(move || disk.close()).await {
@@ -177,7 +275,6 @@ impl RaftBackend {
 /// Waits until a single voter leads and has applied its log. It stands for election at once when
 /// it is new, and resumes its own leadership when it restarts, so no timeout passes here.
 async fn start_alone(raft: &NodeRaft, node_id: u64) -> Result<(), OpenError> {
-    let fault = |error: &dyn std::error::Error| OpenError::Raft(error.to_string());
     // Asked of the core itself: the metrics may still be those of before the start.
     let alone = raft
         .with_raft_state(move |state| state.membership_state.effective().voter_ids().eq([node_id]))
@@ -226,6 +323,29 @@ async fn follow_leadership(
             tell(Leadership::default());
             return;
         }
+    }
+}
+
+/// Takes a snapshot each time the log has grown by its limit of bytes.
+async fn snapshot_by_size(node: Arc<Node>, growth: Arc<Growth>) {
+    loop {
+        growth.reached_limit().await;
+        if node.raft.trigger().snapshot().await.is_err() {
+            // Raft has stopped.
+            return;
+        }
+    }
+}
+
+/// Has the others call this node where it is now, if it was elsewhere before.
+async fn tell_address(node: Arc<Node>, address: String) {
+    let known = node.members().into_iter().find(|member| member.id == node.id);
+    if known.is_none_or(|known| known.address == address) {
+        return;
+    }
+    let change = Change::Address { id: node.id, address };
+    if let Err(error) = node.change(&change).await {
+        tracing::warn!(%error, "the other voters don't know this node's new address");
     }
 }
 

@@ -1,36 +1,99 @@
-//! Connections to other voters. A cluster of one has none: whoever is asked is unreachable.
+//! openraft's network: its calls to followers, candidates' calls for votes, snapshots in chunks.
 
-use std::io;
+use std::{io, time::Duration};
 
 use openraft::{
-    BasicNode,
-    error::{InstallSnapshotError, RPCError, RaftError, Unreachable},
-    network::{RPCOption, RaftNetwork, RaftNetworkFactory},
+    BasicNode, SnapshotMeta, Vote,
+    error::{
+        Fatal, InstallSnapshotError, NetworkError, PayloadTooLarge, RPCError, RaftError,
+        RemoteError, Unreachable,
+    },
+    network::{Backoff, RPCOption, RaftNetwork, RaftNetworkFactory},
     raft::{
         AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest,
         InstallSnapshotResponse, VoteRequest, VoteResponse,
     },
 };
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::TypeConfig;
+use super::{
+    TypeConfig,
+    call::{CallError, Caller, Target},
+};
+
+/// A body of appends ends about here; longer ones are cut in two.
+const APPEND_BYTES: usize = 8 << 20;
+/// An unreachable node is tried again after this long.
+const RETRY: Duration = Duration::from_millis(200);
 
 /// Makes connections.
-pub(super) struct Peers;
+pub(super) struct Peers(pub(super) Caller);
 
-/// One other voter.
+/// One other node.
 pub(super) struct Peer {
-    id: u64,
-    address: String,
+    caller: Caller,
+    target: Target,
 }
 
 type Result<T, E = RaftError<u64>> = std::result::Result<T, RPCError<u64, BasicNode, E>>;
 
+/// What stands before a chunk's bytes, in one line of JSON.
+#[derive(Serialize, Deserialize)]
+struct ChunkHead {
+    vote: Vote<u64>,
+    meta: SnapshotMeta<u64, BasicNode>,
+    offset: u64,
+    done: bool,
+}
+
+/// A chunk as it travels: bytes in JSON would be four times as long.
+pub(super) fn encode_chunk(chunk: InstallSnapshotRequest<TypeConfig>) -> Vec<u8> {
+    let InstallSnapshotRequest { vote, meta, offset, data, done } = chunk;
+    let mut body = json(&ChunkHead { vote, meta, offset, done });
+    body.push(b'\n');
+    body.extend_from_slice(&data);
+    body
+}
+
+/// `None` for what [`encode_chunk`] did not write.
+pub(super) fn decode_chunk(body: &[u8]) -> Option<InstallSnapshotRequest<TypeConfig>> {
+    let end = body.iter().position(|byte| *byte == b'\n')?;
+    let (head, data) = body.split_at(end);
+    let ChunkHead { vote, meta, offset, done } = serde_json::from_slice(head).ok()?;
+    Some(InstallSnapshotRequest { vote, meta, offset, data: data[1..].to_vec(), done })
+}
+
+pub(super) fn json<T: Serialize>(value: &T) -> Vec<u8> {
+    serde_json::to_vec(value).expect("these types have text keys only and no failing serializers")
+}
+
 impl Peer {
-    fn unreachable(&self) -> Unreachable {
-        Unreachable::new(&io::Error::other(format!(
-            "no route to voter {} at {}: this store runs as a single voter",
-            self.id, self.address
-        )))
+    async fn call<T, E>(
+        &self,
+        call: &str,
+        body: Vec<u8>,
+        limit: Duration,
+    ) -> Result<T, RaftError<u64, E>>
+    where
+        T: DeserializeOwned,
+        E: DeserializeOwned + std::error::Error,
+    {
+        type Answer<T, E> = std::result::Result<T, RaftError<u64, E>>;
+        let answer: Answer<T, E> =
+            self.caller.post(&self.target, call, body, limit).await.map_err(fault)?;
+        answer.map_err(|error| match error {
+            // Not a reason to stop here; the node may be started again.
+            RaftError::Fatal(Fatal::Stopped) => Unreachable::new(&Fatal::<u64>::Stopped).into(),
+            error => RemoteError::new(self.target.id, error).into(),
+        })
+    }
+}
+
+fn fault<E: std::error::Error>(error: CallError) -> RPCError<u64, BasicNode, E> {
+    match error {
+        // Pauses before the next try.
+        CallError::NotDone(text) => Unreachable::new(&io::Error::other(text)).into(),
+        CallError::Unknown(text) => NetworkError::new(&io::Error::other(text)).into(),
     }
 }
 
@@ -38,28 +101,68 @@ impl RaftNetworkFactory<TypeConfig> for Peers {
     type Network = Peer;
 
     async fn new_client(&mut self, id: u64, node: &BasicNode) -> Peer {
-        Peer { id, address: node.addr.clone() }
+        Peer { caller: self.0.clone(), target: Target { id, address: node.addr.clone() } }
     }
 }
 
 impl RaftNetwork<TypeConfig> for Peer {
     async fn append_entries(
         &mut self,
-        _: AppendEntriesRequest<TypeConfig>,
-        _: RPCOption,
+        request: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
     ) -> Result<AppendEntriesResponse<u64>> {
-        Err(self.unreachable().into())
+        let body = json(&request);
+        if body.len() > APPEND_BYTES && request.entries.len() > 1 {
+            let half = request.entries.len() as u64 / 2;
+            return Err(PayloadTooLarge::new_entries_hint(half).into());
+        }
+        self.call("append", body, option.hard_ttl()).await
     }
 
     async fn install_snapshot(
         &mut self,
-        _: InstallSnapshotRequest<TypeConfig>,
-        _: RPCOption,
+        chunk: InstallSnapshotRequest<TypeConfig>,
+        option: RPCOption,
     ) -> Result<InstallSnapshotResponse<u64>, RaftError<u64, InstallSnapshotError>> {
-        Err(self.unreachable().into())
+        self.call("snapshot", encode_chunk(chunk), option.hard_ttl()).await
     }
 
-    async fn vote(&mut self, _: VoteRequest<u64>, _: RPCOption) -> Result<VoteResponse<u64>> {
-        Err(self.unreachable().into())
+    async fn vote(
+        &mut self,
+        request: VoteRequest<u64>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<u64>> {
+        self.call("vote", json(&request), option.hard_ttl()).await
+    }
+
+    fn backoff(&self) -> Backoff {
+        Backoff::new(std::iter::repeat(RETRY))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use openraft::StoredMembership;
+
+    use super::*;
+
+    #[test]
+    fn chunks_come_back_whole() {
+        let chunk = InstallSnapshotRequest {
+            vote: Vote::new_committed(3, 1),
+            meta: SnapshotMeta {
+                last_log_id: None,
+                last_membership: StoredMembership::default(),
+                snapshot_id: "a\nb".to_owned(),
+            },
+            offset: 7,
+            data: b"\n\x00{\"\n".to_vec(),
+            done: true,
+        };
+        let body = encode_chunk(chunk.clone());
+        let back = decode_chunk(&body).unwrap();
+        assert_eq!(back, chunk);
+        assert!(decode_chunk(b"{}").is_none());
+        assert!(decode_chunk(b"{}\nx").is_none());
     }
 }

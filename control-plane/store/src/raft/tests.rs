@@ -30,7 +30,8 @@ fn log_and_machine_pass_openrafts_suite() {
 
 #[test]
 fn log_entries_keep_their_form_on_disk() {
-    let request = Request { time_ms: 5, commands: vec![Command::Txn(Txn::create("/a", "1"))] };
+    let request =
+        Request { time_ms: 5, commands: vec![Command::Txn(Txn::create("/a", "1"))], mark: 0 };
     let entry: openraft::Entry<TypeConfig> = openraft::Entry {
         log_id: openraft::LogId::new(openraft::CommittedLeaderId::new(2, 1), 7),
         payload: openraft::EntryPayload::Normal(request),
@@ -70,12 +71,10 @@ async fn a_store_continues_from_snapshot_and_log() {
         for i in 0..20 {
             put(&store, &format!("/k{}", i % 7), &i.to_string()).await;
         }
+        store.snapshot().await.unwrap();
         let backend = RaftBackend::of(&store);
-        backend.raft.trigger().snapshot().await.unwrap();
         let last = backend.metrics().last_applied.unwrap();
-        let wait = backend.raft.wait(Some(START_LIMIT));
-        wait.snapshot(last, "a snapshot").await.unwrap();
-        backend.raft.trigger().purge_log(last.index).await.unwrap();
+        backend.node.raft.trigger().purge_log(last.index).await.unwrap();
         for i in 20..25 {
             put(&store, "/late", &i.to_string()).await;
         }

@@ -1,74 +1,240 @@
-//! Group commit: commands that arrive while an entry is on its way to disk share the next entry,
-//! so that one fsync serves all of them.
+//! Group commit: commands that arrive while entries are on their way to disk share the next entry,
+//! so that one fsync serves all of them. Where another node leads, the batch goes there.
+//!
+//! # Guarantees
+//! A command is repeated only when it is certain that nothing was done.
 
-use openraft::error::{ClientWriteError, RaftError};
-use tokio::sync::{mpsc, oneshot};
+use std::sync::Arc;
 
-use super::{NodeRaft, Request, Response};
+use openraft::{
+    error::{ClientWriteError, RaftError},
+    raft::ClientWriteResult,
+};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    sync::{Semaphore, mpsc, oneshot},
+    time::{Instant, timeout_at},
+};
+
+use super::{
+    Request, Response, TypeConfig,
+    network::json,
+    node::{Node, PATIENCE, Place, Refusal},
+};
 use crate::{
     StoreError,
     command::{Command, Op, Outcome},
     store::now_ms,
 };
 
-/// Commands that wait for the writer; further callers wait for their place.
+/// Orders that wait for the writer; further callers wait for their place.
 const QUEUE: usize = 1024;
 /// Limits of one entry.
 const BATCH_COMMANDS: usize = 256;
 const BATCH_BYTES: usize = 4 << 20;
+/// While followers write one entry, the leader writes the next.
+const IN_FLIGHT: usize = 2;
 
-struct Pending {
-    command: Command,
-    reply: oneshot::Sender<Result<Outcome, StoreError>>,
+/// What became of the commands of one order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Written {
+    /// Their place in the log.
+    pub(super) index: u64,
+    pub(super) outcomes: Vec<Outcome>,
+}
+
+type Answer = Result<Written, Refusal>;
+
+struct Order {
+    commands: Vec<Command>,
+    /// Sent by another node, which looks for the leader itself.
+    here_only: bool,
+    arrived: Instant,
+    reply: oneshot::Sender<Answer>,
 }
 
 /// Hands commands to the task that writes.
-pub(super) struct Writer(mpsc::Sender<Pending>);
+pub(super) struct Writer(mpsc::Sender<Order>);
 
 impl Writer {
     /// The task ends with the last handle.
-    pub(super) fn start(raft: NodeRaft) -> Self {
+    pub(super) fn start(node: Arc<Node>) -> Self {
         let (sender, queue) = mpsc::channel(QUEUE);
-        tokio::spawn(write_batches(raft, queue));
+        tokio::spawn(write_batches(node, queue));
         Self(sender)
     }
 
-    /// Returns when the command is applied, and so on disk.
+    /// Returns when the command is committed and applied on this node.
     pub(super) async fn write(&self, command: Command) -> Result<Outcome, StoreError> {
+        let written = self.order(vec![command], false).await?;
+        let lost = || StoreError::Unknown("the store's answer is incomplete".to_owned());
+        written.outcomes.into_iter().next().ok_or_else(lost)
+    }
+
+    /// The same for another node's commands, if this node leads.
+    pub(super) async fn write_here(&self, commands: Vec<Command>) -> Answer {
+        self.order(commands, true).await
+    }
+
+    async fn order(&self, commands: Vec<Command>, here_only: bool) -> Answer {
         let (reply, answer) = oneshot::channel();
-        let pending = Pending { command, reply };
-        if self.0.send(pending).await.is_err() {
-            return Err(StoreError::Closed);
+        let order = Order { commands, here_only, arrived: Instant::now(), reply };
+        if self.0.send(order).await.is_err() {
+            return Err(Refusal::Unavailable("the store is shut down".to_owned()));
         }
-        answer.await.unwrap_or_else(|_| Err(StoreError::Unknown("the store stopped".to_owned())))
+        answer.await.unwrap_or_else(|_| Err(Refusal::Unknown("the store stopped".to_owned())))
     }
 }
 
-async fn write_batches(raft: NodeRaft, mut queue: mpsc::Receiver<Pending>) {
-    while let Some(first) = queue.recv().await {
-        let mut bytes = size(&first.command);
-        let mut batch = vec![first];
-        while batch.len() < BATCH_COMMANDS && bytes < BATCH_BYTES {
-            let Ok(next) = queue.try_recv() else { break };
-            bytes += size(&next.command);
-            batch.push(next);
+async fn write_batches(node: Arc<Node>, mut queue: mpsc::Receiver<Order>) {
+    let permits = Arc::new(Semaphore::new(IN_FLIGHT));
+    // First the permit: what comes meanwhile joins the batch.
+    while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
+        let Some(first) = queue.recv().await else { return };
+        let batch = Batch::collect(first, &mut queue);
+        // Proposed here and now, so that entries are in the order of arrival.
+        let begun = match node.place() {
+            Place::Here => Some(propose(&node, &batch.commands()).await),
+            Place::There(_) | Place::Nowhere(_) => None,
+        };
+        let node = Arc::clone(&node);
+        tokio::spawn(async move {
+            batch.finish(&node, begun).await;
+            drop(permit);
+        });
+    }
+}
+
+struct Batch(Vec<Order>);
+
+impl Batch {
+    fn collect(first: Order, queue: &mut mpsc::Receiver<Order>) -> Self {
+        let mut orders = Vec::new();
+        let (mut commands, mut bytes) = (0, 0);
+        let mut next = Some(first);
+        while let Some(order) = next {
+            if order.arrived.elapsed() > PATIENCE {
+                let refusal = Refusal::Unavailable("the store did not get to it in time".into());
+                // A caller that went away needs no answer, here and below.
+                let _ = order.reply.send(Err(refusal));
+            } else {
+                commands += order.commands.len();
+                bytes += order.commands.iter().map(size).sum::<usize>();
+                orders.push(order);
+            }
+            let full = commands >= BATCH_COMMANDS || bytes >= BATCH_BYTES;
+            next = if full { None } else { queue.try_recv().ok() };
         }
-        let (commands, replies): (Vec<_>, Vec<_>) =
-            batch.into_iter().map(|p| (p.command, p.reply)).unzip();
-        let time_ms = now_ms();
-        let result = raft.client_write(Request { time_ms, commands }).await;
-        // A caller that went away needs no answer.
-        match result {
-            Ok(done) => {
-                let Response(outcomes) = done.data;
-                for (reply, outcome) in replies.into_iter().zip(outcomes) {
-                    let _ = reply.send(Ok(outcome));
+        Self(orders)
+    }
+
+    fn commands(&self) -> Vec<Command> {
+        self.0.iter().flat_map(|order| &order.commands).cloned().collect()
+    }
+
+    /// Sees the batch through, with as many tries as are safe and fit into the time.
+    async fn finish(mut self, node: &Node, mut begun: Option<Proposal>) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.0.is_empty() {
+            let answer = match (begun.take(), node.place()) {
+                (Some(proposal), _) => proposal.outcome(node, deadline).await,
+                (None, Place::Here) => {
+                    propose(node, &self.commands()).await.outcome(node, deadline).await
+                }
+                (None, Place::There(leader)) => {
+                    self.refuse_forwarded(&leader.address);
+                    if self.0.is_empty() {
+                        return;
+                    }
+                    let body = json(&self.commands());
+                    let limit = deadline.saturating_duration_since(Instant::now());
+                    match node.caller.post(&leader, "write", body, limit).await {
+                        Ok(answer) => answer,
+                        Err(error) => Err(error.into()),
+                    }
+                }
+                (None, Place::Nowhere(why)) => Err(Refusal::Unavailable(why)),
+            };
+            match answer {
+                Ok(written) => {
+                    // What this node acknowledged, it also shows; committed it is anyway.
+                    node.applied(written.index, deadline).await;
+                    return self.answer(written);
+                }
+                Err(refusal) => {
+                    let again = refusal.is_definite() && node.news(deadline).await;
+                    if !again {
+                        return self.refuse(&refusal);
+                    }
                 }
             }
-            Err(error) => {
-                for reply in replies {
-                    let _ = reply.send(Err(refusal(&error)));
-                }
+        }
+    }
+
+    /// Orders of other nodes go no further: their senders look for the leader.
+    fn refuse_forwarded(&mut self, leader: &str) {
+        let (forwarded, own) = std::mem::take(&mut self.0).into_iter().partition(|o| o.here_only);
+        self.0 = own;
+        let refusal = Refusal::NotLeader { leader: Some(leader.to_owned()) };
+        Self(forwarded).refuse(&refusal);
+    }
+
+    fn refuse(self, refusal: &Refusal) {
+        for order in self.0 {
+            let _ = order.reply.send(Err(refusal.clone()));
+        }
+    }
+
+    fn answer(self, written: Written) {
+        let Written { index, outcomes } = written;
+        let mut outcomes = outcomes.into_iter();
+        for order in self.0 {
+            let outcomes = outcomes.by_ref().take(order.commands.len()).collect();
+            let _ = order.reply.send(Ok(Written { index, outcomes }));
+        }
+    }
+}
+
+/// A batch that was handed to Raft on this node.
+enum Proposal {
+    Begun { mark: u64, answer: oneshot::Receiver<ClientWriteResult<TypeConfig>> },
+    Refused(Refusal),
+}
+
+async fn propose(node: &Node, commands: &[Command]) -> Proposal {
+    let mark = node.proposals.begin();
+    let request = Request { time_ms: now_ms(), commands: commands.to_vec(), mark };
+    match node.raft.client_write_ff(request).await {
+        Ok(answer) => Proposal::Begun { mark, answer },
+        Err(error) => {
+            node.proposals.end(mark);
+            Proposal::Refused(Refusal::Unavailable(error.to_string()))
+        }
+    }
+}
+
+impl Proposal {
+    async fn outcome(self, node: &Node, deadline: Instant) -> Answer {
+        let (mark, answer) = match self {
+            Self::Begun { mark, answer } => (mark, answer),
+            Self::Refused(refusal) => return Err(refusal),
+        };
+        let result = timeout_at(deadline, answer).await;
+        let logged = node.proposals.end(mark);
+        match result {
+            Ok(Ok(Ok(done))) => {
+                let Response(outcomes) = done.data;
+                Ok(Written { index: done.log_id.index, outcomes })
+            }
+            Ok(Ok(Err(ClientWriteError::ForwardToLeader(forward)))) if !logged => {
+                Err(Refusal::NotLeader { leader: forward.leader_node.map(|node| node.addr) })
+            }
+            Ok(Ok(Err(error))) => {
+                Err(Refusal::Unknown(RaftError::<u64, _>::APIError(error).to_string()))
+            }
+            Ok(Err(_)) => Err(Refusal::Unknown("Raft stopped".to_owned())),
+            Err(_) => {
+                Err(Refusal::Unknown("no majority of voters confirmed it in time".to_owned()))
             }
         }
     }
@@ -85,20 +251,5 @@ fn size(command: &Command) -> usize {
                 Op::Delete { key } => key.len(),
             })
             .sum(),
-    }
-}
-
-type WriteError = RaftError<u64, ClientWriteError<u64, openraft::BasicNode>>;
-
-fn refusal(error: &WriteError) -> StoreError {
-    match error {
-        RaftError::APIError(ClientWriteError::ForwardToLeader(forward)) => StoreError::NotLeader {
-            leader: forward.leader_node.as_ref().map(|node| node.addr.clone()),
-        },
-        RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => {
-            StoreError::Invalid(error.to_string())
-        }
-        // The entry may have reached the disk before Raft stopped.
-        RaftError::Fatal(error) => StoreError::Unknown(error.to_string()),
     }
 }

@@ -1,0 +1,164 @@
+//! The frame that all architectures share: embedding, layers of attention and feed-forward with a norm before each,
+//! final norm and output projection.
+
+use mlx_rs::Array;
+use mlx_rs::error::Exception;
+use mlx_rs::fast::rms_norm;
+
+use super::attention::Attention;
+use super::common::Common;
+use super::deepseek_v3;
+use super::mlp::FeedForward;
+use super::{Architecture, LayerModules, Part};
+use crate::cache::KvCache;
+use crate::loader::{Home, Kind, Module, Split, Weights};
+use crate::nn::{Embedding, Linear, last};
+use crate::tensor::Team;
+
+pub(super) const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
+
+/// Every module of the whole model. `has` says whether the checkpoint has a tensor.
+pub(super) fn modules(architecture: &dyn Architecture, has: &dyn Fn(&str) -> bool) -> Vec<Module> {
+    let &Common { layers, width, vocab_size, tied, .. } = architecture.common();
+    let mut list = Vec::new();
+    let mut add = |path: &str, kind, home| {
+        list.push(Module::new(path.to_owned(), kind, home, Split::Whole));
+    };
+    let home = if tied { Home::Ends } else { Home::First };
+    add("model.embed_tokens", Kind::Embedding { rows: vocab_size, width }, home);
+    add("model.norm", Kind::Norm { width }, Home::Last);
+    if !tied {
+        let kind = Kind::Linear { input: width, output: vocab_size, bias: false };
+        add("lm_head", kind, Home::Last);
+    }
+    for layer in 0..layers {
+        let mut out = LayerModules { layer, has, list: &mut list };
+        for name in NORMS {
+            out.add(name, Kind::Norm { width }, Split::Whole);
+        }
+        architecture.layer_modules(&mut out);
+    }
+    list
+}
+
+/// Whether a tensor that the model has no use for may be in its checkpoints.
+pub(super) fn ignores(common: &Common, tensor: &str) -> bool {
+    // Old exports hold precomputed frequencies; some tied ones the embedding a second time.
+    tensor.ends_with("self_attn.rotary_emb.inv_freq")
+        || (common.tied && tensor.starts_with("lm_head."))
+}
+
+pub(super) enum SelfAttention {
+    Grouped(Attention),
+    Latent(deepseek_v3::Attention),
+}
+
+pub(super) struct Block {
+    self_attn: SelfAttention,
+    feed_forward: FeedForward,
+    input_layernorm: Array,
+    post_attention_layernorm: Array,
+    eps: f32,
+    team: Team,
+}
+
+impl Block {
+    /// `path` is the layer's.
+    pub(super) fn build(
+        self_attn: SelfAttention,
+        feed_forward: FeedForward,
+        common: &Common,
+        path: &str,
+        weights: &mut Weights,
+        team: &Team,
+    ) -> Self {
+        let [input_layernorm, post_attention_layernorm] =
+            NORMS.map(|name| weights.norm(&format!("{path}.{name}")));
+        let (eps, team) = (common.eps, team.clone());
+        Self { self_attn, feed_forward, input_layernorm, post_attention_layernorm, eps, team }
+    }
+
+    /// `x` `[1, positions, width]` to the last `wanted` positions; the cache gets all.
+    fn forward(&self, x: &Array, wanted: i32, cache: &mut KvCache) -> Result<Array, Exception> {
+        let normed = rms_norm(x, Some(&self.input_layernorm), self.eps)?;
+        let attended = match &self.self_attn {
+            SelfAttention::Grouped(attention) => attention.forward(&normed, wanted, cache)?,
+            SelfAttention::Latent(attention) => attention.forward(&normed, wanted, cache)?,
+        };
+        let x = last(x, wanted)?.add(attended)?;
+        let normed = rms_norm(&x, Some(&self.post_attention_layernorm), self.eps)?;
+        x.add(self.feed_forward.forward(&normed, &self.team)?)
+    }
+}
+
+enum Head {
+    Own(Linear),
+    /// The embedding serves as output projection.
+    Tied,
+}
+
+/// One rank's part of a model. Arrays are `[1, positions, features]`.
+pub(crate) struct Model {
+    embed_tokens: Option<Embedding>,
+    layers: Vec<Block>,
+    /// Norm and output projection; last rank only.
+    head: Option<(Array, Head)>,
+    eps: f32,
+}
+
+impl Model {
+    pub(super) fn build(
+        architecture: &dyn Architecture,
+        part: &Part,
+        team: &Team,
+        mut weights: Weights,
+    ) -> Result<Self, Exception> {
+        let common = architecture.common();
+        let embeds = part.owns(if common.tied { Home::Ends } else { Home::First });
+        let embed_tokens = embeds.then(|| weights.embedding("model.embed_tokens"));
+        let layers: Result<Vec<Block>, Exception> =
+            part.layers.clone().map(|i| architecture.block(i, &mut weights, team)).collect();
+        let layers = layers?;
+        let head = part.last.then(|| {
+            let tied = common.tied;
+            let head = if tied { Head::Tied } else { Head::Own(weights.linear("lm_head")) };
+            (weights.norm("model.norm"), head)
+        });
+        weights.finish();
+        Ok(Self { embed_tokens, layers, head, eps: common.eps })
+    }
+
+    /// Token ids `[1, positions]` to hidden states. First rank only.
+    pub(crate) fn embed(&self, tokens: &Array) -> Result<Array, Exception> {
+        self.embed_tokens.as_ref().expect("called on the first rank").forward(tokens)
+    }
+
+    /// Hidden states through this rank's layers; `caches` has one entry per layer. The result is that of the last
+    /// `wanted` positions.
+    pub(crate) fn forward(
+        &self,
+        mut x: Array,
+        wanted: i32,
+        caches: &mut [KvCache],
+    ) -> Result<Array, Exception> {
+        assert_eq!(self.layers.len(), caches.len(), "one cache per layer");
+        let count = self.layers.len();
+        for (i, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
+            // Later layers attend to every position; behind the last one only those that are wanted matter.
+            let wanted = if i + 1 == count { wanted } else { x.dim(1) };
+            x = layer.forward(&x, wanted, cache)?;
+        }
+        Ok(x)
+    }
+
+    /// Hidden states to logits. Last rank only.
+    pub(crate) fn head(&self, x: &Array) -> Result<Array, Exception> {
+        let (norm, head) = self.head.as_ref().expect("called on the last rank");
+        let x = rms_norm(x, Some(norm), self.eps)?;
+        match (head, &self.embed_tokens) {
+            (Head::Own(linear), _) => linear.forward(&x),
+            (Head::Tied, Some(embedding)) => embedding.as_linear(&x),
+            (Head::Tied, None) => unreachable!("a tied embedding is at both ends"),
+        }
+    }
+}

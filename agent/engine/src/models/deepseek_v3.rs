@@ -1,0 +1,426 @@
+//! `model_type` "deepseek_v3": DeepSeek V3, V3.1 and R1; and "kimi_k2", which shares it. Attention over a latent of
+//! keys and values (arXiv 2412.19437, section 2.1.1); experts chosen within the best groups, and shared ones.
+
+use mlx_rs::error::Exception;
+use mlx_rs::fast::{ScaledDotProductAttentionMask, rms_norm, scaled_dot_product_attention};
+use mlx_rs::ops::indexing::{take_along_axis, topk_axis};
+use mlx_rs::ops::{arange, argpartition_axis, matmul, select, sigmoid};
+use mlx_rs::transforms::eval;
+use mlx_rs::{Array, Dtype};
+
+use super::common::{Common, Defaults};
+use super::decoder::{Block, SelfAttention};
+use super::fields::{Fields, bad};
+use super::mlp::{ExpertArgs, Experts, FeedForward, Mixture, Mlp, Routing as AnyRouting, best};
+use super::rope::{Scaling, yarn_magnitude};
+use super::{Architecture, LayerModules, layer_path};
+use crate::cache::KvCache;
+use crate::config::ConfigError;
+use crate::loader::{Kind, Split, Weights};
+use crate::mlx::slice;
+use crate::nn::{Linear, Rope, Stack, last, times};
+use crate::tensor::Team;
+
+/// Of the norms inside attention, whatever the configuration says of the others.
+const LATENT_EPS: f32 = 1e-6;
+
+pub(super) struct Args {
+    common: Common,
+    intermediate_size: i32,
+    attention: AttentionArgs,
+    /// None in models without experts.
+    experts: Option<MixtureArgs>,
+    /// Layers behind the model's own that checkpoints have for predicting several tokens; not used.
+    extra_layers: usize,
+}
+
+struct AttentionArgs {
+    heads: i32,
+    q_lora_rank: Option<i32>,
+    kv_lora_rank: i32,
+    rope_dim: i32,
+    /// Of queries and keys, without what is rotated.
+    nope_dim: i32,
+    v_dim: i32,
+    bias: bool,
+}
+
+struct MixtureArgs {
+    count: i32,
+    shared: Option<i32>,
+    inner: i32,
+    first_layer: usize,
+    layer_step: usize,
+    routing: RoutingArgs,
+}
+
+#[derive(Clone, Debug)]
+struct RoutingArgs {
+    k: i32,
+    groups: i32,
+    /// Groups that a token may use.
+    best_groups: i32,
+    scale: f32,
+    normalize: bool,
+}
+
+impl Args {
+    pub(super) fn parse(config: Fields<'_>) -> Result<Self, ConfigError> {
+        let defaults = Defaults { max_context: 2048, tied: false, theta: 10_000.0 };
+        let common = Common { tied: false, ..Common::parse(config, &defaults)? };
+        let attention = AttentionArgs {
+            heads: config.size("num_attention_heads")?,
+            q_lora_rank: config.size_if("q_lora_rank")?,
+            kv_lora_rank: config.size("kv_lora_rank")?,
+            rope_dim: config.size("qk_rope_head_dim")?,
+            nope_dim: config.size("qk_nope_head_dim")?,
+            v_dim: config.size("v_head_dim")?,
+            bias: config.flag_or("attention_bias", false)?,
+        };
+        let experts = config.size_if("n_routed_experts")?;
+        Ok(Self {
+            intermediate_size: config.size("intermediate_size")?,
+            attention,
+            experts: experts.map(|count| MixtureArgs::parse(config, count)).transpose()?,
+            extra_layers: config.count_or("num_nextn_predict_layers", 1)? as usize,
+            common,
+        })
+    }
+
+    fn experts(&self, layer: usize) -> Option<&MixtureArgs> {
+        let has = |m: &&MixtureArgs| layer >= m.first_layer && layer.is_multiple_of(m.layer_step);
+        self.experts.as_ref().filter(has)
+    }
+}
+
+impl MixtureArgs {
+    fn parse(config: Fields<'_>, count: i32) -> Result<Self, ConfigError> {
+        for (field, only) in [("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")] {
+            if let Some(other) = config.text(field)?.filter(|value| *value != only) {
+                return Err(bad(field, format!("'{other}' is not supported")));
+            }
+        }
+        let routing = RoutingArgs {
+            k: config.size_or("num_experts_per_tok", 1)?,
+            groups: config.size_or("n_group", 1)?,
+            best_groups: config.size_or("topk_group", 1)?,
+            scale: config.number_or("routed_scaling_factor", 1.0)?,
+            normalize: config.flag_or("norm_topk_prob", true)?,
+        };
+        let RoutingArgs { k, groups, best_groups, .. } = routing;
+        // A group is judged by its two best experts.
+        if count % groups != 0 || (groups > 1 && count / groups < 2) {
+            return Err(bad("n_group", format!("{count} experts in {groups} groups")));
+        }
+        if best_groups > groups {
+            return Err(bad("topk_group", format!("{best_groups} of {groups} groups")));
+        }
+        if k > count / groups * best_groups {
+            let reason = format!("{k} of {count} experts in {best_groups} of {groups} groups");
+            return Err(bad("num_experts_per_tok", reason));
+        }
+        Ok(Self {
+            count,
+            shared: config.size_if("n_shared_experts")?,
+            inner: config.size("moe_intermediate_size")?,
+            first_layer: config.count_or("first_k_dense_replace", 0)? as usize,
+            layer_step: config.size_or("moe_layer_freq", 1)? as usize,
+            routing,
+        })
+    }
+
+    fn modules(&self, width: i32, out: &mut LayerModules<'_>) {
+        let gate = Kind::Linear { input: width, output: self.count, bias: false };
+        out.add("mlp.gate", gate, Split::Whole);
+        let bias = Kind::Vector { name: "e_score_correction_bias", width: self.count };
+        out.add("mlp.gate", bias, Split::Whole);
+        let experts = ExpertArgs {
+            count: self.count,
+            inner: self.inner,
+            stacked: "mlp.switch_mlp",
+            single: "mlp.experts",
+            names: ["gate_proj", "up_proj", "down_proj"],
+        };
+        Experts::modules(&experts, width, out);
+        if let Some(shared) = self.shared {
+            Mlp::modules("mlp.shared_experts", width, self.inner * shared, false, out);
+        }
+    }
+
+    fn build(&self, path: &str, weights: &mut Weights) -> Result<Mixture, Exception> {
+        let gate = weights.linear(&format!("{path}.gate"));
+        let bias = weights.vector(&format!("{path}.gate"), "e_score_correction_bias");
+        let routing = AnyRouting::Grouped(Routing { args: self.routing.clone(), bias });
+        let experts = Experts::build(&format!("{path}.switch_mlp"), weights)?;
+        let shared = self.shared.map(|_| Mlp::build(&format!("{path}.shared_experts"), weights));
+        Ok(Mixture::new(gate, routing, experts, shared))
+    }
+}
+
+impl AttentionArgs {
+    fn modules(&self, width: i32, out: &mut LayerModules<'_>) {
+        let &Self { heads, q_lora_rank, kv_lora_rank, rope_dim, nope_dim, v_dim, bias } = self;
+        let what = "attention heads";
+        let q_width = heads * (nope_dim + rope_dim);
+        let mut linear = |name: &str, input, output, bias, split| {
+            out.add(&format!("self_attn.{name}"), Kind::Linear { input, output, bias }, split);
+        };
+        let by_head = Split::output(heads, what);
+        match q_lora_rank {
+            None => linear("q_proj", width, q_width, false, by_head),
+            Some(rank) => {
+                linear("q_a_proj", width, rank, bias, Split::Whole);
+                linear("q_b_proj", rank, q_width, false, by_head);
+            }
+        }
+        linear("kv_a_proj_with_mqa", width, kv_lora_rank + rope_dim, bias, Split::Whole);
+        linear("o_proj", heads * v_dim, width, bias, Split::input(heads, what));
+        if let Some(rank) = q_lora_rank {
+            out.add("self_attn.q_a_layernorm", Kind::Norm { width: rank }, Split::Whole);
+        }
+        out.add("self_attn.kv_a_layernorm", Kind::Norm { width: kv_lora_rank }, Split::Whole);
+        if out.has("self_attn.kv_b_proj") {
+            // As published: keys' and values' halves of each head in one matrix.
+            let output = heads * (nope_dim + v_dim);
+            let kind = Kind::Linear { input: kv_lora_rank, output, bias: false };
+            out.add("self_attn.kv_b_proj", kind, by_head);
+        } else {
+            let kind = Kind::Stack { count: heads, input: nope_dim, output: kv_lora_rank };
+            out.add("self_attn.embed_q", kind, Split::Matrices { what });
+            let kind = Kind::Stack { count: heads, input: kv_lora_rank, output: v_dim };
+            out.add("self_attn.unembed_out", kind, Split::Matrices { what });
+        }
+    }
+}
+
+enum Queries {
+    Direct(Linear),
+    /// `q_a_proj`, `q_a_layernorm`, `q_b_proj`.
+    Low(Linear, Array, Linear),
+}
+
+/// Keys and values of all heads come from one latent per position; only that and a small rotated key are kept.
+pub(super) struct Attention {
+    queries: Queries,
+    kv_a_proj_with_mqa: Linear,
+    kv_a_layernorm: Array,
+    /// Per head `[rank, nope_dim]`: a query into the latent's space, or the other way the latent to a key.
+    embed_q: Stack,
+    /// Per head `[v_dim, rank]`: the latent to a value.
+    unembed_out: Stack,
+    o_proj: Linear,
+    rope: Rope,
+    heads: i32,
+    nope_dim: i32,
+    rope_dim: i32,
+    rank: i32,
+    scale: f32,
+    team: Team,
+}
+
+impl Attention {
+    fn build(
+        args: &AttentionArgs,
+        common: &Common,
+        path: &str,
+        weights: &mut Weights,
+        team: &Team,
+    ) -> Result<Self, Exception> {
+        let path = |name: &str| format!("{path}.self_attn.{name}");
+        let heads = team.share().of(args.heads, false).map(|s| s.end - s.start);
+        let heads = heads.expect("the loader has checked the split");
+        let queries = match args.q_lora_rank {
+            None => Queries::Direct(weights.linear(&path("q_proj"))),
+            Some(_) => Queries::Low(
+                weights.linear(&path("q_a_proj")),
+                weights.norm(&path("q_a_layernorm")),
+                weights.linear(&path("q_b_proj")),
+            ),
+        };
+        let (embed_q, unembed_out) = if weights.has(&path("kv_b_proj")) {
+            split_latent(&weights.linear(&path("kv_b_proj")), heads, args)?
+        } else {
+            (weights.stack(&path("embed_q"))?, weights.stack(&path("unembed_out"))?)
+        };
+        let mut scale = ((args.nope_dim + args.rope_dim) as f32).powf(-0.5);
+        if let Scaling::Yarn { factor, mscale_all_dim, .. } = common.rope.scaling {
+            scale *= yarn_magnitude(factor, mscale_all_dim).powi(2);
+        }
+        Ok(Self {
+            queries,
+            kv_a_proj_with_mqa: weights.linear(&path("kv_a_proj_with_mqa")),
+            kv_a_layernorm: weights.norm(&path("kv_a_layernorm")),
+            embed_q,
+            unembed_out,
+            o_proj: weights.linear(&path("o_proj")),
+            rope: common.rope.build(args.rope_dim, true),
+            heads,
+            nope_dim: args.nope_dim,
+            rope_dim: args.rope_dim,
+            rank: args.kv_lora_rank,
+            scale,
+            team: team.clone(),
+        })
+    }
+
+    /// `x` `[1, positions, width]` to outputs of the last `wanted` positions; latents are kept of all.
+    pub(super) fn forward(
+        &self,
+        x: &Array,
+        wanted: i32,
+        cache: &mut KvCache,
+    ) -> Result<Array, Exception> {
+        let positions = x.dim(1);
+        let offset = cache.len();
+        let q = match &self.queries {
+            Queries::Direct(linear) => linear.forward(&last(x, wanted)?)?,
+            Queries::Low(a, norm, b) => {
+                let low = a.forward(&last(x, wanted)?)?;
+                b.forward(&rms_norm(&low, Some(norm), LATENT_EPS)?)?
+            }
+        };
+        let (nope, full) = (self.nope_dim, self.nope_dim + self.rope_dim);
+        let q = q.reshape(&[1, wanted, self.heads, full])?.transpose_axes(&[0, 2, 1, 3])?;
+        let q_nope = slice(&q, &[0; 4], &[1, self.heads, wanted, nope])?;
+        let q_pe = slice(&q, &[0, 0, 0, nope], &[1, self.heads, wanted, full])?;
+
+        let latent = self.kv_a_proj_with_mqa.forward(x)?;
+        let latent = latent.reshape(&[1, 1, positions, self.rank + self.rope_dim])?;
+        let k_pe =
+            slice(&latent, &[0, 0, 0, self.rank], &[1, 1, positions, self.rank + self.rope_dim])?;
+        let latent = slice(&latent, &[0; 4], &[1, 1, positions, self.rank])?;
+        let latent = rms_norm(&latent, Some(&self.kv_a_layernorm), LATENT_EPS)?;
+
+        let q_pe = self.rope.forward(&q_pe, offset + positions - wanted)?;
+        let k_pe = self.rope.forward(&k_pe, offset)?;
+        let (latent, k_pe) = cache.extend(&latent, &k_pe)?;
+
+        let mut scores = matmul(times(&q_pe, self.scale)?, k_pe.swap_axes(-1, -2)?)?;
+        if wanted > 1 {
+            scores = causal(&scores, wanted, cache.len())?;
+        }
+        let output = self.attend(&q_nope, &latent, &scores, wanted)?;
+        let output = output.transpose_axes(&[0, 2, 1, 3])?.reshape(&[1, wanted, -1])?;
+        self.o_proj.forward_summed(&output, &self.team)
+    }
+
+    /// One query is taken into the latent's space, which saves making keys and values of all positions; for many
+    /// queries making them is cheaper. Both give the same, `[1, heads, wanted, v_dim]`.
+    fn attend(
+        &self,
+        q_nope: &Array,
+        latent: &Array,
+        scores: &Array,
+        wanted: i32,
+    ) -> Result<Array, Exception> {
+        let mask = ScaledDotProductAttentionMask::Array(scores);
+        if wanted == 1 {
+            let q = self.embed_q.forward(q_nope)?;
+            let output = scaled_dot_product_attention(&q, latent, latent, self.scale, mask, None)?;
+            self.unembed_out.forward(&output)
+        } else {
+            let keys = self.embed_q.forward_transposed(latent)?;
+            let values = self.unembed_out.forward(latent)?;
+            scaled_dot_product_attention(q_nope, &keys, &values, self.scale, mask, None)
+        }
+    }
+}
+
+/// `scores` `[1, heads, wanted, held]` with the least number of their type where a key is later than its query.
+fn causal(scores: &Array, wanted: i32, held: i32) -> Result<Array, Exception> {
+    let queries = arange::<i32, i32>(held - wanted, held, 1)?.reshape(&[wanted, 1])?;
+    let keys = arange::<i32, i32>(0, held, 1)?;
+    let least = match scores.dtype() {
+        Dtype::Float16 => -65_504.0,
+        Dtype::Bfloat16 => -3.389_531_4e38,
+        _ => f32::MIN,
+    };
+    let least = Array::from_f32(least).as_dtype(scores.dtype())?;
+    select(queries.ge(&keys)?, scores, least)
+}
+
+/// The published matrix `[heads · (nope_dim + v_dim), rank]` as `embed_q` and `unembed_out`, packed as it was.
+fn split_latent(
+    matrix: &Linear,
+    heads: i32,
+    args: &AttentionArgs,
+) -> Result<(Stack, Stack), Exception> {
+    let (matrix, packing) = matrix.unpack()?;
+    let &AttentionArgs { nope_dim, v_dim, kv_lora_rank: rank, .. } = args;
+    let matrix = matrix.reshape(&[heads, nope_dim + v_dim, rank])?;
+    let keys = slice(&matrix, &[0; 3], &[heads, nope_dim, rank])?.swap_axes(-1, -2)?;
+    let values = slice(&matrix, &[0, nope_dim, 0], &[heads, nope_dim + v_dim, rank])?;
+    let embed_q = Stack::pack(keys.contiguous()?, packing)?;
+    let unembed_out = Stack::pack(values.contiguous()?, packing)?;
+    // Now, so that the published matrix is freed.
+    eval(embed_q.arrays().into_iter().chain(unembed_out.arrays()))?;
+    Ok((embed_q, unembed_out))
+}
+
+/// Experts are chosen by score and bias, within the groups whose two best experts are best; they are weighted by
+/// score alone.
+pub(super) struct Routing {
+    args: RoutingArgs,
+    /// `e_score_correction_bias`, `[experts]`.
+    bias: Array,
+}
+
+impl Routing {
+    /// Experts and weights (float32) of scores `[1, positions, experts]`.
+    pub(super) fn route(&self, scores: &Array) -> Result<(Array, Array), Exception> {
+        let &RoutingArgs { k, groups, best_groups, scale, normalize } = &self.args;
+        let (positions, count) = (scores.dim(1), scores.dim(2));
+        let scores = sigmoid(scores.as_dtype(Dtype::Float32)?)?;
+        let mut biased = scores.add(&self.bias)?;
+        let dropped = groups - best_groups;
+        if dropped > 0 {
+            let grouped = biased.reshape(&[1, positions, groups, count / groups])?;
+            let judged = topk_axis(&grouped, 2, -1)?.sum_axis(-1, true)?;
+            let worst = argpartition_axis(&judged, dropped - 1, -2)?;
+            let worst = slice(&worst, &[0; 4], &[1, positions, dropped, 1])?;
+            let kept = grouped.put_along_axis(&worst, Array::from_f32(0.0), -2)?;
+            biased = kept.reshape(&[1, positions, count])?;
+        }
+        let experts = best(&biased, k)?;
+        let mut weights = take_along_axis(&scores, &experts, -1)?;
+        if k > 1 && normalize {
+            let sum = weights.sum_axis(-1, true)?;
+            weights = weights.divide(sum)?;
+        }
+        Ok((experts, times(&weights, scale)?))
+    }
+}
+
+impl Architecture for Args {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn layer_modules(&self, out: &mut LayerModules<'_>) {
+        let width = self.common.width;
+        self.attention.modules(width, out);
+        match self.experts(out.layer) {
+            Some(experts) => experts.modules(width, out),
+            None => Mlp::modules("mlp", width, self.intermediate_size, false, out),
+        }
+    }
+
+    fn ignores(&self, tensor: &str) -> bool {
+        let layers = self.common.layers;
+        let extra = layers..layers + self.extra_layers;
+        let layer = tensor.strip_prefix("model.layers.").and_then(|t| t.split('.').next());
+        layer.and_then(|n| n.parse().ok()).is_some_and(|n: usize| extra.contains(&n))
+    }
+
+    fn block(&self, layer: usize, weights: &mut Weights, team: &Team) -> Result<Block, Exception> {
+        let (path, common) = (layer_path(layer), &self.common);
+        let attention = Attention::build(&self.attention, common, &path, weights, team)?;
+        let mlp = format!("{path}.mlp");
+        let feed_forward = match self.experts(layer) {
+            Some(experts) => FeedForward::Mixture(Box::new(experts.build(&mlp, weights)?)),
+            None => FeedForward::Dense(Mlp::build(&mlp, weights)),
+        };
+        let attention = SelfAttention::Latent(attention);
+        Ok(Block::build(attention, feed_forward, common, &path, weights, team))
+    }
+}

@@ -1,0 +1,223 @@
+//! What follows attention: one gated projection for all tokens, or experts of which each token is routed to some.
+
+use mlx_rs::Array;
+use mlx_rs::error::Exception;
+use mlx_rs::ops::indexing::take_along_axis;
+use mlx_rs::ops::{argpartition_axis, argsort_axis, multiply, sigmoid, softmax_axis};
+
+use super::LayerModules;
+use super::deepseek_v3;
+use crate::loader::{Kind, Split, Weights};
+use crate::mlx::slice;
+use crate::nn::{Linear, Stack};
+use crate::tensor::Team;
+
+/// From this many (token, expert) pairs on, sorting them by expert pays: each expert's weights are then read once.
+const SORT_FROM: i32 = 64;
+
+fn gated(gate: &Array, up: &Array) -> Result<Array, Exception> {
+    multiply(multiply(gate, sigmoid(gate)?)?, up)
+}
+
+pub(super) struct Mlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl Mlp {
+    pub(super) fn modules(
+        name: &str,
+        width: i32,
+        inner: i32,
+        bias: bool,
+        out: &mut LayerModules<'_>,
+    ) {
+        let what = "inner features of the MLP";
+        let outward = Kind::Linear { input: width, output: inner, bias };
+        out.add(&format!("{name}.gate_proj"), outward, Split::output(inner, what));
+        out.add(&format!("{name}.up_proj"), outward, Split::output(inner, what));
+        let back = Kind::Linear { input: inner, output: width, bias };
+        out.add(&format!("{name}.down_proj"), back, Split::input(inner, what));
+    }
+
+    pub(super) fn build(path: &str, weights: &mut Weights) -> Self {
+        let mut linear = |name: &str| weights.linear(&format!("{path}.{name}"));
+        Self {
+            gate_proj: linear("gate_proj"),
+            up_proj: linear("up_proj"),
+            down_proj: linear("down_proj"),
+        }
+    }
+
+    fn inner(&self, x: &Array) -> Result<Array, Exception> {
+        gated(&self.gate_proj.forward(x)?, &self.up_proj.forward(x)?)
+    }
+
+    fn forward(&self, x: &Array, team: &Team) -> Result<Array, Exception> {
+        self.down_proj.forward_summed(&self.inner(x)?, team)
+    }
+
+    /// This rank's part, to be summed by the caller; for projections without bias.
+    fn forward_part(&self, x: &Array) -> Result<Array, Exception> {
+        self.down_proj.product(&self.inner(x)?)
+    }
+}
+
+/// Gated projections, one set per expert.
+pub(super) struct Experts {
+    gate_proj: Stack,
+    up_proj: Stack,
+    down_proj: Stack,
+}
+
+/// Where checkpoints have experts.
+pub(super) struct ExpertArgs<'a> {
+    pub(super) count: i32,
+    pub(super) inner: i32,
+    /// The stacked experts, under the layer's path.
+    pub(super) stacked: &'a str,
+    /// Single experts, under the layer's path; the expert's number and the projection follow.
+    pub(super) single: &'a str,
+    /// A single expert's names of `gate_proj`, `up_proj` and `down_proj`.
+    pub(super) names: [&'a str; 3],
+}
+
+impl Experts {
+    pub(super) fn modules(args: &ExpertArgs<'_>, width: i32, out: &mut LayerModules<'_>) {
+        let &ExpertArgs { count, inner, stacked, single, names } = args;
+        let what = "inner features of an expert";
+        let outward =
+            (Kind::Stack { count, input: width, output: inner }, Split::output(inner, what));
+        let back = (Kind::Stack { count, input: inner, output: width }, Split::input(inner, what));
+        let parts = [("gate_proj", outward), ("up_proj", outward), ("down_proj", back)];
+        for ((name, (kind, split)), single_name) in parts.into_iter().zip(names) {
+            let pieces: Vec<String> =
+                (0..count).map(|i| format!("{single}.{i}.{single_name}")).collect();
+            out.add_stack(&format!("{stacked}.{name}"), &pieces, kind, split);
+        }
+    }
+
+    pub(super) fn build(path: &str, weights: &mut Weights) -> Result<Self, Exception> {
+        let mut stack = |name: &str| weights.stack(&format!("{path}.{name}"));
+        Ok(Self {
+            gate_proj: stack("gate_proj")?,
+            up_proj: stack("up_proj")?,
+            down_proj: stack("down_proj")?,
+        })
+    }
+
+    /// `x` `[1, positions, width]` and the experts of each position `[1, positions, k]` to `[1, positions, k, width]`.
+    fn forward(&self, x: &Array, experts: &Array) -> Result<Array, Exception> {
+        let (positions, width, k) = (x.dim(1), x.dim(2), experts.dim(2));
+        let pairs = positions * k;
+        if pairs < SORT_FROM {
+            let x = x.reshape(&[1, positions, 1, 1, width])?;
+            return self.gather(&x, experts, false)?.reshape(&[1, positions, k, width]);
+        }
+        let experts = experts.reshape(&[pairs])?;
+        let order = argsort_axis(&experts, 0)?;
+        let position = order.floor_divide(Array::from_slice(&[k as u32], &[1]))?;
+        let x = x.reshape(&[positions, 1, width])?.take_axis(&position, 0)?;
+        let output = self.gather(&x, &experts.take_axis(&order, 0)?, true)?;
+        let output = output.take_axis(argsort_axis(&order, 0)?, 0)?;
+        output.reshape(&[1, positions, k, width])
+    }
+
+    fn gather(&self, x: &Array, experts: &Array, sorted: bool) -> Result<Array, Exception> {
+        let gate = self.gate_proj.gather(x, experts, sorted)?;
+        let up = self.up_proj.gather(x, experts, sorted)?;
+        self.down_proj.gather(&gated(&gate, &up)?, experts, sorted)
+    }
+}
+
+/// How the experts of a token and their weights follow from the gate's scores `[1, positions, experts]`.
+pub(super) enum Routing {
+    /// The likeliest `k` by softmax over all, their weights scaled to sum 1 if `normalize`.
+    Softmax {
+        k: i32,
+        normalize: bool,
+    },
+    /// The `k` highest, softmax over these.
+    SoftmaxOfBest {
+        k: i32,
+    },
+    Grouped(deepseek_v3::Routing),
+}
+
+impl Routing {
+    /// Experts and weights, `[1, positions, k]` each.
+    fn route(&self, scores: &Array) -> Result<(Array, Array), Exception> {
+        match self {
+            Self::Softmax { k, normalize } => {
+                let scores = softmax_axis(scores, -1, true)?;
+                // From above, not by negated scores: of two equal ones the other would be taken than elsewhere.
+                let (positions, count) = (scores.dim(1), scores.dim(2));
+                let order = argpartition_axis(&scores, count - k, -1)?;
+                let experts = slice(&order, &[0, 0, count - k], &[1, positions, count])?;
+                let weights = take_along_axis(&scores, &experts, -1)?;
+                if !normalize {
+                    return Ok((experts, weights));
+                }
+                let sum = weights.sum_axis(-1, true)?;
+                Ok((experts, weights.divide(sum)?))
+            }
+            Self::SoftmaxOfBest { k } => {
+                let experts = best(scores, *k)?;
+                let weights = take_along_axis(scores, &experts, -1)?;
+                Ok((experts, softmax_axis(weights, -1, true)?))
+            }
+            Self::Grouped(routing) => routing.route(scores),
+        }
+    }
+}
+
+/// Places of the `k` highest of `[1, positions, n]` along the last axis, in no order.
+pub(super) fn best(scores: &Array, k: i32) -> Result<Array, Exception> {
+    let order = argpartition_axis(scores.negative()?, k - 1, -1)?;
+    slice(&order, &[0, 0, 0], &[1, scores.dim(1), k])
+}
+
+pub(super) struct Mixture {
+    gate: Linear,
+    routing: Routing,
+    experts: Experts,
+    shared: Option<Mlp>,
+}
+
+impl Mixture {
+    pub(super) fn new(
+        gate: Linear,
+        routing: Routing,
+        experts: Experts,
+        shared: Option<Mlp>,
+    ) -> Self {
+        Self { gate, routing, experts, shared }
+    }
+
+    fn forward(&self, x: &Array, team: &Team) -> Result<Array, Exception> {
+        let (experts, weights) = self.routing.route(&self.gate.forward(x)?)?;
+        let outputs = self.experts.forward(x, &experts)?;
+        let shape = [1, weights.dim(1), weights.dim(2), 1];
+        let output = outputs.multiply(weights.reshape(&shape)?)?.sum_axis(-2, false)?;
+        let mut output = output.as_dtype(outputs.dtype())?;
+        if let Some(shared) = &self.shared {
+            output = output.add(shared.forward_part(x)?)?;
+        }
+        team.sum(&output)
+    }
+}
+
+pub(super) enum FeedForward {
+    Dense(Mlp),
+    Mixture(Box<Mixture>),
+}
+
+impl FeedForward {
+    pub(super) fn forward(&self, x: &Array, team: &Team) -> Result<Array, Exception> {
+        match self {
+            Self::Dense(mlp) => mlp.forward(x, team),
+            Self::Mixture(mixture) => mixture.forward(x, team),
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Who may do what with the cluster's resources: admins everything; a node reads everything but
+//! secrets, writes its own Node and what concerns the Shards bound to it, and reports events.
+
+use exo_apiserver::Attributes;
+use exo_trust::GROUP_ADMINS;
+
+use crate::data_dir::NODE_USER_PREFIX;
+
+/// The policy. The error says what would have been allowed.
+pub(crate) fn allow(request: &Attributes<'_>) -> Result<(), String> {
+    let identity = request.identity;
+    if identity.groups.iter().any(|group| group == GROUP_ADMINS) {
+        return Ok(());
+    }
+    let Some(node) = identity.name.strip_prefix(NODE_USER_PREFIX) else {
+        return Err("only admins and nodes have rights here".to_owned());
+    };
+    let reads =
+        ["get", "list", "watch"].contains(&request.verb) && request.resource != "secrets";
+    let edits = ["update", "patch"].contains(&request.verb);
+    let own = match request.resource {
+        // An object that is not there yet is named by its body; one that exists is not overwritten.
+        "nodes" => request.verb == "create" || (edits && request.name == node),
+        "events" => request.verb == "create",
+        "shards" => edits && request.object.is_some_and(|shard| shard["spec"]["node"] == node),
+        _ => false,
+    };
+    if reads || own {
+        Ok(())
+    } else {
+        Err(format!("node `{node}` writes only its own Node and the Shards bound to it"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use exo_apiserver::Identity;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn check(
+        user: (&str, &str),
+        verb: &'static str,
+        (resource, name): (&str, &str),
+        object: Option<Value>,
+    ) -> bool {
+        let identity = Identity { name: user.0.to_owned(), groups: vec![user.1.to_owned()] };
+        let request = Attributes {
+            identity: &identity,
+            verb,
+            group: "exo.dev",
+            resource,
+            subresource: None,
+            name,
+            object: object.as_ref(),
+        };
+        allow(&request).is_ok()
+    }
+
+    #[test]
+    fn nodes_write_what_is_theirs_and_nothing_else() {
+        let admin = ("exo-admin", "system:masters");
+        let node = ("system:node:a", "system:nodes");
+        let shard_of = |node: &str| Some(json!({"spec": {"node": node}}));
+        assert!(check(admin, "deletecollection", ("shards", ""), None));
+        assert!(check(node, "watch", ("inferenceinstances", ""), None));
+        assert!(check(node, "create", ("nodes", ""), None));
+        assert!(check(node, "patch", ("nodes", "a"), None));
+        assert!(check(node, "patch", ("shards", "x"), shard_of("a")));
+        for (verb, target, object) in [
+            ("patch", ("nodes", "b"), None),
+            ("delete", ("nodes", "a"), None),
+            ("patch", ("shards", "x"), shard_of("b")),
+            ("patch", ("shards", "x"), None),
+            ("delete", ("shards", "x"), shard_of("a")),
+            ("create", ("shards", ""), None),
+            ("get", ("secrets", "keys"), None),
+            ("patch", ("inferenceinstances", "i"), None),
+            ("create", ("inferenceinstances", ""), None),
+            ("deletecollection", ("models", ""), None),
+        ] {
+            assert!(!check(node, verb, target, object), "{verb} {target:?}");
+        }
+        assert!(!check(("system:node:a2", "other"), "patch", ("nodes", "a"), None));
+        assert!(!check(("somebody", "people"), "get", ("nodes", "a"), None));
+    }
+}

@@ -1,0 +1,59 @@
+//! What a policy on access sees of a request. The policy itself comes from whoever makes the server.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::{auth::Identity, error::ApiError, object, request::Verb, server::{Call, Subresource}};
+
+/// One request on a resource, as a policy sees it.
+#[derive(Clone, Debug)]
+pub struct Attributes<'a> {
+    pub identity: &'a Identity,
+    /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete`, `deletecollection`.
+    pub verb: &'static str,
+    pub group: &'a str,
+    pub resource: &'a str,
+    pub subresource: Option<&'a str>,
+    /// Empty for a collection.
+    pub name: &'a str,
+    /// The named object as it is stored.
+    pub object: Option<&'a Value>,
+}
+
+/// Says why a request is refused.
+pub type Policy = Arc<dyn Fn(&Attributes<'_>) -> Result<(), String> + Send + Sync>;
+
+/// Asks the policy about one request.
+pub(crate) async fn authorize(
+    policy: &Policy,
+    identity: &Identity,
+    verb: Verb,
+    call: &Call,
+) -> Result<(), ApiError> {
+    let stored = if call.name.is_empty() { None } else { call.read().await? };
+    let object = stored.as_ref().map(object::decode).transpose()?;
+    let attributes = Attributes {
+        identity,
+        verb: verb.policy_name(),
+        group: &call.resource.group,
+        resource: &call.resource.plural,
+        subresource: call.subresource.map(|subresource| match subresource {
+            Subresource::Status => "status",
+            Subresource::Scale => "scale",
+        }),
+        // A new object's name is in its body.
+        name: &call.name,
+        object: object.as_ref(),
+    };
+    policy(&attributes).map_err(|reason| {
+        let target = match call.name.as_str() {
+            "" => call.resource.plural.clone(),
+            name => format!("{} \"{name}\"", call.resource.plural),
+        };
+        ApiError::Forbidden(format!(
+            "{target} is forbidden: user \"{}\" cannot {}: {reason}",
+            identity.name, attributes.verb
+        ))
+    })
+}

@@ -1,0 +1,330 @@
+//! Three voters against three members of etcd, each a process of its own on this machine, each
+//! writing through to disk; then the time from a leader's death to the next acknowledged write.
+//!
+//! `cargo bench -p exo-store --features etcd -- [seconds per row] [kills]`, with `etcd` on the path
+//! for the comparison. Values have 256 bytes; each client waits for its answer.
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a tool for people who build exo")]
+
+use std::{
+    collections::BTreeMap,
+    net::{SocketAddr, TcpListener as StdListener},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use axum::serve::ListenerExt as _;
+use exo_store::{Begin, ListQuery, Peering, RaftConfig, Store, raft_routes};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const CHILD: &str = "EXO_STORE_BENCH_NODE";
+const CLIENTS: [usize; 3] = [1, 16, 64];
+
+#[tokio::main]
+async fn main() {
+    exo_trust::install_crypto();
+    if let Ok(node) = std::env::var(CHILD) {
+        return serve(&serde_json::from_str(&node).unwrap()).await;
+    }
+    let numbers: Vec<u64> = std::env::args().filter_map(|a| a.parse().ok()).collect();
+    let seconds = Duration::from_secs(numbers.first().copied().unwrap_or(5));
+    let kills = numbers.get(1).copied().unwrap_or(20);
+    let mut exo = Exo::start().await;
+    let leader = exo.leader().await;
+    for clients in CLIENTS {
+        let writer = ExoWriter { client: exo.client.clone(), node: leader.clone() };
+        report("exo", clients, load(clients, seconds, Arc::new(writer)).await);
+    }
+    drop(exo);
+    #[cfg(feature = "etcd")]
+    etcd::measure(seconds).await;
+    if kills > 0 {
+        exo = Exo::start().await;
+        kill_leaders(&mut exo, kills).await;
+    }
+}
+
+/// One voter.
+async fn serve(node: &Value) {
+    let address: SocketAddr = node["address"].as_str().unwrap().parse().unwrap();
+    let begin = if node["id"] == 1 { Begin::Found } else { Begin::Join };
+    let store =
+        open(node["dir"].as_str().unwrap(), node["id"].as_u64().unwrap(), address, begin).await;
+    let listener = tokio::net::TcpListener::bind(address).await.unwrap();
+    let listener = listener.tap_io(|stream| stream.set_nodelay(true).unwrap());
+    axum::serve(listener, raft_routes(&store)).await.unwrap();
+}
+
+async fn open(dir: impl AsRef<Path>, node_id: u64, address: SocketAddr, begin: Begin) -> Store {
+    let dir = dir.as_ref().to_owned();
+    let config = RaftConfig { dir, node_id, address: address.to_string() };
+    let peering = Peering { client: reqwest::Client::new(), scheme: "http".to_owned(), begin };
+    Store::raft_with_peers(config, peering).await.unwrap()
+}
+
+fn free_address() -> SocketAddr {
+    StdListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+struct Voter {
+    id: u64,
+    address: SocketAddr,
+    dir: TempDir,
+    process: Child,
+}
+
+impl Voter {
+    fn start(id: u64, address: SocketAddr, dir: TempDir) -> Self {
+        let node = json!({"id": id, "address": address, "dir": dir.path()});
+        let process = Command::new(std::env::current_exe().unwrap())
+            .env(CHILD, node.to_string())
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { id, address, dir, process }
+    }
+}
+
+impl Drop for Voter {
+    fn drop(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
+struct Exo {
+    voters: BTreeMap<u64, Voter>,
+    client: reqwest::Client,
+}
+
+#[derive(Clone)]
+struct Node {
+    id: u64,
+    address: SocketAddr,
+}
+
+impl Exo {
+    async fn start() -> Self {
+        let voter = |id| (id, Voter::start(id, free_address(), TempDir::new_in(".").unwrap()));
+        let exo = Self { voters: (1..=3).map(voter).collect(), client: reqwest::Client::new() };
+        let first = exo.leader().await;
+        for id in [2, 3] {
+            let address = exo.voters[&id].address;
+            let change = json!({"add_learner": {"id": id, "address": address}});
+            call(&exo.client, &first, "members", &change).await.unwrap();
+        }
+        let change = json!({"voters": {"ids": [1, 2, 3]}});
+        call(&exo.client, &first, "members", &change).await.unwrap();
+        exo
+    }
+
+    fn nodes(&self) -> Vec<Node> {
+        self.voters.values().map(|v| Node { id: v.id, address: v.address }).collect()
+    }
+
+    /// The first node that takes a write.
+    async fn leader(&self) -> Node {
+        loop {
+            for node in self.nodes() {
+                if put(&self.client, &node, "/probe").await {
+                    return node;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+}
+
+/// `None` for everything but a good answer.
+async fn call(client: &reqwest::Client, to: &Node, call: &str, body: &Value) -> Option<Value> {
+    let answer = client
+        .post(format!("http://{}/exo/v1/raft/{call}", to.address))
+        .header("x-exo-raft-source", 0)
+        .header("x-exo-raft-target", to.id)
+        .body(body.to_string())
+        .send()
+        .await
+        .ok()?;
+    let answer: Value = serde_json::from_slice(&answer.bytes().await.ok()?).ok()?;
+    answer.get("Ok").cloned()
+}
+
+async fn put(client: &reqwest::Client, node: &Node, key: &str) -> bool {
+    let put = json!({"put": {"key": key, "value": "x".repeat(256)}});
+    let order = json!([{"txn": {"compare": [], "ops": [put]}}]);
+    call(client, node, "write", &order).await.is_some()
+}
+
+trait Writer: Send + Sync + 'static {
+    fn write(&self, key: String) -> impl Future<Output = ()> + Send;
+}
+
+struct ExoWriter {
+    client: reqwest::Client,
+    node: Node,
+}
+
+impl Writer for ExoWriter {
+    async fn write(&self, key: String) {
+        assert!(put(&self.client, &self.node, &key).await, "refused");
+    }
+}
+
+/// All latencies of a number of clients, each of which writes one key after the other.
+async fn load<W: Writer>(
+    clients: usize,
+    seconds: Duration,
+    writer: Arc<W>,
+) -> (Duration, Vec<Duration>) {
+    let begin = Instant::now();
+    let tasks: Vec<_> = (0..clients)
+        .map(|client| {
+            let writer = Arc::clone(&writer);
+            tokio::spawn(async move {
+                let mut latencies = Vec::new();
+                while begin.elapsed() < seconds {
+                    let sent = Instant::now();
+                    writer.write(format!("/{client}/{}", latencies.len())).await;
+                    latencies.push(sent.elapsed());
+                }
+                latencies
+            })
+        })
+        .collect();
+    let mut latencies = Vec::new();
+    for task in tasks {
+        latencies.extend(task.await.unwrap());
+    }
+    (begin.elapsed(), latencies)
+}
+
+fn report(system: &str, clients: usize, (took, mut latencies): (Duration, Vec<Duration>)) {
+    latencies.sort_unstable();
+    let rate = latencies.len() as f64 / took.as_secs_f64();
+    let at = |share: f64| latencies[((latencies.len() - 1) as f64 * share) as usize];
+    println!(
+        "{system:>5} {clients:>3} clients {rate:>9.0} writes/s  p50 {:>8.2?}  p99 {:>8.2?}",
+        at(0.5),
+        at(0.99)
+    );
+}
+
+/// Kills leaders under load; checks at the end that everything acknowledged is there.
+async fn kill_leaders(exo: &mut Exo, kills: u64) {
+    let mut acknowledged = vec!["/probe".to_owned()];
+    let mut gaps = Vec::new();
+    for round in 0..kills {
+        let leader = exo.leader().await;
+        for i in 0..50 {
+            let key = format!("/{round}/{i}");
+            if put(&exo.client, &leader, &key).await {
+                acknowledged.push(key);
+            }
+        }
+        let mut dead = exo.voters.remove(&leader.id).unwrap();
+        dead.process.kill().unwrap();
+        let killed = Instant::now();
+        exo.leader().await;
+        gaps.push(killed.elapsed());
+        dead.process.wait().unwrap();
+        let dir = std::mem::replace(&mut dead.dir, TempDir::new().unwrap());
+        exo.voters.insert(leader.id, Voter::start(leader.id, dead.address, dir));
+    }
+    gaps.sort_unstable();
+    println!(
+        "  exo leader killed {kills} times: next acknowledged write after {:.0?} (median), {:.0?} (worst)",
+        gaps[gaps.len() / 2],
+        gaps[gaps.len() - 1]
+    );
+    // A learner reads everything over the network, as of now.
+    let (dir, address) = (TempDir::new().unwrap(), free_address());
+    let store = open(dir.path(), 9, address, Begin::Join).await;
+    let listener = tokio::net::TcpListener::bind(address).await.unwrap();
+    let app = raft_routes(&store);
+    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    let change = json!({"add_learner": {"id": 9, "address": address}});
+    while call(&exo.client, &exo.leader().await, "members", &change).await.is_none() {}
+    let found = store.list(&ListQuery::default()).await.unwrap();
+    let lost = acknowledged
+        .iter()
+        .filter(|key| found.entries.binary_search_by(|e| (*e.key).cmp(key)).is_err())
+        .count();
+    println!("  {} acknowledged writes read again, {lost} lost", acknowledged.len());
+    assert_eq!(lost, 0);
+}
+
+#[cfg(feature = "etcd")]
+mod etcd {
+    use etcd_client::Client;
+
+    use super::*;
+
+    struct EtcdWriter(Client);
+
+    impl Writer for EtcdWriter {
+        async fn write(&self, key: String) {
+            self.0.kv_client().put(key, "x".repeat(256), None).await.unwrap();
+        }
+    }
+
+    struct Members(Vec<(Child, TempDir)>);
+
+    impl Drop for Members {
+        fn drop(&mut self) {
+            for (process, _) in &mut self.0 {
+                process.kill().unwrap();
+                process.wait().unwrap();
+            }
+        }
+    }
+
+    pub(super) async fn measure(seconds: Duration) {
+        let peers: Vec<_> = (0..3).map(|_| free_address()).collect();
+        let clients: Vec<_> = (0..3).map(|_| free_address()).collect();
+        let names = peers.iter().enumerate().map(|(i, p)| format!("m{i}=http://{p}"));
+        let cluster = names.collect::<Vec<_>>().join(",");
+        let mut members = Members(Vec::new());
+        for i in 0..3 {
+            let dir = TempDir::new_in(".").unwrap();
+            let (peer, client) = (format!("http://{}", peers[i]), format!("http://{}", clients[i]));
+            let process = Command::new("etcd")
+                .args(["--name", &format!("m{i}"), "--initial-cluster", &cluster])
+                .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+                .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+                .args(["--log-level", "error", "--data-dir"])
+                .arg(dir.path())
+                .stderr(Stdio::null())
+                .spawn();
+            let Ok(process) = process else {
+                return println!(" etcd is not on the path: no comparison");
+            };
+            members.0.push((process, dir));
+        }
+        let leader = leader(&clients).await;
+        for clients in CLIENTS {
+            let writer = EtcdWriter(leader.clone());
+            report("etcd", clients, load(clients, seconds, Arc::new(writer)).await);
+        }
+    }
+
+    /// The leader takes writes without handing them on, as exo's does.
+    async fn leader(clients: &[SocketAddr]) -> Client {
+        loop {
+            for address in clients {
+                let Ok(mut client) = Client::connect([address.to_string()], None).await else {
+                    continue;
+                };
+                if let Ok(status) = client.status().await
+                    && let Some(header) = status.header()
+                    && status.leader() != 0
+                    && header.member_id() == status.leader()
+                {
+                    return client;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! This node's Raft, its way to the other nodes, and what travels between them besides openraft's
+//! own calls.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use openraft::{BasicNode, RaftMetrics, ServerState};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
+
+use super::{
+    NodeRaft,
+    call::{CallError, Caller, Target},
+};
+use crate::StoreError;
+
+/// An election takes less than a second and a half; who waits longer is told so.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+/// Signs of life are looked for at least this often while there is no leader.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// A leader that no majority answered for this long takes no more writes.
+const QUORUM_LOST_MS: u64 = 1_500;
+
+/// Why an order was not carried out, in the form in which nodes tell each other.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Refusal {
+    /// Nothing was done.
+    NotLeader {
+        leader: Option<String>,
+    },
+    /// Nothing was done.
+    Unavailable(String),
+    /// Nothing was done, and never will be.
+    Invalid(String),
+    Unknown(String),
+}
+
+impl From<Refusal> for StoreError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::NotLeader { leader } => Self::NotLeader { leader },
+            Refusal::Unavailable(text) => Self::Unavailable(text),
+            Refusal::Invalid(text) => Self::Invalid(text),
+            Refusal::Unknown(text) => Self::Unknown(text),
+        }
+    }
+}
+
+impl From<CallError> for Refusal {
+    fn from(error: CallError) -> Self {
+        match error {
+            CallError::NotDone(text) => Self::Unavailable(text),
+            CallError::Unknown(text) => Self::Unknown(text),
+        }
+    }
+}
+
+impl Refusal {
+    /// The same order may be given again.
+    pub(super) fn is_definite(&self) -> bool {
+        matches!(self, Self::NotLeader { .. } | Self::Unavailable(_))
+    }
+}
+
+/// Which of this node's proposals reached its log. openraft answers "not the leader" both to what
+/// it never took and to what it took and lost with its leadership; only the first may be repeated.
+#[derive(Clone, Default)]
+pub(super) struct Proposals {
+    next: Arc<AtomicU64>,
+    logged: Arc<Mutex<BTreeMap<u64, bool>>>,
+}
+
+impl Proposals {
+    /// A mark for one proposal, never 0.
+    pub(super) fn begin(&self) -> u64 {
+        let mark = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+        self.lock().insert(mark, false);
+        mark
+    }
+
+    /// Called by the log, before the entry is written.
+    pub(super) fn reached_log(&self, mark: u64) {
+        if let Some(logged) = self.lock().get_mut(&mark) {
+            *logged = true;
+        }
+    }
+
+    /// Whether the proposal reached the log; forgets it.
+    pub(super) fn end(&self, mark: u64) -> bool {
+        self.lock().remove(&mark).unwrap_or(true)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, bool>> {
+        self.logged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub(super) struct Node {
+    pub(super) id: u64,
+    pub(super) raft: NodeRaft,
+    pub(super) caller: Caller,
+    pub(super) proposals: Proposals,
+}
+
+/// Where an order goes now.
+pub(super) enum Place {
+    Here,
+    There(Target),
+    /// No leader is known, or no majority: why.
+    Nowhere(String),
+}
+
+impl Node {
+    pub(super) fn metrics(&self) -> watch::Receiver<RaftMetrics<u64, BasicNode>> {
+        self.raft.metrics()
+    }
+
+    pub(super) fn place(&self) -> Place {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        let membership = metrics.membership_config.membership();
+        if let Err(error) = &metrics.running_state {
+            return Place::Nowhere(format!("Raft has stopped: {error}"));
+        }
+        match metrics.current_leader {
+            Some(id) if id == self.id && !membership.voter_ids().any(|voter| voter == id) => {
+                Place::Nowhere("this node has lost its vote and hands over".to_owned())
+            }
+            Some(id) if id == self.id && metrics.state == ServerState::Leader => {
+                match metrics.millis_since_quorum_ack {
+                    Some(ms) if ms > QUORUM_LOST_MS && membership.voter_ids().count() > 1 => {
+                        Place::Nowhere(format!(
+                            "no majority of voters has answered this leader for {ms} ms"
+                        ))
+                    }
+                    _ => Place::Here,
+                }
+            }
+            Some(id) if id != self.id => match membership.get_node(&id) {
+                Some(node) => Place::There(Target { id, address: node.addr.clone() }),
+                None => Place::Nowhere(format!("the leader {id} is not a member")),
+            },
+            _ => Place::Nowhere("no leader is known".to_owned()),
+        }
+    }
+
+    /// Waits for news of the cluster, a moment at most. `false` when the deadline is over.
+    pub(super) async fn news(&self, deadline: Instant) -> bool {
+        let mut metrics = self.raft.metrics();
+        metrics.mark_unchanged();
+        let until = deadline.min(Instant::now() + LOOK_AGAIN);
+        // Whatever the reason for waking: the caller looks again.
+        let _ = timeout_at(until, metrics.changed()).await;
+        Instant::now() < deadline
+    }
+
+    /// Waits until this node has applied the entry; `false` when the deadline is over.
+    pub(super) async fn applied(&self, index: u64, deadline: Instant) -> bool {
+        let mut metrics = self.raft.metrics();
+        let reached =
+            metrics.wait_for(|m| m.last_applied.is_some_and(|applied| applied.index >= index));
+        index == 0 || matches!(timeout_at(deadline, reached).await, Ok(Ok(_)))
+    }
+}

@@ -1,0 +1,101 @@
+//! Linearizable reads on every node: the leader says up to where the log is committed and proves
+//! that it still leads, then this node waits until it has applied so much.
+//!
+//! Reads that come while a question is under way share the next one.
+
+use std::sync::Arc;
+
+use openraft::error::{CheckIsLeaderError, RaftError};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+
+use super::node::{Node, PATIENCE, Place, Refusal};
+use crate::StoreError;
+
+/// Reads that wait for their question; further ones wait for their place.
+const QUEUE: usize = 4096;
+
+type Reply = oneshot::Sender<Result<(), Refusal>>;
+
+/// Hands reads to the task that asks.
+pub(super) struct Reads(mpsc::Sender<Reply>);
+
+impl Reads {
+    /// The task ends with the last handle.
+    pub(super) fn start(node: Arc<Node>) -> Self {
+        let (sender, mut queue) = mpsc::channel::<Reply>(QUEUE);
+        tokio::spawn(async move {
+            while let Some(first) = queue.recv().await {
+                let mut waiting = vec![first];
+                while let Ok(next) = queue.try_recv() {
+                    waiting.push(next);
+                }
+                let answer = catch_up(&node).await;
+                for reply in waiting {
+                    // A reader that went away needs no answer.
+                    let _ = reply.send(answer.clone());
+                }
+            }
+        });
+        Self(sender)
+    }
+
+    /// Returns when this node has everything that was acknowledged before the call.
+    pub(super) async fn barrier(&self) -> Result<(), StoreError> {
+        let (reply, answer) = oneshot::channel();
+        if self.0.send(reply).await.is_err() {
+            return Err(StoreError::Closed);
+        }
+        Ok(answer.await.map_err(|_| StoreError::Closed)??)
+    }
+}
+
+async fn catch_up(node: &Node) -> Result<(), Refusal> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let asked = match node.place() {
+            Place::Here => read_index(node).await,
+            Place::There(leader) => node
+                .caller
+                .post(&leader, "read-index", Vec::new(), PATIENCE)
+                .await
+                .unwrap_or_else(|error| Err(error.into())),
+            Place::Nowhere(why) => Err(Refusal::Unavailable(why)),
+        };
+        match asked {
+            Ok(index) if node.applied(index, deadline).await => return Ok(()),
+            Ok(index) => {
+                return Err(Refusal::Unavailable(format!(
+                    "this node is behind: it has not applied entry {index} in time"
+                )));
+            }
+            // A question changes nothing, so that it may be repeated in any case.
+            Err(refusal) => {
+                if !node.news(deadline).await {
+                    return Err(Refusal::Unavailable(match refusal {
+                        Refusal::NotLeader { .. } => "no leader was found in time".to_owned(),
+                        Refusal::Unavailable(text)
+                        | Refusal::Invalid(text)
+                        | Refusal::Unknown(text) => text,
+                    }));
+                }
+            }
+        }
+    }
+}
+
+/// The leader's answer: everything acknowledged by now is in the log up to this index.
+pub(super) async fn read_index(node: &Node) -> Result<u64, Refusal> {
+    match node.raft.get_read_log_id().await {
+        Ok((id, _)) => Ok(id.map_or(0, |id| id.index)),
+        Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(forward))) => {
+            Err(Refusal::NotLeader { leader: forward.leader_node.map(|node| node.addr) })
+        }
+        Err(RaftError::APIError(CheckIsLeaderError::QuorumNotEnough(error))) => {
+            Err(Refusal::Unavailable(error.to_string()))
+        }
+        Err(RaftError::Fatal(error)) => Err(Refusal::Unavailable(error.to_string())),
+    }
+}

@@ -1,0 +1,101 @@
+//! The server's side of the calls between nodes.
+//!
+//! A call that was begun is answered with 200 and what became of it; every other status says that
+//! nothing was done.
+
+use std::{future::Future, sync::Arc};
+
+use axum::{
+    Router,
+    body::Bytes,
+    extract::{DefaultBodyLimit, Request as HttpRequest, State},
+    http::{StatusCode, header},
+    middleware::{self, Next},
+    response::{IntoResponse as _, Response},
+    routing::post,
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+use super::{
+    RaftBackend,
+    call::{BASE, BODY_LIMIT_BYTES, TARGET},
+    members::Change,
+    network::{decode_chunk, json},
+    reads::read_index,
+};
+
+type Backend = State<Arc<RaftBackend>>;
+
+/// All routes. Whoever mounts them lets only the cluster's own nodes through.
+pub(crate) fn routes(backend: Arc<RaftBackend>) -> Router {
+    let path = |call: &str| format!("{BASE}{call}");
+    Router::new()
+        .route(&path("append"), post(append))
+        .route(&path("vote"), post(vote))
+        .route(&path("snapshot"), post(snapshot))
+        .route(&path("read-index"), post(read))
+        .route(&path("write"), post(write))
+        .route(&path("members"), post(members))
+        .layer(middleware::from_fn_with_state(Arc::clone(&backend), check_target))
+        .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
+        .with_state(backend)
+}
+
+/// Refuses what was meant for another node, and everything once the store is shut down.
+async fn check_target(State(backend): Backend, request: HttpRequest, next: Next) -> Response {
+    let target = request.headers().get(TARGET).and_then(|v| v.to_str().ok());
+    let own = backend.node.id;
+    match target.map(str::parse::<u64>) {
+        Some(Ok(id)) if id == own => {}
+        _ => {
+            let text = format!("this is node {own}");
+            return (StatusCode::MISDIRECTED_REQUEST, text).into_response();
+        }
+    }
+    if backend.is_stopped() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "the store is shut down").into_response();
+    }
+    next.run(request).await
+}
+
+/// Answers a call whose body is JSON.
+async fn with<T: DeserializeOwned, A: Serialize, F: Future<Output = A>>(
+    body: &Bytes,
+    run: impl FnOnce(T) -> F,
+) -> Response {
+    match serde_json::from_slice(body) {
+        Ok(request) => answer(&run(request).await),
+        Err(error) => (StatusCode::BAD_REQUEST, error.to_string()).into_response(),
+    }
+}
+
+fn answer<A: Serialize>(value: &A) -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], json(value)).into_response()
+}
+
+async fn append(State(backend): Backend, body: Bytes) -> Response {
+    with(&body, |request| backend.node.raft.append_entries(request)).await
+}
+
+async fn vote(State(backend): Backend, body: Bytes) -> Response {
+    with(&body, |request| backend.node.raft.vote(request)).await
+}
+
+async fn snapshot(State(backend): Backend, body: Bytes) -> Response {
+    match decode_chunk(&body) {
+        Some(chunk) => answer(&backend.node.raft.install_snapshot(chunk).await),
+        None => (StatusCode::BAD_REQUEST, "not a part of a snapshot").into_response(),
+    }
+}
+
+async fn read(State(backend): Backend) -> Response {
+    answer(&read_index(&backend.node).await)
+}
+
+async fn write(State(backend): Backend, body: Bytes) -> Response {
+    with(&body, |commands| backend.writer.write_here(commands)).await
+}
+
+async fn members(State(backend): Backend, body: Bytes) -> Response {
+    with(&body, |change: Change| async move { backend.node.change_here(&change).await }).await
+}

@@ -1,0 +1,354 @@
+//! Several nodes: one store on all of them, whatever happens to a minority.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use exo_store::{ListQuery, Store, StoreError, Txn, TxnOutcome};
+use support::{Cluster, LIMIT};
+use tokio::time::timeout;
+
+async fn create(store: &Store, key: &str, value: &str) -> u64 {
+    match store.txn(Txn::create(key, value)).await.unwrap() {
+        TxnOutcome::Committed { revision } => revision,
+        TxnOutcome::Conflict { current } => panic!("{key}: conflict with {current:?}"),
+    }
+}
+
+fn keys(store: &Store) -> BTreeSet<String> {
+    let listing = store.list_local(&ListQuery::default()).unwrap();
+    listing.entries.iter().map(|e| e.key.to_string()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_node_serves_every_call() {
+    let cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await;
+    let mut followers = (1..=3).filter(|id| *id != leader).map(|id| cluster.store(id));
+    let (a, b) = (followers.next().unwrap(), followers.next().unwrap());
+
+    let mut watch = b.watch("/", 0);
+    for round in 0..20 {
+        let key = format!("/{round}");
+        let revision = create(&a, &key, "v").await;
+        // What a node acknowledged it shows itself, and no other node's read misses it.
+        assert_eq!(a.get_local(&key).unwrap().mod_revision, revision);
+        assert_eq!(b.get(&key).await.unwrap().unwrap().mod_revision, revision);
+        let event = timeout(LIMIT, watch.next()).await.unwrap().unwrap().events.remove(0);
+        assert_eq!((&*event.key, event.revision), (key.as_str(), revision));
+    }
+    let conflict = b.txn(Txn::create("/0", "w")).await.unwrap();
+    assert!(matches!(conflict, TxnOutcome::Conflict { .. }));
+    assert_eq!(b.current_revision().await.unwrap(), 20);
+    b.compact(10).await.unwrap();
+    assert!(matches!(b.compact(99).await, Err(StoreError::Invalid(_))));
+    let members = a.members();
+    assert_eq!(members.len(), 3);
+    assert!(members.iter().all(|m| m.is_voter));
+    assert_eq!(members[0].address, cluster.node(1).address.to_string());
+    cluster.shutdown().await;
+}
+
+/// Writes to one node until told to stop; returns what was acknowledged, and what may be there.
+async fn write_until(store: Store, name: u64, stop: Arc<AtomicBool>) -> [Vec<String>; 2] {
+    let (mut acknowledged, mut unknown) = (Vec::new(), Vec::new());
+    for i in 0.. {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let key = format!("/{name}-{i}");
+        match store.txn(Txn::create(key.as_str(), "v")).await {
+            Ok(TxnOutcome::Committed { .. }) => acknowledged.push(key),
+            // Each key is tried once: it can't be there unless a try was carried out twice.
+            Ok(TxnOutcome::Conflict { .. }) => panic!("{key} was written twice"),
+            Err(StoreError::Unknown(_)) => unknown.push(key),
+            Err(error) => assert!(error.is_retryable(), "{error}"),
+        }
+    }
+    [acknowledged, unknown]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_loss_of_leaders_loses_nothing_acknowledged() {
+    let mut cluster = Cluster::start(3).await;
+    let mut acknowledged = BTreeSet::new();
+    let mut unknown = BTreeSet::new();
+    for round in 0..4 {
+        let lost = cluster.leader().await;
+        let stop = Arc::new(AtomicBool::new(false));
+        let writers: Vec<_> = (1..=3)
+            .filter(|id| *id != lost)
+            .map(|id| {
+                let name = round * 10 + id;
+                tokio::spawn(write_until(cluster.store(id), name, Arc::clone(&stop)))
+            })
+            .collect();
+        let others: Vec<u64> = (1..=3).filter(|id| *id != lost).collect();
+        let witness = cluster.store(others[0]);
+        let before = witness.revision();
+        cluster.until("writes", || witness.revision() > before + 20).await;
+        if round % 2 == 0 {
+            cluster.stop(lost).await;
+        } else {
+            cluster.partition(&[lost]);
+        }
+        cluster.leader_among(&others).await;
+        let before = witness.revision();
+        cluster.until("writes without it", || witness.revision() > before + 20).await;
+        stop.store(true, Ordering::Relaxed);
+        for writer in writers {
+            let [good, open] = writer.await.unwrap();
+            acknowledged.extend(good);
+            unknown.extend(open);
+        }
+        if round % 2 == 0 {
+            cluster.restart(lost).await;
+        } else {
+            cluster.heal();
+        }
+        // Linearizable on the node that was away: it has everything when this returns.
+        cluster.store(lost).current_revision().await.unwrap();
+        let found = keys(&cluster.store(lost));
+        let missing: Vec<_> = acknowledged.difference(&found).collect();
+        assert!(missing.is_empty(), "acknowledged and lost: {missing:?}");
+        let extra: Vec<_> = found.iter().filter(|k| !acknowledged.contains(*k)).collect();
+        assert!(extra.iter().all(|k| unknown.contains(*k)), "refused, but there: {extra:?}");
+    }
+    // All nodes have come to the same history.
+    let newest = cluster.store(1).current_revision().await.unwrap();
+    for id in 1..=3 {
+        cluster.store(id).current_revision().await.unwrap();
+        assert_eq!(cluster.store(id).revision(), newest);
+        assert_eq!(keys(&cluster.store(id)), keys(&cluster.store(1)));
+    }
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_minority_refuses_and_shows_what_it_had() {
+    let cluster = Cluster::start(3).await;
+    let old = cluster.leader().await;
+    let others: Vec<u64> = (1..=3).filter(|id| *id != old).collect();
+    create(&cluster.store(old), "/a", "1").await;
+    cluster.partition(&[old]);
+    let minority = cluster.store(old);
+    let write = tokio::spawn({
+        let minority = minority.clone();
+        async move { minority.txn(Txn::create("/minority", "1")).await }
+    });
+    let read = tokio::spawn({
+        let minority = minority.clone();
+        async move { minority.get("/a").await }
+    });
+    cluster.leader_among(&others).await;
+    create(&cluster.store(others[0]), "/majority", "1").await;
+    assert!(minority.get_local("/a").is_some(), "stale reads go on");
+    assert!(minority.get_local("/majority").is_none());
+    let refused = write.await.unwrap().unwrap_err();
+    assert!(matches!(refused, StoreError::Unknown(_) | StoreError::Unavailable(_)), "{refused}");
+    let refused = read.await.unwrap().unwrap_err();
+    assert!(matches!(refused, StoreError::Unavailable(_)), "{refused}");
+    // By now it knows that nobody follows it, and takes nothing on at all.
+    let refused = minority.txn(Txn::create("/minority", "2")).await.unwrap_err();
+    assert!(matches!(refused, StoreError::Unavailable(_)), "{refused}");
+
+    cluster.heal();
+    assert!(minority.get("/majority").await.unwrap().is_some());
+    assert!(minority.get("/minority").await.unwrap().is_none(), "a minority's entry is gone");
+    create(&minority, "/minority", "3").await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_far_behind_gets_a_snapshot_in_parts() {
+    let mut cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await;
+    let away = (1..=3).find(|id| *id != leader).unwrap();
+    create(&cluster.store(leader), "/before", "v").await;
+    cluster.stop(away).await;
+    let large = "x".repeat(400_000);
+    for i in 0..10 {
+        create(&cluster.store(leader), &format!("/large-{i}"), &large).await;
+    }
+    for node in cluster.nodes.iter().filter(|n| n.id != away) {
+        node.store().snapshot().await.unwrap();
+    }
+    create(&cluster.store(leader), "/after", "v").await;
+    cluster.restart(away).await;
+    let back = cluster.store(away);
+    assert_eq!(back.get("/after").await.unwrap().unwrap().mod_revision, 12);
+    assert_eq!(&*back.get_local("/large-9").unwrap().value, large.as_str());
+    // A watch goes on over the snapshot: it carries the history.
+    let batch = back.watch("/", 0).next().await.unwrap();
+    assert_eq!(batch.events.len(), 12);
+
+    // So does a node that is new, and it keeps what it got.
+    cluster.join(4).await;
+    let wanted = keys(&cluster.store(leader));
+    cluster.store(4).current_revision().await.unwrap();
+    assert_eq!(keys(&cluster.store(4)), wanted);
+    cluster.stop(4).await;
+    cluster.restart(4).await;
+    cluster.store(4).current_revision().await.unwrap();
+    assert_eq!(keys(&cluster.store(4)), wanted);
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_join_and_leave() {
+    let mut cluster = Cluster::start(3).await;
+    create(&cluster.store(1), "/a", "1").await;
+    cluster.join(4).await;
+    let learner = cluster.store(4);
+    let is_voter =
+        |store: &Store, id: u64| store.members().iter().find(|m| m.id == id).map(|m| m.is_voter);
+    cluster.until("it knows itself", || is_voter(&learner, 4) == Some(false)).await;
+    // A learner serves like the others.
+    create(&learner, "/b", "1").await;
+    assert!(learner.get("/a").await.unwrap().is_some());
+
+    // It takes the leader's place: the order is given on the learner itself.
+    let leader = cluster.leader().await;
+    let voters: BTreeSet<u64> = (1..=4).filter(|id| *id != leader).collect();
+    learner.change_membership(voters).await.unwrap();
+    let others: Vec<u64> = (1..=4).filter(|id| *id != leader).collect();
+    cluster.leader_among(&others).await;
+    learner.remove_node(leader).await.unwrap();
+    cluster.until("it is gone", || is_voter(&learner, leader).is_none()).await;
+    cluster.until("it votes", || is_voter(&learner, 4) == Some(true)).await;
+    cluster.stop(leader).await;
+    // Still three voters: one of them may be lost.
+    let another = others.iter().copied().find(|id| *id != 4).unwrap();
+    cluster.stop(another).await;
+    create(&learner, "/c", "1").await;
+    assert!(learner.get("/b").await.unwrap().is_some());
+
+    let unknown = learner.change_membership(BTreeSet::from([4, 99])).await;
+    assert!(matches!(unknown, Err(StoreError::Invalid(_))), "{unknown:?}");
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_nodes_may_stop_and_start_again() {
+    let mut cluster = Cluster::start(3).await;
+    for i in 0..30 {
+        create(&cluster.store(i % 3 + 1), &format!("/{i}"), "v").await;
+    }
+    for id in 1..=3 {
+        cluster.stop(id).await;
+    }
+    for id in [3, 1] {
+        cluster.restart(id).await;
+    }
+    assert_eq!(cluster.store(3).current_revision().await.unwrap(), 30);
+    create(&cluster.store(1), "/more", "v").await;
+    cluster.restart(2).await;
+    assert_eq!(cluster.store(2).current_revision().await.unwrap(), 31);
+    assert_eq!(keys(&cluster.store(2)).len(), 31);
+    cluster.shutdown().await;
+}
+
+/// One counter, raised from all nodes while leaders fall: each acknowledged step counts once.
+#[tokio::test(flavor = "multi_thread")]
+async fn compare_and_set_is_linearizable_under_leader_changes() {
+    let cluster = Cluster::start(3).await;
+    create(&cluster.store(1), "/counter", "0").await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let workers: Vec<_> = (1..=3)
+        .map(|id| {
+            let (store, stop) = (cluster.store(id), Arc::clone(&stop));
+            tokio::spawn(async move {
+                let (mut done, mut unknown, mut seen) = (0_u64, 0_u64, 0_u64);
+                while !stop.load(Ordering::Relaxed) {
+                    let Ok(Some(entry)) = store.get("/counter").await else { continue };
+                    let value: u64 = entry.value.parse().unwrap();
+                    assert!(value >= seen, "a read went back from {seen} to {value}");
+                    seen = value;
+                    let next = (value + 1).to_string();
+                    match store.txn(Txn::replace("/counter", entry.mod_revision, next)).await {
+                        Ok(TxnOutcome::Committed { .. }) => {
+                            done += 1;
+                            seen = value + 1;
+                        }
+                        Ok(TxnOutcome::Conflict { .. }) => {}
+                        Err(StoreError::Unknown(_)) => unknown += 1,
+                        Err(error) => assert!(error.is_retryable(), "{error}"),
+                    }
+                }
+                (done, unknown)
+            })
+        })
+        .collect();
+    let all = [1, 2, 3];
+    for _ in 0..3 {
+        let leader = cluster.leader().await;
+        let others: Vec<u64> = all.iter().copied().filter(|id| *id != leader).collect();
+        cluster.partition(&[leader]);
+        let next = cluster.leader_among(&others).await;
+        let witness = cluster.store(next);
+        let before = witness.revision();
+        cluster.until("steps without it", || witness.revision() > before + 10).await;
+        cluster.heal();
+    }
+    stop.store(true, Ordering::Relaxed);
+    let (mut done, mut unknown) = (0, 0);
+    for worker in workers {
+        let (d, u) = worker.await.unwrap();
+        done += d;
+        unknown += u;
+    }
+    let end = cluster.store(2).get("/counter").await.unwrap().unwrap();
+    let end: u64 = end.value.parse().unwrap();
+    assert!((done..=done + unknown).contains(&end), "{end}: {done} done, {unknown} unknown");
+    assert!(done > 30, "{done}");
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_that_make_no_sense_are_refused() {
+    let cluster = Cluster::start(1).await;
+    let client = reqwest::Client::new();
+    let base = format!("http://{}/exo/v1/raft", cluster.node(1).address);
+    let post = |call: &str, target: Option<&str>, body: &'static [u8]| {
+        let request = client.post(format!("{base}/{call}")).header("x-exo-raft-source", 9);
+        let request = match target {
+            Some(target) => request.header("x-exo-raft-target", target),
+            None => request,
+        };
+        async move { request.body(body).send().await.unwrap().status().as_u16() }
+    };
+    for call in ["append", "vote", "snapshot", "write", "members"] {
+        assert_eq!(post(call, Some("2"), b"{}").await, 421, "meant for another node");
+        assert_eq!(post(call, None, b"{}").await, 421);
+        assert_eq!(post(call, Some("x"), b"{}").await, 421);
+        assert_eq!(post(call, Some("1"), b"\xff{").await, 400);
+        assert_eq!(post(call, Some("1"), b"").await, 400);
+    }
+    assert_eq!(post("nothing", Some("1"), b"{}").await, 404);
+    assert_eq!(post("read-index", Some("1"), b"").await, 200);
+    create(&cluster.store(1), "/a", "1").await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_keeps_its_nodes_id() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let fresh = exo_store::node_id(dir.path()).unwrap();
+    assert_ne!(fresh, 0);
+    assert_ne!(fresh, exo_store::node_id(dir.path()).unwrap(), "nothing is written down yet");
+    let config = exo_store::RaftConfig {
+        dir: dir.path().to_owned(),
+        node_id: fresh,
+        address: "127.0.0.1:1".into(),
+    };
+    let store = Store::raft(config).await.unwrap();
+    store.shutdown().await;
+    assert_eq!(exo_store::node_id(dir.path()).unwrap(), fresh);
+}

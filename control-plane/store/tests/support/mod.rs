@@ -1,0 +1,199 @@
+//! Clusters of stores in one process, over real sockets, whose nodes can be stopped and cut off.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+#![allow(dead_code, unreachable_pub, reason = "not every test uses all of it")]
+
+#[cfg(feature = "etcd")]
+pub mod etcd;
+
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use axum::{
+    extract::Request,
+    http::StatusCode,
+    middleware::{self, Next},
+    response::IntoResponse as _,
+};
+use exo_store::{Begin, Peering, RaftConfig, Store, raft_routes};
+use tempfile::TempDir;
+use tokio::{
+    net::TcpListener,
+    sync::oneshot,
+    task::JoinHandle,
+    time::{Instant, timeout},
+};
+
+/// Nothing in these tests takes so long.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+type Blocked = Arc<Mutex<BTreeSet<u64>>>;
+
+struct Running {
+    store: Store,
+    stop: oneshot::Sender<()>,
+    server: JoinHandle<()>,
+}
+
+pub struct Node {
+    pub id: u64,
+    pub address: SocketAddr,
+    dir: TempDir,
+    /// Whose calls don't arrive here.
+    blocked: Blocked,
+    running: Option<Running>,
+}
+
+impl Node {
+    async fn new(id: u64, client: &reqwest::Client, begin: Begin) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut node = Self {
+            id,
+            address: listener.local_addr().unwrap(),
+            dir: TempDir::new().unwrap(),
+            blocked: Blocked::default(),
+            running: None,
+        };
+        node.run(listener, client, begin).await;
+        node
+    }
+
+    async fn run(&mut self, listener: TcpListener, client: &reqwest::Client, begin: Begin) {
+        let config = RaftConfig {
+            dir: self.dir.path().to_owned(),
+            node_id: self.id,
+            address: self.address.to_string(),
+        };
+        let peering = Peering { client: client.clone(), scheme: "http".to_owned(), begin };
+        let store = Store::raft_with_peers(config, peering).await.unwrap();
+        let blocked = Arc::clone(&self.blocked);
+        let cut = move |request: Request, next: Next| {
+            let source = &request.headers()["x-exo-raft-source"];
+            let source: u64 = source.to_str().unwrap().parse().unwrap();
+            let cut_off = blocked.lock().unwrap().contains(&source);
+            async move {
+                if cut_off {
+                    return StatusCode::SERVICE_UNAVAILABLE.into_response();
+                }
+                next.run(request).await
+            }
+        };
+        let app = raft_routes(&store).layer(middleware::from_fn(cut));
+        let (stop, stopped) = oneshot::channel::<()>();
+        let server = tokio::spawn(async move {
+            let stopped = async { drop(stopped.await) };
+            axum::serve(listener, app).with_graceful_shutdown(stopped).await.unwrap();
+        });
+        self.running = Some(Running { store, stop, server });
+    }
+
+    pub fn store(&self) -> &Store {
+        &self.running.as_ref().expect("the node runs").store
+    }
+}
+
+pub struct Cluster {
+    pub nodes: Vec<Node>,
+    client: reqwest::Client,
+}
+
+impl Cluster {
+    /// Nodes 1 to `size`, all of them voters.
+    pub async fn start(size: u64) -> Self {
+        exo_trust::install_crypto();
+        let client = reqwest::Client::new();
+        let mut cluster = Self { nodes: vec![Node::new(1, &client, Begin::Found).await], client };
+        for id in 2..=size {
+            cluster.join(id).await;
+        }
+        cluster.nodes[0].store().change_membership((1..=size).collect()).await.unwrap();
+        for node in &cluster.nodes {
+            cluster
+                .until("all know the leader", || {
+                    node.store().leadership().borrow().leader.is_some()
+                })
+                .await;
+        }
+        cluster
+    }
+
+    /// A new node, as a learner.
+    pub async fn join(&mut self, id: u64) {
+        let node = Node::new(id, &self.client, Begin::Join).await;
+        let first = self.nodes.iter().find(|n| n.running.is_some()).unwrap();
+        first.store().add_learner(id, &node.address.to_string()).await.unwrap();
+        self.nodes.push(node);
+    }
+
+    pub fn node(&self, id: u64) -> &Node {
+        self.nodes.iter().find(|n| n.id == id).unwrap()
+    }
+
+    pub fn store(&self, id: u64) -> Store {
+        self.node(id).store().clone()
+    }
+
+    pub async fn stop(&mut self, id: u64) {
+        let node = self.nodes.iter_mut().find(|n| n.id == id).unwrap();
+        let Running { store, stop, server } = node.running.take().unwrap();
+        store.shutdown().await;
+        stop.send(()).unwrap();
+        timeout(LIMIT, server).await.expect("open connections end").unwrap();
+    }
+
+    pub async fn restart(&mut self, id: u64) {
+        let node = self.nodes.iter_mut().find(|n| n.id == id).unwrap();
+        let listener = TcpListener::bind(node.address).await.unwrap();
+        // What is in the folder counts.
+        node.run(listener, &self.client, Begin::Join).await;
+    }
+
+    /// Cuts these nodes off from the others.
+    pub fn partition(&self, side: &[u64]) {
+        for node in &self.nodes {
+            let mut blocked = node.blocked.lock().unwrap();
+            let others = self.nodes.iter().map(|n| n.id);
+            *blocked = others.filter(|id| side.contains(id) != side.contains(&node.id)).collect();
+        }
+    }
+
+    pub fn heal(&self) {
+        for node in &self.nodes {
+            node.blocked.lock().unwrap().clear();
+        }
+    }
+
+    pub async fn until(&self, what: &str, holds: impl Fn() -> bool) {
+        let deadline = Instant::now() + LIMIT;
+        while !holds() {
+            assert!(Instant::now() < deadline, "not in time: {what}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// The leader among some nodes, once they have one.
+    pub async fn leader_among(&self, ids: &[u64]) -> u64 {
+        let leader = || {
+            let mut running =
+                self.nodes.iter().filter(|n| ids.contains(&n.id) && n.running.is_some());
+            running.find(|n| n.store().is_leader()).map(|n| n.id)
+        };
+        self.until("a leader", || leader().is_some()).await;
+        leader().unwrap()
+    }
+
+    pub async fn leader(&self) -> u64 {
+        let ids: Vec<u64> = self.nodes.iter().map(|n| n.id).collect();
+        self.leader_among(&ids).await
+    }
+
+    pub async fn shutdown(mut self) {
+        let running = self.nodes.iter().filter(|n| n.running.is_some());
+        for id in running.map(|n| n.id).collect::<Vec<_>>() {
+            self.stop(id).await;
+        }
+    }
+}
