@@ -33,9 +33,10 @@ pub(crate) fn resources() -> Result<Vec<Resource>, DefinitionError> {
     let mut namespace = define("", NAMESPACE, "namespaces", "Cluster", &namespace_version())?;
     namespace.short_names = vec!["ns".to_owned()];
     let secret = define("", SECRET, "secrets", "Namespaced", &secret_version())?;
-    let mut event = define("", EVENT, "events", "Namespaced", &event_version(core_event_fields()))?;
+    let mut event =
+        define("", EVENT, "events", "Namespaced", &event_version(&core_event_fields()))?;
     let mut own_event =
-        define(EVENTS_GROUP, EVENT, "events", "Namespaced", &event_version(event_fields()))?;
+        define(EVENTS_GROUP, EVENT, "events", "Namespaced", &event_version(&event_fields()))?;
     for event in [&mut event, &mut own_event] {
         event.short_names = vec!["ev".to_owned()];
         event.storage_group = CORE.to_owned();
@@ -221,7 +222,7 @@ fn event_fields() -> Map<String, Value> {
     fields
 }
 
-fn event_version(fields: Map<String, Value>) -> Value {
+fn event_version(fields: &Map<String, Value>) -> Value {
     let (about, note, last) = if fields.contains_key("note") {
         ("regarding", "note", "deprecatedLastTimestamp")
     } else {

@@ -136,7 +136,7 @@ impl Target {
         }
         let owned = |text: &str| decode(text, false);
         Some(Self {
-            group: group.map(|g| owned(g)).unwrap_or_default(),
+            group: group.map(owned).unwrap_or_default(),
             version: owned(version),
             namespace: namespace.map(owned),
             plural: owned(plural),

@@ -168,8 +168,8 @@ mod tests {
 
     use super::*;
 
-    fn set(value: Value) -> FieldSet {
-        FieldSet::decode(&value).unwrap()
+    fn set(value: &Value) -> FieldSet {
+        FieldSet::decode(value).unwrap()
     }
 
     #[test]
@@ -179,14 +179,14 @@ mod tests {
             "f:spec": {"f:list": {"k:{\"a\":1,\"b\":\"c\"}": {".": {}, "f:a": {}}, "i:3": {}}},
         });
         assert_eq!(
-            set(fields.clone()).encode(),
+            set(&fields).encode(),
             json!({
                 "f:metadata": {"f:finalizers": {"v:\"x\"": {}}, "f:labels": {".": {}, "f:a:b": {}}},
                 "f:spec": {"f:list": {"k:{\"a\":1,\"b\":\"c\"}": {".": {}, "f:a": {}}, "i:3": {}}},
             })
         );
         let swapped = json!({"f:l": {"k:{\"b\":\"c\",\"a\":1}": {}}});
-        assert_eq!(set(swapped), set(json!({"f:l": {"k:{\"a\":1,\"b\":\"c\"}": {}}})));
+        assert_eq!(set(&swapped), set(&json!({"f:l": {"k:{\"a\":1,\"b\":\"c\"}": {}}})));
         for bad in [json!(1), json!({"x": {}}), json!({"f:a": 1}), json!({"k:{": {}})] {
             assert_eq!(FieldSet::decode(&bad), None, "{bad}");
         }
@@ -194,15 +194,18 @@ mod tests {
 
     #[test]
     fn sets_are_joined_cut_and_compared() {
-        let mut a = set(json!({"f:a": {".": {}, "f:b": {}, "f:c": {}}}));
-        a.union(&set(json!({"f:a": {"f:d": {}}, "f:e": {}})));
-        assert_eq!(a.shared(&set(json!({"f:a": {".": {}, "f:d": {}}, "f:x": {}}))), [".a", ".a.d"]);
+        let mut a = set(&json!({"f:a": {".": {}, "f:b": {}, "f:c": {}}}));
+        a.union(&set(&json!({"f:a": {"f:d": {}}, "f:e": {}})));
+        assert_eq!(
+            a.shared(&set(&json!({"f:a": {".": {}, "f:d": {}}, "f:x": {}}))),
+            [".a", ".a.d"]
+        );
         let mut cut = a.clone();
-        cut.subtract(&set(json!({"f:a": {".": {}, "f:b": {}}, "f:e": {}})));
-        assert_eq!(cut, set(json!({"f:a": {"f:c": {}, "f:d": {}}})));
-        a.subtract_below(&set(json!({"f:a": {}})));
-        assert_eq!(a, set(json!({"f:e": {}})));
-        let list = set(json!({"f:l": {"k:{\"n\":\"x\"}": {}, "v:2": {}, "i:0": {}}}));
+        cut.subtract(&set(&json!({"f:a": {".": {}, "f:b": {}}, "f:e": {}})));
+        assert_eq!(cut, set(&json!({"f:a": {"f:c": {}, "f:d": {}}})));
+        a.subtract_below(&set(&json!({"f:a": {}})));
+        assert_eq!(a, set(&json!({"f:e": {}})));
+        let list = set(&json!({"f:l": {"k:{\"n\":\"x\"}": {}, "v:2": {}, "i:0": {}}}));
         assert_eq!(list.shared(&list), [".l[n=\"x\"]", ".l[=2]", ".l[0]"]);
     }
 }

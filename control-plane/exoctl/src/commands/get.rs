@@ -298,6 +298,7 @@ fn write_value(form: Output, value: &Value, out: &mut dyn Write) -> anyhow::Resu
     // kubectl prints fields by name, whatever their order on the wire.
     let mut value = value.clone();
     value.sort_all_objects();
+    hide_managers(&mut value);
     match form {
         Output::Yaml => write!(out, "{}", exo_crds::yaml::to_string(&value)?)?,
         Output::Json | Output::Name | Output::Wide => {
@@ -309,6 +310,16 @@ fn write_value(form: Output, value: &Value, out: &mut dyn Write) -> anyhow::Resu
         }
     }
     Ok(())
+}
+
+/// Which client is responsible for which field is of no interest to people; kubectl hides it too.
+fn hide_managers(value: &mut Value) {
+    if let Some(metadata) = value.get_mut("metadata").and_then(Value::as_object_mut) {
+        metadata.remove("managedFields");
+    }
+    if let Some(Value::Array(items)) = value.get_mut("items") {
+        items.iter_mut().for_each(hide_managers);
+    }
 }
 
 /// A line for people; results go to stdout.
