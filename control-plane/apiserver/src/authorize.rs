@@ -51,7 +51,7 @@ pub(crate) async fn authorize(
             "" => call.resource.plural.clone(),
             name => format!("{} \"{name}\"", call.resource.plural),
         };
-        ApiError::Forbidden(format!(
+        ApiError::Denied(format!(
             "{target} is forbidden: user \"{}\" cannot {}: {reason}",
             identity.name, attributes.verb
         ))
