@@ -15,8 +15,7 @@ pub(crate) fn allow(request: &Attributes<'_>) -> Result<(), String> {
     let Some(node) = identity.name.strip_prefix(NODE_USER_PREFIX) else {
         return Err("only admins and nodes have rights here".to_owned());
     };
-    let reads =
-        ["get", "list", "watch"].contains(&request.verb) && request.resource != "secrets";
+    let reads = ["get", "list", "watch"].contains(&request.verb) && request.resource != "secrets";
     let edits = ["update", "patch"].contains(&request.verb);
     let own = match request.resource {
         // An object that is not there yet is named by its body; one that exists is not overwritten.

@@ -4,7 +4,13 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use crate::{auth::Identity, error::ApiError, object, request::Verb, server::{Call, Subresource}};
+use crate::{
+    auth::Identity,
+    error::ApiError,
+    object,
+    request::Verb,
+    server::{Call, Subresource},
+};
 
 /// One request on a resource, as a policy sees it.
 #[derive(Clone, Debug)]
