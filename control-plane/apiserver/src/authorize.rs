@@ -4,7 +4,13 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use crate::{auth::Identity, error::ApiError, object, request::Verb, server::{Call, Subresource}};
+use crate::{
+    auth::Identity,
+    error::ApiError,
+    object,
+    request::Verb,
+    server::{Call, Subresource},
+};
 
 /// One request on a resource, as a policy sees it.
 #[derive(Clone, Debug)]
@@ -51,7 +57,7 @@ pub(crate) async fn authorize(
             "" => call.resource.plural.clone(),
             name => format!("{} \"{name}\"", call.resource.plural),
         };
-        ApiError::Forbidden(format!(
+        ApiError::Denied(format!(
             "{target} is forbidden: user \"{}\" cannot {}: {reason}",
             identity.name, attributes.verb
         ))

@@ -73,8 +73,9 @@ pub(crate) enum ApiError {
     TooManyRequests(&'static str),
     #[error("Unauthorized")]
     Unauthorized,
+    /// The policy on access refused; the whole sentence.
     #[error("{0}")]
-    Forbidden(String),
+    Denied(String),
     #[error("the server does not allow this method on the requested resource")]
     MethodNotAllowed,
     #[error("only the following media types are accepted: {0}")]
@@ -143,7 +144,7 @@ impl ApiError {
             Self::FutureVersion { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::TooManyRequests(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::Forbidden(_) => StatusCode::FORBIDDEN,
+            Self::Denied(_) => StatusCode::FORBIDDEN,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotAcceptable(_) => StatusCode::NOT_ACCEPTABLE,
             Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -165,7 +166,7 @@ impl ApiError {
             Self::FutureVersion { .. } => "Timeout",
             Self::TooManyRequests(_) => "TooManyRequests",
             Self::Unauthorized => "Unauthorized",
-            Self::Forbidden(_) => "Forbidden",
+            Self::Denied(_) => "Forbidden",
             Self::MethodNotAllowed => "MethodNotAllowed",
             Self::NotAcceptable(_) => "NotAcceptable",
             Self::UnsupportedMediaType(_) => "UnsupportedMediaType",
