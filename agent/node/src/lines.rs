@@ -30,9 +30,8 @@ impl<R: AsyncRead + Unpin> Lines<R> {
     /// The next line; `None` at the end. Not cancel-safe: what has been read of a line is lost.
     pub(crate) async fn next(&mut self) -> Option<Line> {
         let (mut kept, mut cut) = (Vec::new(), false);
-        loop {
-            // A pipe that can't be read any more has ended.
-            let Ok(bytes) = self.reader.fill_buf().await else { break };
+        // A pipe that can't be read any more has ended.
+        while let Ok(bytes) = self.reader.fill_buf().await {
             if bytes.is_empty() {
                 break;
             }
