@@ -124,6 +124,10 @@ impl ApiServer {
         &self.0.seeded
     }
 
+    pub(crate) fn policy(&self) -> &Policy {
+        &self.0.policy
+    }
+
     pub(crate) fn flow(&self) -> &Flow {
         &self.0.flow
     }
@@ -287,7 +291,7 @@ async fn answer(
         body: read_body(body).await?,
         server,
     };
-    authorize(&call.server.0.policy, identity, verb, &call).await?;
+    authorize(call.server.policy(), identity, verb, &call).await?;
     if subresource == Some(Subresource::Scale) {
         return match verb {
             Verb::Get => verbs::scale::get(&call).await,

@@ -269,6 +269,7 @@ async fn kubernetes_own_types_are_served() {
     kubectl.ok("-n team annotate secret key note=x", "").await;
     kubectl.ok("label namespace team a=b", "").await;
     assert_eq!(kubectl.ok("auth can-i create shards", "").await, "yes\n");
+    assert!(kubectl.ok("auth whoami", "").await.contains("system:masters"));
     let crds = kubectl.ok("get crd -o name", "").await;
     assert!(crds.contains("customresourcedefinition.apiextensions.k8s.io/shards.exo.dev"));
     kubectl.ok("delete namespace team --timeout=30s", "").await;

@@ -3,7 +3,7 @@
 
 mod support;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -12,7 +12,10 @@ use axum::{
 use exo_apiserver::{ApiServer, Identity, Limits, app, collect_garbage, in_process};
 use exo_crds::InferenceInstance;
 use exo_store::Store;
-use k8s_openapi::api::{coordination::v1::Lease, core::v1, events::v1 as events};
+use k8s_openapi::api::{
+    authorization::v1::SelfSubjectAccessReview, coordination::v1::Lease, core::v1,
+    events::v1 as events,
+};
 use kube::{
     Api,
     api::{DeleteParams, Patch, PatchParams, PostParams},
@@ -249,4 +252,27 @@ async fn discovery_is_aggregated_and_health_is_told() {
     let (_, text) = server.get("/readyz?verbose").await;
     assert_eq!(text, "[+]ping ok\n[+]store ok\nreadyz check passed\n");
     assert_eq!(server.get("/readyz").await.1, "ok");
+}
+
+#[tokio::test]
+async fn access_is_reviewed_by_the_policy() {
+    let registry = prometheus::Registry::new();
+    let server = ApiServer::new(Store::memory(), &exo_crds::all(), &registry).unwrap();
+    let server = server.with_policy(Arc::new(|asked| match asked.verb {
+        "get" if asked.resource == "shards" => Ok(()),
+        _ => Err("no".to_owned()),
+    }));
+    let identity = Identity { name: "test".into(), groups: vec!["g".into()] };
+    let client = kube::Client::new(in_process(app(server), identity), "default");
+    let reviews: Api<SelfSubjectAccessReview> = Api::all(client);
+    for (verb, allowed) in [("get", true), ("delete", false), ("*", false), ("fly", false)] {
+        let review: SelfSubjectAccessReview = serde_json::from_value(json!({
+            "metadata": {}, "spec": {"resourceAttributes": {
+                "verb": verb, "group": "exo.dev", "resource": "shards", "namespace": "default"
+            }}
+        }))
+        .unwrap();
+        let answer = reviews.create(&PostParams::default(), &review).await.unwrap();
+        assert_eq!(answer.status.unwrap().allowed, allowed, "{verb}");
+    }
 }

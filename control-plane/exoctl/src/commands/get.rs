@@ -297,8 +297,8 @@ fn write_object(
 fn write_value(form: Output, value: &Value, out: &mut dyn Write) -> anyhow::Result<()> {
     // kubectl prints fields by name, whatever their order on the wire.
     let mut value = value.clone();
-    value.sort_all_objects();
     hide_managers(&mut value);
+    value.sort_all_objects();
     match form {
         Output::Yaml => write!(out, "{}", exo_crds::yaml::to_string(&value)?)?,
         Output::Json | Output::Name | Output::Wide => {
