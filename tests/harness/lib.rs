@@ -24,11 +24,17 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ has a parent").to_owned()
 }
 
-/// A binary of this workspace, built with the same profile as the running test.
+/// A binary of this workspace: from `EXO_BIN_DIR`, or built with the same profile as the running
+/// test.
 pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
-    let test = std::env::current_exe()?;
-    let profile = test.ancestors().nth(2).context("tests run from target/PROFILE/deps")?;
-    let path = profile.join(name);
+    let folder = match std::env::var_os("EXO_BIN_DIR") {
+        Some(folder) => PathBuf::from(folder),
+        None => {
+            let test = std::env::current_exe()?;
+            test.ancestors().nth(2).context("tests run from target/PROFILE/deps")?.to_owned()
+        }
+    };
+    let path = folder.join(name);
     ensure!(path.exists(), "{} is missing: run `make test`, which builds it", path.display());
     Ok(path)
 }
