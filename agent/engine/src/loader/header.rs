@@ -90,8 +90,13 @@ fn dtype(name: &str) -> Option<(Dtype, u64)> {
 pub(crate) fn read(path: &Path) -> Result<Vec<(String, Entry)>, LoadError> {
     let io = |source| LoadError::Io { path: path.to_owned(), source };
     let bad = |reason: String| LoadError::BadHeader { path: path.to_owned(), reason };
+    // Asked before it is opened: opening a pipe waits for a writer.
+    let metadata = std::fs::metadata(path).map_err(io)?;
+    if !metadata.is_file() {
+        return Err(bad("it is no regular file".to_owned()));
+    }
+    let length = metadata.len();
     let mut file = File::open(path).map_err(io)?;
-    let length = file.metadata().map_err(io)?.len();
     if length < 8 {
         return Err(bad(format!("the file has {length} bytes, fewer than the 8 of its length")));
     }
