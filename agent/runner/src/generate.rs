@@ -14,7 +14,7 @@ use exo_engine::text::{ChatInput, ChatTemplate, Detokenizer, Tokenizer};
 use exo_engine::{Engine, LoadConfig, Sampling, SeqId, Step, StepOutput};
 use serde::Serialize;
 
-use crate::guard::Guard;
+use crate::guard;
 
 /// Prompt tokens fed at a time: enough to fill any device, few enough to bound temporary memory.
 const PREFILL_CHUNK: usize = 2048;
@@ -112,8 +112,8 @@ struct Logprob {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     ensure!(args.max_tokens > 0, "--max-tokens must be at least 1");
-    let guard = Guard::start(Duration::from_secs(args.stall_limit.into()))?;
-    guard.watch("forming the group of ranks");
+    guard::start(Duration::from_secs(args.stall_limit.into()))?;
+    guard::watch("forming the group of ranks");
     let group = Group::from_env()?;
     if let Some(group) = &group {
         group.self_test()?;
@@ -141,11 +141,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         group: group.clone(),
         context_length: 0,
     };
-    guard.watch_loading();
-    let mut engine = Engine::load(&config, &mut |_| guard.watch_loading())?;
+    guard::watch_loading();
+    let mut engine = Engine::load(&config, &mut |_| guard::watch_loading())?;
     let output = Output { tokenizer: tokenizer.as_ref(), silent: rank != 0, json: args.json };
-    let ranks = Ranks { group: group.as_ref(), guard: &guard };
-    let report = generate(args, &mut engine, &ranks, &prompt, &output)?;
+    let report = generate(args, &mut engine, group.as_ref(), &prompt, &output)?;
     output.finish(&report)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -190,16 +189,10 @@ fn prompt_tokens(args: &Args, tokenizer: Option<&Tokenizer>) -> anyhow::Result<V
     Ok(tokens)
 }
 
-/// The other ranks, and who watches over the work with them.
-struct Ranks<'a> {
-    group: Option<&'a Group>,
-    guard: &'a Guard,
-}
-
 fn generate(
     args: &Args,
     engine: &mut Engine,
-    ranks: &Ranks<'_>,
+    group: Option<&Group>,
     prompt: &[u32],
     output: &Output<'_>,
 ) -> anyhow::Result<Report> {
@@ -218,13 +211,13 @@ fn generate(
     let mut detokenizer = Detokenizer::new();
 
     let started = Instant::now();
-    let mut drawn = prefill(engine, prompt, ranks.guard)?;
+    let mut drawn = prefill(engine, prompt)?;
     // When the first token came, and the latest one.
     let mut times: Option<(Instant, Instant)> = None;
     let (mut tokens, mut logprobs, mut finish_reason) = (Vec::new(), Vec::new(), "length");
     let mut draws = 0;
     loop {
-        let token = share(ranks.group, drawn.as_ref())?;
+        let token = share(group, drawn.as_ref())?;
         let now = Instant::now();
         times = Some((times.map_or(now, |(first, _)| first), now));
         draws += 1;
@@ -240,7 +233,7 @@ fn generate(
         if tokens.len() == max_tokens {
             break;
         }
-        ranks.guard.watch("a step");
+        guard::watch("a step");
         drawn = engine.step(&Step::Decode { seq: SEQUENCE, token, draw: draws })?;
     }
     if let Some(tokenizer) = output.tokenizer {
@@ -261,11 +254,7 @@ fn generate(
     })
 }
 
-fn prefill(
-    engine: &mut Engine,
-    prompt: &[u32],
-    guard: &Guard,
-) -> anyhow::Result<Option<StepOutput>> {
+fn prefill(engine: &mut Engine, prompt: &[u32]) -> anyhow::Result<Option<StepOutput>> {
     let mut drawn = None;
     let mut left = prompt;
     while !left.is_empty() {
@@ -273,7 +262,7 @@ fn prefill(
         left = rest;
         let sample = rest.is_empty();
         let tokens = chunk.to_vec();
-        guard.watch("a part of the prompt");
+        guard::watch("a part of the prompt");
         drawn = engine.step(&Step::Prefill { seq: SEQUENCE, tokens, sample, draw: 0 })?;
     }
     Ok(drawn)

@@ -1,9 +1,9 @@
 //! Ends a process that runs by hand when the other ranks do not come or do not go on: a collective with a stopped
-//! peer never returns. Owns the deadlines; never touches MLX.
+//! peer never returns. Owns the deadlines, one for the process, as it has one group; never touches MLX.
 
 use std::{
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -18,62 +18,67 @@ const PERIOD: Duration = Duration::from_millis(200);
 const LOAD_FACTOR: u32 = 10;
 const EXIT_STALLED: i32 = 1;
 
+static GUARD: Mutex<Guard> = Mutex::new(Guard { limit: Duration::MAX, work: None });
+
+#[derive(Debug)]
+struct Guard {
+    /// For a step.
+    limit: Duration,
+    work: Option<Work>,
+}
+
 #[derive(Debug)]
 struct Work {
     what: &'static str,
-    until: Instant,
+    since: Instant,
     limit: Duration,
 }
 
-/// Watches one piece of work at a time; does nothing in a process without other ranks.
-#[derive(Debug)]
-pub(crate) struct Guard {
-    work: Arc<Mutex<Option<Work>>>,
-    limit: Duration,
+/// Starts looking, unless this process has no other ranks. Called once.
+pub(crate) fn start(limit: Duration) -> io::Result<()> {
+    if Backend::from_env().is_none() {
+        return Ok(());
+    }
+    guard().limit = limit;
+    // On a thread of its own: the main one may be stuck.
+    std::thread::Builder::new().name("guard".to_owned()).spawn(|| {
+        loop {
+            std::thread::sleep(PERIOD);
+            let stall = guard().stall(Instant::now());
+            if let Some(stall) = stall {
+                end(&stall);
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// From now on `what` has the limit to go on. Takes the place of what was watched before.
+pub(crate) fn watch(what: &'static str) {
+    let mut guard = guard();
+    let limit = guard.limit;
+    guard.work = Some(Work { what, since: Instant::now(), limit });
+}
+
+/// As [`watch`], for each part of the weights and for the time in which the other ranks read theirs.
+pub(crate) fn watch_loading() {
+    let mut guard = guard();
+    let what = "loading, or waiting for the other ranks to load,";
+    let limit = guard.limit.saturating_mul(LOAD_FACTOR);
+    guard.work = Some(Work { what, since: Instant::now(), limit });
+}
+
+fn guard() -> MutexGuard<'static, Guard> {
+    GUARD.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Guard {
-    /// `limit` is for each piece of work.
-    pub(crate) fn start(limit: Duration) -> io::Result<Self> {
-        let guard = Self { work: Arc::default(), limit };
-        if Backend::from_env().is_some() {
-            let work = guard.work.clone();
-            // On a thread of its own: the main one may be stuck.
-            std::thread::Builder::new().name("guard".to_owned()).spawn(move || {
-                loop {
-                    std::thread::sleep(PERIOD);
-                    if let Some(stall) = stall(&lock(&work), Instant::now()) {
-                        end(&stall);
-                    }
-                }
-            })?;
-        }
-        Ok(guard)
+    /// What is overdue, if anything.
+    fn stall(&self, now: Instant) -> Option<String> {
+        let Work { what, since, limit } = self.work.as_ref()?;
+        let overdue = now.saturating_duration_since(*since) > *limit;
+        overdue.then(|| format!("{what} made no progress for {} s", limit.as_secs()))
     }
-
-    /// From now on `what` has the limit to go on. Takes the place of what was watched before.
-    pub(crate) fn watch(&self, what: &'static str) {
-        self.set(what, self.limit);
-    }
-
-    /// As [`Guard::watch`] for the time in which all ranks read their weights.
-    pub(crate) fn watch_loading(&self) {
-        self.set("loading, or waiting for the other ranks to load,", self.limit * LOAD_FACTOR);
-    }
-
-    fn set(&self, what: &'static str, limit: Duration) {
-        *lock(&self.work) = Some(Work { what, until: Instant::now() + limit, limit });
-    }
-}
-
-fn lock(work: &Mutex<Option<Work>>) -> MutexGuard<'_, Option<Work>> {
-    work.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What is overdue, if anything.
-fn stall(work: &Option<Work>, now: Instant) -> Option<String> {
-    let Work { what, until, limit } = work.as_ref()?;
-    (now > *until).then(|| format!("{what} made no progress for {} s", limit.as_secs()))
 }
 
 fn end(stall: &str) -> ! {
@@ -90,16 +95,12 @@ mod tests {
 
     #[test]
     fn only_what_is_overdue_is_named() {
-        let guard = Guard::start(Duration::from_secs(7)).unwrap();
-        let stalled = |after_s| {
-            stall(&lock(&guard.work), Instant::now() + Duration::from_secs(after_s))
-        };
-        assert_eq!(stalled(1000), None);
-        guard.watch("a step");
-        assert_eq!(stalled(6), None);
-        assert_eq!(stalled(8).as_deref(), Some("a step made no progress for 7 s"));
-        guard.watch_loading();
-        assert_eq!(stalled(69), None);
-        assert!(stalled(71).is_some());
+        let (limit, since) = (Duration::from_secs(7), Instant::now());
+        let at = |s| since + Duration::from_secs(s);
+        let mut guard = Guard { limit, work: None };
+        assert_eq!(guard.stall(at(1000)), None);
+        guard.work = Some(Work { what: "a step", since, limit });
+        assert_eq!(guard.stall(at(7)), None);
+        assert_eq!(guard.stall(at(8)).as_deref(), Some("a step made no progress for 7 s"));
     }
 }
