@@ -117,6 +117,9 @@ class Checkpoint:
         model, _ = reference.load(folder)
         self.answer = reference.answer(model, self.prompt, TOKENS)
         self.own_loop = reference.answer(model, self.prompt, TOKENS, last_alone=True)
+        # How far mlx-lm agrees with itself.
+        self.both_ways = compare.agreement(
+            self.own_loop.tokens, self.own_loop.logprobs, self.answer)
         self.noise = self.own_noise = 0.0
         if rounded(case.form):
             exact, _ = reference.load(folder)
@@ -179,7 +182,7 @@ def test_same_as_mlx_lm(checkpoints, table, family_case):
     same = compare.agreement(found["tokens"], logprobs, made.answer)
     own_loop = compare.agreement(found["tokens"], logprobs, made.own_loop)
     kind = "experts" if has_experts(case.family) else "dense"
-    table[kind, case.form, case.split].append((same, own_loop, made.noise))
+    table[kind, case.form, case.split].append((same, own_loop, made.both_ways, made.noise))
     if rounded(case.form) and layers == "tensor":
         compare.check_rounded(same, made.noise)
     else:

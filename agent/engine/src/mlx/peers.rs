@@ -110,12 +110,11 @@ impl Ring {
         let accepted = |socket: &Socket| listens.contains(&socket.own);
         let behind = self.behind();
         let connected = |socket: &Socket| behind.listens.contains(&socket.peer);
-        let links = [
-            (self.before(), link(&sockets, accepted)),
-            (behind, link(&sockets, connected)),
-        ];
+        let links =
+            [(self.before(), link(&sockets, accepted)), (behind, link(&sockets, connected))];
         let troubled = |wanted: Link| -> Vec<Neighbour<'_>> {
-            let is = |n: &Neighbour<'_>| links.iter().any(|(m, l)| m.rank == n.rank && *l == wanted);
+            let is =
+                |n: &Neighbour<'_>| links.iter().any(|(m, l)| m.rank == n.rank && *l == wanted);
             self.neighbours().into_iter().filter(is).collect()
         };
         let (gone, absent) = (troubled(Link::Closed), troubled(Link::Absent));
@@ -171,8 +170,7 @@ impl Socket {
         let mut byte = [0_u8; 1];
         let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
         // SAFETY: the buffer is live and one byte long. The byte stays in the socket.
-        let read =
-            unsafe { libc::recv(self.file, byte.as_mut_ptr().cast::<c_void>(), 1, flags) };
+        let read = unsafe { libc::recv(self.file, byte.as_mut_ptr().cast::<c_void>(), 1, flags) };
         match read {
             0 => true,
             1.. => false,
@@ -203,7 +201,8 @@ mod tests {
         let (_before, before_address) = listen();
         let hosts = [own_address, behind_address, before_address].map(|a| [a.to_string()]);
         let ring = Ring::parse(0, serde_json::to_string(&hosts).unwrap().as_bytes()).unwrap();
-        let (one, two) = (format!("rank 1 ({behind_address})"), format!("rank 2 ({before_address})"));
+        let (one, two) =
+            (format!("rank 1 ({behind_address})"), format!("rank 2 ({before_address})"));
 
         assert_eq!(ring.trouble(), Some(format!("{one} and {two} are not connected")));
         let connected = TcpStream::connect(behind_address).unwrap();

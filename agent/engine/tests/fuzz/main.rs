@@ -92,9 +92,9 @@ fn check(dir: &Path, folder: &Folder) -> Result<&'static str, String> {
     write(dir, folder);
     let began = Instant::now();
     let result = catch_unwind(AssertUnwindSafe(|| {
-        load(dir).map_err(|error| (error, "load")).and_then(|mut engine| {
-            run(&mut engine).map_err(|error| (error, "run"))
-        })
+        load(dir)
+            .map_err(|error| (error, "load"))
+            .and_then(|mut engine| run(&mut engine).map_err(|error| (error, "run")))
     }));
     let result = result.map_err(|_| "it panicked".to_owned())?;
     if began.elapsed() > TIME_LIMIT {

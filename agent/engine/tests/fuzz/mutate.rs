@@ -146,7 +146,9 @@ fn any(random: &mut Random) -> Value {
     match random.below(12) {
         0 => Value::Null,
         1 => json!(random.below(2) == 0),
-        2 => json!(random.pick(&["", "F32", "U8", "BF16", "F4", "yarn", "llama3", "\u{0}", "../x"])),
+        2 => {
+            json!(random.pick(&["", "F32", "U8", "BF16", "F4", "yarn", "llama3", "\u{0}", "../x"]))
+        }
         3 => json!([]),
         4 => json!({}),
         5 => json!([any(random)]),
@@ -190,7 +192,8 @@ fn header(content: &mut Vec<u8>, random: &mut Random) -> String {
         }
         4 => member(&mut members[at].1, "dtype", any(random)),
         5 => {
-            let names = ["F32", "F16", "BF16", "U32", "I32", "U8", "I8", "U64", "BOOL", "F64", "f32"];
+            let names =
+                ["F32", "F16", "BF16", "U32", "I32", "U8", "I8", "U64", "BOOL", "F64", "f32"];
             member(&mut members[at].1, "dtype", json!(random.pick(&names)))
         }
         6 => {
@@ -260,8 +263,14 @@ fn raw(
 ) -> String {
     let text = render(members);
     let (what, header) = match random.below(5) {
-        0 => ("nested arrays", [text.trim_end_matches('}'), ",\"a\":", &"[".repeat(200_000)].concat()),
-        1 => ("nested metadata", format!("{{\"__metadata__\":{}1{}}}", "[".repeat(500), "]".repeat(500))),
+        0 => (
+            "nested arrays",
+            [text.trim_end_matches('}'), ",\"a\":", &"[".repeat(200_000)].concat(),
+        ),
+        1 => (
+            "nested metadata",
+            format!("{{\"__metadata__\":{}1{}}}", "[".repeat(500), "]".repeat(500)),
+        ),
         2 => ("spaces", format!("{text}{}", " ".repeat(random.below(5000)))),
         3 => ("two headers", format!("{text}{text}")),
         _ => {
@@ -303,8 +312,21 @@ fn index(content: &mut Vec<u8>, random: &mut Random) -> String {
     let name = if names.is_empty() { String::new() } else { random.pick(&names).clone() };
     let change = match random.below(8) {
         0 => {
-            let files = ["a.safetensors", "b.safetensors", "c.safetensors", "../a.safetensors", "/",
-                "", ".", "..", "config.json", INDEX, "a.safetensors/", "\u{0}", "/etc/passwd"];
+            let files = [
+                "a.safetensors",
+                "b.safetensors",
+                "c.safetensors",
+                "../a.safetensors",
+                "/",
+                "",
+                ".",
+                "..",
+                "config.json",
+                INDEX,
+                "a.safetensors/",
+                "\u{0}",
+                "/etc/passwd",
+            ];
             let file = *random.pick(&files);
             map.insert(name.clone(), json!(file));
             format!("'{name}' in '{file}'")
@@ -348,9 +370,22 @@ fn config(content: &mut Vec<u8>, random: &mut Random) -> String {
     let Ok(mut config) = serde_json::from_slice::<Value>(content) else {
         return bytes(content, random);
     };
-    let more = ["head_dim", "rope_scaling", "rope_parameters", "quantization", "attention_bias",
-        "quantization_config", "layer_types", "num_local_experts", "q_lora_rank", "mlp_only_layers",
-        "moe_layer_freq", "num_nextn_predict_layers", "rope_traditional", "n_shared_experts"];
+    let more = [
+        "head_dim",
+        "rope_scaling",
+        "rope_parameters",
+        "quantization",
+        "attention_bias",
+        "quantization_config",
+        "layer_types",
+        "num_local_experts",
+        "q_lora_rank",
+        "mlp_only_layers",
+        "moe_layer_freq",
+        "num_nextn_predict_layers",
+        "rope_traditional",
+        "n_shared_experts",
+    ];
     let Some(object) = config.as_object_mut() else { return bytes(content, random) };
     let keys: Vec<String> =
         object.keys().cloned().chain(more.iter().map(|key| (*key).to_owned())).collect();
