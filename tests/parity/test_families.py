@@ -2,8 +2,9 @@
 
 Where all values are float32 (also between packed weights), and on one rank or in a pipeline, exo-runner does what
 mlx-lm does: all tokens must be the same, and all logits within a thousandth of their range. In a tensor-parallel team
-with values in 16 bits each rank rounds its part of a sum: there, and against mlx-lm's own loop, which feeds the last
-token of a prompt alone, what rounding does to mlx-lm itself is the measure (see compare.py)."""
+with values in 16 bits each rank rounds its part of a sum. There the same holds against mlx-lm's own tensor parallel
+mode, where that can split the model; against mlx-lm on one rank, and against its own loop, which feeds the last token
+of a prompt alone, what rounding does to mlx-lm itself is the measure (see compare.py)."""
 
 import random
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import compare
 import reference
 import runner
+import team
 import tiny_models
 from tiny_models import FAMILIES
 
@@ -159,6 +161,21 @@ def table(request):
 TABLE = pytest.StashKey()
 
 
+@pytest.fixture(scope="session")
+def teams():
+    """mlx-lm on several ranks, started when they are first asked for."""
+    made = {}
+
+    def get(ranks):
+        if ranks not in made:
+            made[ranks] = team.Team(ranks)
+        return made[ranks]
+
+    yield get
+    for one in made.values():
+        one.close()
+
+
 def rounded(form):
     """Whether values between the layers are in 16 bits."""
     return FORMS[form].get("dtype", mx.float32) != mx.float32
@@ -168,7 +185,7 @@ def has_experts(family):
     return "num_experts_per_tok" in FAMILIES[family]
 
 
-def test_same_as_mlx_lm(checkpoints, table, family_case):
+def test_same_as_mlx_lm(checkpoints, teams, table, family_case):
     case = family_case
     made = checkpoints(case)
     ranks, layers = SPLITS[case.split]
@@ -181,8 +198,14 @@ def test_same_as_mlx_lm(checkpoints, table, family_case):
 
     same = compare.agreement(found["tokens"], logprobs, made.answer)
     own_loop = compare.agreement(found["tokens"], logprobs, made.own_loop)
+    as_team = None
+    if rounded(case.form) and layers == "tensor" and team.can_split(FAMILIES[case.family], ranks):
+        expect = teams(ranks).answer(made.folder, made.prompt, TOKENS)
+        as_team = compare.agreement(found["tokens"], logprobs, expect)
     kind = "experts" if has_experts(case.family) else "dense"
-    table[kind, case.form, case.split].append((same, own_loop, made.both_ways, made.noise))
+    table[kind, case.form, case.split].append((same, own_loop, made.both_ways, as_team, made.noise))
+    if as_team:
+        compare.check_same(as_team)
     if rounded(case.form) and layers == "tensor":
         compare.check_rounded(same, made.noise)
     else:
