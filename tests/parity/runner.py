@@ -14,6 +14,7 @@ TIMEOUT_S = 120
 
 
 def binary(folder=None):
+    folder = folder or os.environ.get("EXO_BIN_DIR")
     candidates = [Path(folder)] if folder else [ROOT / "target/debug", ROOT / "target/release"]
     found = [c / "exo-runner" for c in candidates if (c / "exo-runner").exists()]
     if not found:
