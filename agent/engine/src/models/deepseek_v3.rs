@@ -312,22 +312,23 @@ impl Attention {
         if wanted > 1 {
             scores = causal(&scores, wanted, cache.len())?;
         }
-        let output = self.attend(&q_nope, &latent, &scores, wanted)?;
+        let output = self.attend(&q_nope, &latent, &scores, positions)?;
         let output = output.transpose_axes(&[0, 2, 1, 3])?.reshape(&[1, wanted, -1])?;
         self.o_proj.forward_summed(&output, &self.team)
     }
 
     /// One query is taken into the latent's space, which saves making keys and values of all positions; for many
-    /// queries making them is cheaper. Both give the same, `[1, heads, wanted, v_dim]`.
+    /// queries making them is cheaper. Both give the same, `[1, heads, wanted, v_dim]`, but round differently in 16
+    /// bits: the number of positions that are fed decides, as in mlx-lm, not that of those wanted.
     fn attend(
         &self,
         q_nope: &Array,
         latent: &Array,
         scores: &Array,
-        wanted: i32,
+        positions: i32,
     ) -> Result<Array, Exception> {
         let mask = ScaledDotProductAttentionMask::Array(scores);
-        if wanted == 1 {
+        if positions == 1 {
             let q = self.embed_q.forward(q_nope)?;
             let output = scaled_dot_product_attention(&q, latent, latent, self.scale, mask, None)?;
             self.unembed_out.forward(&output)

@@ -132,7 +132,7 @@ fn bytes(content: &mut Vec<u8>, random: &mut Random) -> String {
 /// Numbers at the borders of types and formats.
 fn number(random: &mut Random) -> Value {
     let whole = [0_i64, 1, 2, 3, 5, 7, 8, 16, 31, 32, 33, 48, 64, 100, 128, 255, 256, 1000];
-    let large = [65_535, 1 << 20, 1 << 24, (1 << 24) + 1, (1 << 31) - 1, 1 << 31, 1 << 32];
+    let large = [65_535_i64, 1 << 20, 1 << 24, (1 << 24) + 1, (1 << 31) - 1, 1 << 31, 1 << 32];
     match random.below(12) {
         0..5 => json!(random.pick(&whole)),
         5..8 => json!(random.pick(&large)),
