@@ -16,6 +16,9 @@ use super::error::LoadError;
 /// The format's reference implementation has the same limit.
 const HEADER_LIMIT_BYTES: u64 = 100_000_000;
 
+/// The member that is no tensor.
+const METADATA: &str = "__metadata__";
+
 /// One tensor: what it is and which bytes of its file hold it.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Entry {
@@ -52,9 +55,14 @@ impl<'de> Deserialize<'de> for RawHeader {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawHeader, A::Error> {
-                let mut members = Vec::new();
+                let mut members: Vec<(String, RawValue)> = Vec::new();
+                let mut has_metadata = false;
                 while let Some(name) = map.next_key::<String>()? {
-                    let value = if name == "__metadata__" {
+                    let value = if name == METADATA {
+                        if has_metadata {
+                            return Err(serde::de::Error::duplicate_field(METADATA));
+                        }
+                        has_metadata = true;
                         map.next_value::<serde::de::IgnoredAny>()?;
                         RawValue::Metadata
                     } else {
@@ -195,6 +203,7 @@ mod tests {
         check(&format!("{{{one}}}"), 12, "tensor 'a' ends at byte");
         check(&format!("{{{one}}}"), 17, "the tensors end at byte");
         check(&format!("{{{one},{one}}}"), 16, "'a' occurs twice");
+        check(r#"{"__metadata__":{},"__metadata__":{}}"#, 0, "duplicate field `__metadata__`");
         let overlap = r#""b":{"dtype":"U8","shape":[4],"data_offsets":[12,16]}"#;
         check(&format!("{{{one},{overlap}}}"), 16, "tensor 'b' starts at byte");
         check(r#"{"a":{"dtype":"F4","shape":[],"data_offsets":[0,4]}}"#, 4, "type F4");

@@ -10,6 +10,12 @@ use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{FromRawFd, RawFd};
 use std::sync::OnceLock;
 
+/// What tells that the peer sends no more.
+#[cfg(target_os = "linux")]
+const CLOSED: libc::c_short = libc::POLLRDHUP;
+#[cfg(not(target_os = "linux"))]
+const CLOSED: libc::c_short = libc::POLLHUP;
+
 /// Of this process; it has one group.
 static RING: OnceLock<Ring> = OnceLock::new();
 
@@ -166,7 +172,17 @@ impl Socket {
         Some(Self { file, own: stream.local_addr().ok()?, peer: stream.peer_addr().ok()? })
     }
 
+    /// Also where something that the peer has sent before is still to be read.
     fn is_closed(&self) -> bool {
+        let mut poll = libc::pollfd { fd: self.file, events: CLOSED, revents: 0 };
+        // SAFETY: one entry, which lives as long as the call; it does not wait.
+        let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
+        (ready > 0 && poll.revents & (CLOSED | libc::POLLHUP | libc::POLLERR) != 0)
+            || self.is_at_end()
+    }
+
+    /// Nothing is left to be read, and nothing more will come.
+    fn is_at_end(&self) -> bool {
         let mut byte = [0_u8; 1];
         let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
         // SAFETY: the buffer is live and one byte long. The byte stays in the socket.
@@ -184,6 +200,7 @@ impl Socket {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::net::TcpListener;
 
     use super::*;
@@ -206,12 +223,14 @@ mod tests {
 
         assert_eq!(ring.trouble(), Some(format!("{one} and {two} are not connected")));
         let connected = TcpStream::connect(behind_address).unwrap();
-        let (behind_end, _) = behind.accept().unwrap();
+        let (mut behind_end, _) = behind.accept().unwrap();
         assert_eq!(ring.trouble(), Some(format!("{two} is not connected")));
         let before_end = TcpStream::connect(own_address).unwrap();
         let (accepted, _) = own.accept().unwrap();
         assert_eq!(ring.trouble(), None);
 
+        // What was sent before is not read.
+        behind_end.write_all(b"x").unwrap();
         drop(behind_end);
         assert_eq!(ring.trouble(), Some(format!("{one} is gone")));
         drop(before_end);

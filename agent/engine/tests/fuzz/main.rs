@@ -106,6 +106,10 @@ fn check(dir: &Path, folder: &Folder) -> Result<&'static str, String> {
             named(&error, dir)?;
             Err(error)
         }
+        // A small vocabulary or context is no fault.
+        Err((error @ (EngineError::Token { .. } | EngineError::ContextFull { .. }), _)) => {
+            Err(error)
+        }
         Err((error, _)) => return Err(format!("what was loaded does not run: {error}")),
     };
     if !matches!(result, Err(EngineError::Load(LoadError::BadHeader { .. }))) {
@@ -131,7 +135,9 @@ fn well_formed(
     result: &Result<(), EngineError>,
 ) -> Result<(), String> {
     // An index leads elsewhere; and only what was loaded was surely read.
-    if result.is_err() || dir.join(models::INDEX).exists() {
+    if matches!(result, Err(EngineError::Config(_) | EngineError::Load(_) | EngineError::Layers(_)))
+        || dir.join(models::INDEX).exists()
+    {
         return Ok(());
     }
     let content = &folder[WEIGHTS];

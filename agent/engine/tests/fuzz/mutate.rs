@@ -75,6 +75,12 @@ fn files(folder: &mut Folder, random: &mut Random) -> String {
         _ => {
             let content = folder.get(&a).cloned().unwrap_or_default();
             folder.insert("c.safetensors".to_owned(), content);
+            // Else nobody looks at it.
+            if let Some(text) = folder.get_mut(INDEX) {
+                let listed =
+                    String::from_utf8_lossy(text).replacen("b.safetensors", "c.safetensors", 1);
+                *text = listed.into_bytes();
+            }
             format!("{a} copied to c.safetensors")
         }
     }
