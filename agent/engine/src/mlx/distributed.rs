@@ -13,7 +13,7 @@ use mlx_rs::{Array, Dtype, Stream};
 
 use super::array::finish;
 pub use super::peers::suspects;
-use super::peers::{remember_ring, trouble};
+use super::peers::{remember_ring, ring_is_formed, trouble};
 use super::{init, reason, take_error};
 
 /// How the ranks of a group reach each other.
@@ -132,6 +132,7 @@ impl Group {
             let reason = explained(&take_error());
             return Err(GroupError::Init { backend: backend_name, reason });
         }
+        ring_is_formed();
         // SAFETY: the handle is a formed group.
         let (rank, size) = unsafe {
             (

@@ -9,6 +9,7 @@ use std::mem::ManuallyDrop;
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{FromRawFd, RawFd};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What tells that the peer sends no more.
 #[cfg(target_os = "linux")]
@@ -23,6 +24,13 @@ static RING: OnceLock<Ring> = OnceLock::new();
 pub(super) fn remember_ring() {
     if let Some(ring) = Ring::from_env() {
         RING.get_or_init(|| ring);
+    }
+}
+
+/// From now on a neighbour without a connection is gone.
+pub(super) fn ring_is_formed() {
+    if let Some(ring) = RING.get() {
+        ring.formed.store(true, Ordering::Relaxed);
     }
 }
 
@@ -44,6 +52,8 @@ struct Ring {
     rank: usize,
     /// Where each rank listens.
     hosts: Vec<Vec<SocketAddr>>,
+    /// All neighbours were connected once. A connection that its peer has reset no longer says whose it was.
+    formed: AtomicBool,
 }
 
 /// A rank next to this one.
@@ -82,7 +92,8 @@ impl Ring {
             names.iter().filter_map(|name| name.to_socket_addrs().ok()?.next()).collect()
         };
         let hosts: Vec<Vec<SocketAddr>> = hosts.into_iter().map(resolve).collect();
-        (rank < hosts.len()).then_some(Self { rank, hosts })
+        let formed = AtomicBool::new(false);
+        (rank < hosts.len()).then_some(Self { rank, hosts, formed })
     }
 
     /// The rank that connects to this one.
@@ -123,7 +134,12 @@ impl Ring {
                 |n: &Neighbour<'_>| links.iter().any(|(m, l)| m.rank == n.rank && *l == wanted);
             self.neighbours().into_iter().filter(is).collect()
         };
-        let (gone, absent) = (troubled(Link::Closed), troubled(Link::Absent));
+        let (mut gone, mut absent) = (troubled(Link::Closed), troubled(Link::Absent));
+        if self.formed.load(Ordering::Relaxed) {
+            gone.append(&mut absent);
+            gone.sort_by_key(|n| n.rank);
+            gone.dedup_by_key(|n| n.rank);
+        }
         match (gone.len(), absent.len()) {
             (0, 0) => None,
             (0, 1) => Some(format!("{} is not connected", list(&absent, " and "))),
@@ -236,6 +252,9 @@ mod tests {
         drop(before_end);
         assert_eq!(ring.trouble(), Some(format!("{one} and {two} are gone")));
         drop((connected, accepted));
+        assert_eq!(ring.trouble(), Some(format!("{one} and {two} are not connected")));
+        ring.formed.store(true, Ordering::Relaxed);
+        assert_eq!(ring.trouble(), Some(format!("{one} and {two} are gone")));
     }
 
     #[test]
