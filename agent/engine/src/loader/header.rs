@@ -121,7 +121,9 @@ pub(crate) fn read(path: &Path) -> Result<Vec<(String, Entry)>, LoadError> {
 
 fn parse(path: &Path, json: &[u8], length: u64) -> Result<Vec<(String, Entry)>, LoadError> {
     let bad = |reason: String| LoadError::BadHeader { path: path.to_owned(), reason };
-    let header: RawHeader = serde_json::from_slice(json).map_err(|e| bad(e.to_string()))?;
+    // As a whole: the parser does not look at free text.
+    let text = str::from_utf8(json).map_err(|e| bad(format!("it is no text: {e}")))?;
+    let header: RawHeader = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
     let data = 8 + json.len() as u64;
     let mut entries = Vec::new();
     for (name, value) in header.0 {
@@ -231,6 +233,14 @@ mod tests {
             1,
             "out of range",
         );
+    }
+
+    #[test]
+    fn refuses_what_is_no_text_wherever_it_stands() {
+        for json in [&b"{\"__metadata__\":{\"a\":\"\xFF\"}}"[..], b"{\"\xC0\":1}"] {
+            let error = parse(Path::new("w"), json, 8 + json.len() as u64).unwrap_err();
+            assert!(error.to_string().contains("bad header: it is no text"), "{error}");
+        }
     }
 
     proptest::proptest! {
