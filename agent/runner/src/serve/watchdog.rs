@@ -6,8 +6,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use exo_engine::distributed::suspects;
-
 use super::report::{Failure, Reporter};
 
 /// How late a stall may be noticed.
@@ -51,9 +49,7 @@ impl Watchdog {
         let work = work.as_ref()?;
         (now.saturating_duration_since(work.since) > work.limit).then(|| {
             let (what, seconds) = (work.what, work.limit.as_secs());
-            let peers = suspects().map_or_else(String::new, |peers| format!(": {peers}"));
-            let message = format!("{what} made no progress for {seconds} s{peers}");
-            Failure::retryable("Stalled", message)
+            Failure::retryable("Stalled", format!("{what} made no progress for {seconds} s"))
         })
     }
 
