@@ -96,3 +96,23 @@ fn check(
         )),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_number_is_told_with_its_place_and_source() {
+        let part = |i: usize| format!("the part of rank {}", i / 2);
+        let found = array(&[0.0, 1.0, 1.0, 2.0]);
+        assert!(check("all_gather", &found, &[0.0, 1.0, 1.0, 2.0], part).is_ok());
+        let error = check("all_gather", &found, &[0.0, 1.0, 1.0, 3.0], part).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the group's self-test failed: all_gather of 4 numbers: the part of rank 1 has 2 at \
+             place 3 where 3 was expected"
+        );
+        let error = check("all_gather", &found, &[0.0], part).unwrap_err();
+        assert!(error.to_string().contains("4 numbers arrived"), "{error}");
+    }
+}
