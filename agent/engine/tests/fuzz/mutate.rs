@@ -234,7 +234,7 @@ fn header(content: &mut Vec<u8>, random: &mut Random) -> String {
         _ => return raw(content, &members, &data, random),
     };
     *content = join(render(&members).as_bytes(), &data);
-    format!("tensor '{:.60}': {change}", name)
+    format!("tensor '{name:.60}': {change}")
 }
 
 fn shape_change(shape: &mut Vec<Value>, random: &mut Random) {
@@ -261,12 +261,7 @@ fn member(entry: &mut Value, field: &str, value: Value) -> String {
 }
 
 /// Headers that are no JSON objects of tensors at all.
-fn raw(
-    content: &mut Vec<u8>,
-    members: &[(String, Value)],
-    data: &[u8],
-    random: &mut Random,
-) -> String {
+fn raw(content: &mut Vec<u8>, members: &[Member], data: &[u8], random: &mut Random) -> String {
     let text = render(members);
     let (what, header) = match random.below(5) {
         0 => (
@@ -293,15 +288,18 @@ fn raw(
     what.to_owned()
 }
 
+/// Name and entry of a header's tensor.
+type Member = (String, Value);
+
 /// Header members in order, and the data.
-fn split(content: &[u8]) -> Option<(Vec<(String, Value)>, Vec<u8>)> {
+fn split(content: &[u8]) -> Option<(Vec<Member>, Vec<u8>)> {
     let length = u64::from_le_bytes(content.get(..8)?.try_into().ok()?);
     let end = usize::try_from(length).ok()?.checked_add(8)?;
     let members: Map<String, Value> = serde_json::from_slice(content.get(8..end)?).ok()?;
     Some((members.into_iter().collect(), content[end..].to_vec()))
 }
 
-fn render(members: &[(String, Value)]) -> String {
+fn render(members: &[Member]) -> String {
     let members: Vec<String> =
         members.iter().map(|(name, value)| format!("{}:{value}", json!(name))).collect();
     format!("{{{}}}", members.join(","))
