@@ -4,7 +4,9 @@
 
 mod array;
 pub mod distributed;
+mod peers;
 mod quantized;
+mod self_test;
 
 pub(crate) use array::{from_bytes, slice, slice_update};
 pub(crate) use quantized::Quantized;
