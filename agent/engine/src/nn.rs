@@ -139,6 +139,45 @@ impl Linear {
     }
 }
 
+/// Projections of the same input. Where their matrices lie one behind the other in one, a single product serves all.
+pub(crate) enum Joint {
+    /// `ends` are the rows at which each part ends.
+    One {
+        linear: Linear,
+        ends: Vec<i32>,
+    },
+    Apart(Vec<Linear>),
+}
+
+impl Joint {
+    /// `rows` are those of each part.
+    pub(crate) fn one(linear: Linear, rows: &[i32]) -> Self {
+        let mut end = 0;
+        let next = |rows: &i32| {
+            end += rows;
+            end
+        };
+        Self::One { linear, ends: rows.iter().map(next).collect() }
+    }
+
+    /// `x` `[batch, positions, columns]` to the result of each of the `N` parts, `[batch, positions, rows]`.
+    pub(crate) fn forward<const N: usize>(&self, x: &Array) -> Result<[Array; N], Exception> {
+        let results: Result<Vec<Array>, Exception> = match self {
+            Self::Apart(parts) => parts.iter().map(|part| part.forward(x)).collect(),
+            Self::One { linear, ends } => {
+                let all = linear.forward(x)?;
+                let (batch, positions) = (all.dim(0), all.dim(1));
+                let starts = [0].iter().chain(ends);
+                let cut = |(&start, &end): (&i32, &i32)| {
+                    slice(&all, &[0, 0, start], &[batch, positions, end])
+                };
+                starts.zip(ends).map(cut).collect()
+            }
+        };
+        Ok(results?.try_into().unwrap_or_else(|_| panic!("not {N} projections")))
+    }
+}
+
 /// Several matrices `[rows, columns]` of one shape: one per expert, or one per head.
 pub(crate) enum Stack {
     Dense { weight: Array, transposed: Array },
@@ -261,8 +300,9 @@ impl Rope {
             clippy::float_cmp,
             reason = "1 is set, not computed, where nothing is to be scaled"
         )]
-        let scaled = if self.magnitude == 1.0 { x.clone() } else { times(x, self.magnitude)? };
-        mlx_rs::fast::rope(&scaled, self.dims, self.traditional, base, self.scale, offset, periods)
+        let scaled = if self.magnitude == 1.0 { None } else { Some(times(x, self.magnitude)?) };
+        let x = scaled.as_ref().unwrap_or(x);
+        mlx_rs::fast::rope(x, self.dims, self.traditional, base, self.scale, offset, periods)
     }
 }
 
