@@ -319,3 +319,32 @@ pub(crate) fn last(x: &Array, wanted: i32) -> Result<Array, Exception> {
     }
     slice(x, &[0, positions - wanted, 0], &[1, positions, width])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn joined_projections_are_those_of_their_parts() {
+        let matrix = |rows: i32, from: i32| {
+            let values: Vec<f32> = (from..from + rows * 2).map(|v| v as f32).collect();
+            Array::from_slice(&values, &[rows, 2])
+        };
+        let x = Array::from_slice(&[1.0_f32, 2.0, -3.0, 0.5], &[1, 2, 2]);
+        // The parts' rows follow each other in the joint matrix.
+        let joint = Joint::one(Linear::dense(&matrix(6, 0), None), &[3, 1, 2]);
+        let parts = [(3, 0), (1, 6), (2, 8)];
+        let apart = parts
+            .map(|(rows, from)| Linear::dense(&matrix(rows, from), None))
+            .into_iter()
+            .collect();
+        let joint: [Array; 3] = joint.forward(&x).unwrap();
+        let apart: [Array; 3] = Joint::Apart(apart).forward(&x).unwrap();
+        for ((joint, apart), (rows, _)) in joint.iter().zip(&apart).zip(parts) {
+            assert_eq!(joint.shape(), [1, 2, rows]);
+            let values =
+                |array: &Array| -> Vec<f32> { array.contiguous().unwrap().to_vec_exact().unwrap() };
+            assert_eq!(values(joint), values(apart));
+        }
+    }
+}

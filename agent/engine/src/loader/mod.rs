@@ -312,3 +312,92 @@ impl Weights {
         assert!(left.is_empty(), "read but not used: {left:?}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// A checkpoint of three matrices of two columns, filled with numbers from 0 on; `other` is the type of the last.
+    fn checkpoint(rows: [i32; 3], other: &str) -> (tempfile::TempDir, Checkpoint) {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+        for (name, rows) in ["a", "b", "c"].into_iter().zip(rows) {
+            let (start, dtype) = (data.len(), if name == "c" { other } else { "F32" });
+            for _ in 0..rows * 2 {
+                let number = data.len() as f32;
+                let bytes = number.to_le_bytes();
+                data.extend_from_slice(if dtype == "F32" { &bytes } else { &bytes[..2] });
+            }
+            let offsets = [start, data.len()];
+            let entry =
+                serde_json::json!({"dtype": dtype, "shape": [rows, 2], "data_offsets": offsets});
+            header.insert(format!("{name}.weight"), entry);
+        }
+        let header = serde_json::to_vec(&header).unwrap();
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header);
+        file.extend(data);
+        fs::write(dir.path().join("model.safetensors"), file).unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        (dir, checkpoint)
+    }
+
+    fn load_joint(rows: [i32; 3], other: &str, share: Share) -> Joint {
+        let (_dir, checkpoint) = checkpoint(rows, other);
+        let module = |(name, output): (&str, i32)| Module {
+            joint: Some("all".to_owned()),
+            ..Module::new(
+                name.to_owned(),
+                Kind::Linear { input: 2, output, bias: false },
+                Home::Layer(0),
+                Split::output(output, "rows"),
+            )
+        };
+        let parts = ["a", "b", "c"];
+        let modules: Vec<Module> = parts.into_iter().zip(rows).map(module).collect();
+        let selection = Selection {
+            modules: &modules,
+            quantization: None,
+            ignored: &|_| false,
+            owns: &|_| true,
+            share,
+        };
+        let mut weights = load(&checkpoint, &selection, &mut |_| {}).unwrap();
+        let joint = weights.joint("all", &parts.map(str::to_owned));
+        weights.finish();
+        joint
+    }
+
+    fn rows_of(joint: &Joint) -> [Vec<f32>; 3] {
+        let first_column = Array::from_slice(&[1.0_f32, 0.0], &[1, 1, 2]);
+        let parts: [Array; 3] = joint.forward(&first_column).unwrap();
+        parts.map(|part| {
+            part.as_dtype(mlx_rs::Dtype::Float32)
+                .unwrap()
+                .contiguous()
+                .unwrap()
+                .to_vec_exact()
+                .unwrap()
+        })
+    }
+
+    #[test]
+    fn matrices_that_are_alike_are_joined() {
+        let joint = load_joint([1, 2, 1], "F32", Share::WHOLE);
+        assert!(matches!(&joint, Joint::One { ends, .. } if *ends == [1, 3, 4]));
+        assert_eq!(rows_of(&joint), [vec![0.0], vec![8.0, 16.0], vec![24.0]]);
+        // Each rank joins its own rows of each.
+        let joint = load_joint([2, 4, 2], "F32", Share { rank: 1, size: 2 });
+        assert!(matches!(&joint, Joint::One { ends, .. } if *ends == [1, 3, 4]));
+        assert_eq!(rows_of(&joint), [vec![8.0], vec![32.0, 40.0], vec![56.0]]);
+    }
+
+    #[test]
+    fn matrices_of_several_types_stay_apart() {
+        let joint = load_joint([1, 2, 1], "BF16", Share::WHOLE);
+        assert!(matches!(&joint, Joint::Apart(parts) if parts.len() == 3));
+        assert_eq!(rows_of(&joint)[..2], [vec![0.0], vec![8.0, 16.0]]);
+    }
+}
