@@ -72,7 +72,7 @@ pub(crate) fn load(
         }
         let owned = (selection.owns)(module.home);
         let tensors = module.tensors(packing, selection.share)?;
-        wanted.extend(tensors.into_iter().map(|tensor| -> Listed<'_> { (module, owned, tensor) }));
+        wanted.extend(tensors.into_iter().map(|tensor| (module, owned, tensor)));
     }
     check(checkpoint, &wanted, selection.ignored)?;
 
@@ -122,7 +122,7 @@ fn fitting_joints<'a>(
         let first = parts.next();
         parts.all(|part| Some(part) == first)
     };
-    rows.retain(|joint, _| alike(joint));
+    rows.retain(|&joint, _| alike(joint));
     rows
 }
 
