@@ -72,9 +72,9 @@ pub(super) fn admit(
     let mut causes = builtin::prepare(resource, object);
     resource.schema.default(object);
     causes.extend(metadata_causes(object));
-    causes.extend(resource.schema.validate(object));
+    causes.extend(resource.schema.validate(object, current));
     if let (false, Some(current)) = (causes.is_empty(), current) {
-        let known = resource.schema.validate(current);
+        let known = resource.schema.validate(current, None);
         causes.retain(|cause| !known.contains(cause));
     }
     if !causes.is_empty() {
