@@ -214,7 +214,7 @@ mod tests {
     #[test]
     fn times_and_absent_numbers_are_told_apart() {
         // 2026-01-01T00:00:00 is 1 767 225 600.
-        let seconds = [8, 0x80, 0xe4, 0xd6, 0xca, 6];
+        let seconds = [8, 0x80, 0xf2, 0xd6, 0xca, 6];
         let time = [&seconds[..], &[0x10, 0x88, 0x27]].concat();
         let spec = [bytes(1, b"me"), vec![2 << 3, 0], bytes(4, &time)].concat();
         let lease = bytes(2, &spec);

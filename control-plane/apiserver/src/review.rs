@@ -10,6 +10,7 @@ use crate::{
     error::ApiError,
     object, protobuf,
     server::{ApiServer, json_response},
+    verbs,
 };
 
 /// Group, kind and plural of each; all are of version `v1`.
@@ -24,13 +25,15 @@ const VERBS: [&str; 8] =
 /// Kubernetes' own clients ask with protocol buffers whatever the server speaks, and some of them
 /// without saying so.
 fn read(body: &[u8], kind: &str) -> Result<Value, ApiError> {
-    let review = if protobuf::is_protobuf(body) {
+    let mut review = if protobuf::is_protobuf(body) {
         protobuf::read(body)
             .map_err(|error| ApiError::BadRequest(format!("the body can't be read: {error}")))?
     } else {
         serde_json::from_slice(body)
             .map_err(|error| ApiError::BadRequest(format!("the body is not JSON: {error}")))?
     };
+    let (group, ..) = REVIEWS.iter().find(|(_, of, _)| *of == kind).expect("kinds are from there");
+    verbs::fill_type(&mut review, &format!("{group}/v1"), kind);
     if review.get("kind").and_then(Value::as_str) == Some(kind) {
         return Ok(review);
     }

@@ -81,7 +81,7 @@ async fn objects_are_edited() {
     assert!(done && said.contains("no changes made"), "{said}");
     // Refused, edited again in vain, given up.
     let (done, said) = edit(&kubectl, "'s/replicas: 2/replicas: -2/'").await;
-    assert!(!done && said.contains("spec.replicas"), "{said}");
+    assert!(!done && said.contains("\"llama\" is invalid"), "{said}");
     assert_eq!(kubectl.ok(replicas, "").await, "2");
 }
 
@@ -250,7 +250,9 @@ async fn events_are_listed_and_described() {
     let (code, body) = server.call(Method::POST, events, Some(first)).await;
     assert_eq!(code.as_u16(), 201, "{body}");
     let (_, mac) = server.get(&format!("{NODES}/mac")).await;
-    server.call(Method::POST, events, Some(event("mac.1", &mac, "Node", "NodeLost"))).await;
+    let second = event("mac.1", &mac, "Node", "NodeLost");
+    let (code, body) = server.call(Method::POST, events, Some(second)).await;
+    assert_eq!(code.as_u16(), 201, "{body}");
 
     let listed = kubectl.ok("get events", "").await;
     assert!(listed.contains("inferenceinstance/llama") && listed.contains("why Unplaceable"));
