@@ -3,7 +3,7 @@
 
 use k8s_openapi::{
     api::core::v1::{Event, EventSource, ObjectReference},
-    apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
+    apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, Time},
     jiff::Timestamp,
 };
 use serde::Serialize;
@@ -81,6 +81,9 @@ pub fn first(
         reason: Some(occurrence.reason.clone()),
         message: Some(note.to_owned()),
         count: Some(1),
+        // Whoever gives a time of this kind names an action too.
+        event_time: Some(MicroTime(now.0)),
+        action: Some(occurrence.reason.clone()),
         first_timestamp: Some(now.clone()),
         last_timestamp: Some(now),
         source: Some(EventSource {

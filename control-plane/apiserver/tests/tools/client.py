@@ -1,6 +1,7 @@
 """Uses an API server by the official Python client: `client.py URL`. Ends with status 0 if all is well."""
 
 import base64
+import datetime
 import sys
 import threading
 
@@ -102,6 +103,8 @@ def check_core(api):
                 metadata=client.V1ObjectMeta(generate_name="e-"),
                 involved_object=about,
                 reason="Told",
+                # Without one the client can't read the event in its own group.
+                event_time=datetime.datetime.now(datetime.timezone.utc),
                 message="m",
                 type="Normal",
             ),

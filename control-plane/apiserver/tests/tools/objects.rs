@@ -156,6 +156,10 @@ async fn fields_are_applied_by_several_managers() {
 
     kubectl.ok("scale ii llama --replicas=5", "").await;
     assert_eq!(kubectl.ok(replicas, "").await, "5");
+    if !kubectl.is_recent().await {
+        // It always shows the managers, and asks OpenAPI 2 whether there is a dry run.
+        return;
+    }
     let managers = "get ii llama --show-managed-fields \
                     -o jsonpath={.metadata.managedFields[*].subresource}";
     assert_eq!(kubectl.ok(managers, "").await, "scale");
@@ -176,10 +180,10 @@ async fn kubernetes_own_types_are_served() {
     let garbage = tokio::spawn(garbage);
     let message = kubectl.fails("-n team apply -f -", &instance("1")).await;
     assert!(message.contains("namespaces \"team\" not found"), "{message}");
-    let team = "{apiVersion: v1, kind: Namespace, metadata: {name: team}}";
+    let team = "apiVersion: v1\nkind: Namespace\nmetadata: {name: team}\n";
     kubectl.ok("apply -f -", team).await;
     kubectl.ok("-n team apply -f -", &instance("1")).await;
-    let secret = "{apiVersion: v1, kind: Secret, metadata: {name: key}, stringData: {a: b}}";
+    let secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: key}\nstringData: {a: b}\n";
     kubectl.ok("-n team apply -f -", secret).await;
     let secret = "-n team get secret key -o jsonpath={.type}/{.data.a}";
     assert_eq!(kubectl.ok(secret, "").await, "Opaque/Yg==");
