@@ -52,7 +52,7 @@ pub(crate) fn queue(client: Client, node: &str) -> (Events, impl Future<Output =
                 Err(_) => tracing::debug!("an event could not be written in time"),
             }
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     };
     (Events(sender), telling)
 }

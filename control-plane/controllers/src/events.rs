@@ -63,7 +63,7 @@ pub(crate) fn queue(
                 Err(_) => tracing::debug!("an event could not be written in time"),
             }
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     };
     (Events(sender), telling)
 }

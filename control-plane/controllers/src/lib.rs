@@ -38,7 +38,8 @@ pub async fn run(
         instance::run(client.clone(), leadership.clone(), events.clone(), shutdown.clone());
     let nodes = node::run(client, leadership, events, shutdown.clone());
     let ended = |name| if shutdown.is_cancelled() { Ok(()) } else { Err(Ended(name)) };
-    let work = async {
+    // On the heap: it is large, and whoever runs this would have to hold it.
+    let work = Box::pin(async {
         tokio::try_join!(
             async {
                 instances.await;
@@ -49,7 +50,7 @@ pub async fn run(
                 ended("node")
             },
         )
-    };
+    });
     tokio::select! {
         result = work => result.map(|_| ()),
         // Cancel-safe: it never ends by itself, and events on their way are a courtesy.
