@@ -105,6 +105,11 @@ pub enum Transport {
 /// Which nodes may be used, and how many for one replica.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "!has(self.min) || !has(self.max) || self.min <= self.max",
+    "message": "min must not be above max",
+    "fieldPath": ".min",
+}]))]
 pub struct NodeRequirements {
     /// At least this many; 1 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]

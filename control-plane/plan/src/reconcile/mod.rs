@@ -13,6 +13,7 @@
 //! - What is observed was read after the last own writes, so that a shard just created is seen.
 
 mod build;
+mod events;
 mod status;
 mod verdict;
 
@@ -26,7 +27,7 @@ use std::{
 
 use exo_crds::{
     InferenceInstance, InferenceInstanceStatus, Model, Node, Rendezvous, ReplicaStatus,
-    SHARD_FINALIZER, Shard, ShardPhase,
+    SHARD_FINALIZER, Shard, ShardPhase, event::Occurrence,
 };
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use serde::Serialize;
@@ -69,6 +70,8 @@ pub struct Decision {
     pub status: InferenceInstanceStatus,
     /// When to look again though nothing has changed.
     pub requeue_after: Option<Duration>,
+    /// What there is to tell about the instance once the status is written.
+    pub events: Vec<Occurrence>,
 }
 
 /// One write. Names are of Shards in the instance's namespace.
@@ -142,7 +145,8 @@ pub fn reconcile(observed: &Observed<'_>) -> Decision {
     let mut actions = release_lost(observed.nodes, mine.iter().copied());
     let (mut replicas, mut retired) = (Vec::new(), Vec::new());
     let mut requeue_after = None;
-    let mut planner = Planner { observed, edited, nodes: node_states(observed) };
+    let nodes = node_states(observed);
+    let mut planner = Planner { observed, edited, nodes, events: Vec::new() };
     let indices: BTreeSet<u32> = (0..wanted)
         .chain(mine.iter().map(|shard| shard.spec.replica))
         .chain(before.replicas.iter().map(|replica| replica.index))
@@ -161,11 +165,10 @@ pub fn reconcile(observed: &Observed<'_>) -> Decision {
         replicas.push((outcome.status, outcome.state));
         requeue_after = earliest(requeue_after, outcome.requeue_after);
     }
-    Decision {
-        actions,
-        status: status::summarise(instance, &before, replicas, retired, observed.now),
-        requeue_after,
-    }
+    let status = status::summarise(instance, &before, replicas, retired, observed.now);
+    let mut events = planner.events;
+    events.extend(events::unplaceable(&before, &status));
+    Decision { actions, status, requeue_after, events }
 }
 
 /// Finalizers to take from shards that are being deleted on nodes that are gone or not Ready.
@@ -214,6 +217,8 @@ struct Planner<'a> {
     /// The instance's spec changed since the last status was written.
     edited: bool,
     nodes: Vec<NodeState>,
+    /// What is told, of all replicas.
+    events: Vec<Occurrence>,
 }
 
 impl Planner<'_> {
@@ -260,9 +265,13 @@ impl Planner<'_> {
                     *message = format!("{cause}; {message}");
                 }
                 outcome.actions = delete(&current);
+                if !outcome.actions.is_empty() {
+                    self.events.push(events::ended(index, &end));
+                }
                 outcome
             }
         };
+        self.events.extend(events::progress(known, &outcome.status));
         actions.append(&mut outcome.actions);
         outcome.actions = actions;
         outcome
