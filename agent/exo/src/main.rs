@@ -3,8 +3,12 @@
 
 mod access;
 mod config;
+mod control;
 mod data_dir;
 mod join;
+mod membership;
+mod open;
+mod remote;
 mod run;
 
 use std::{io::IsTerminal as _, process::ExitCode};

@@ -19,6 +19,7 @@ async fn each<F: AsyncFn(Store)>(body: F) {
     let store = Store::raft(RaftConfig {
         dir: dir.path().to_owned(),
         node_id: 7,
+        name: "n7".into(),
         address: "127.0.0.1:8443".into(),
     })
     .await

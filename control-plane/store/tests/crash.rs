@@ -13,9 +13,14 @@ use tempfile::TempDir;
 const CHILD_DIR: &str = "EXO_STORE_TEST_CHILD_DIR";
 
 async fn open(dir: &Path) -> Store {
-    Store::raft(RaftConfig { dir: dir.to_owned(), node_id: 1, address: "127.0.0.1:8443".into() })
-        .await
-        .unwrap()
+    Store::raft(RaftConfig {
+        dir: dir.to_owned(),
+        node_id: 1,
+        name: "a".into(),
+        address: "127.0.0.1:8443".into(),
+    })
+    .await
+    .unwrap()
 }
 
 /// The child: writes for ever from several tasks and prints each acknowledged key.

@@ -49,7 +49,12 @@ fn log_entries_keep_their_form_on_disk() {
 }
 
 fn config(dir: &Path) -> RaftConfig {
-    RaftConfig { dir: dir.to_owned(), node_id: 1, address: "127.0.0.1:8443".into() }
+    RaftConfig {
+        dir: dir.to_owned(),
+        node_id: 1,
+        name: "a".into(),
+        address: "127.0.0.1:8443".into(),
+    }
 }
 
 async fn put(store: &Store, key: &str, value: &str) -> u64 {
