@@ -45,6 +45,12 @@ const ADD_LIMIT: Duration = Duration::from_secs(75);
 /// Between two rounds of asking all peers.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
+type Groups = &'static [&'static str];
+/// Nodes that hold the store.
+const MEMBERS: Groups = &[GROUP_CONTROL_PLANE];
+/// All nodes: a certificate names one organisation.
+const NODES: Groups = &[GROUP_NODES, GROUP_CONTROL_PLANE];
+
 /// How a node of the control plane begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Start {
@@ -144,15 +150,15 @@ impl Host {
 
 /// The routes, for the API port; and the store's own, for members of the control plane.
 pub(crate) fn routes(host: Host) -> Router {
-    let raft = exo_store::raft_routes(&host.store)
-        .layer(middleware::from_fn_with_state(GROUP_CONTROL_PLANE, only));
+    let raft =
+        exo_store::raft_routes(&host.store).layer(middleware::from_fn_with_state(MEMBERS, only));
     let members = Router::new()
         .route(MEMBERS_PATH, post(add_member))
-        .layer(middleware::from_fn_with_state(GROUP_CONTROL_PLANE, only));
+        .layer(middleware::from_fn_with_state(MEMBERS, only));
     let nodes = Router::new()
         .route(KEY_PATH, post(hand_over_key))
         .route(MEMBERS_PATH, get(list_members))
-        .layer(middleware::from_fn_with_state(GROUP_NODES, only));
+        .layer(middleware::from_fn_with_state(NODES, only));
     Router::new()
         .route(CLUSTER_PATH, get(cluster))
         .merge(members)
@@ -162,17 +168,21 @@ pub(crate) fn routes(host: Host) -> Router {
         .merge(raft)
 }
 
-/// Refuses callers whose certificate does not name this group.
+/// Refuses callers whose certificate names none of these groups.
 async fn only(
-    State(group): State<&'static str>,
+    State(groups): State<Groups>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     request: Request,
     next: Next,
 ) -> Response {
     match peer.certificate {
         None => (StatusCode::UNAUTHORIZED, "a client certificate is needed").into_response(),
-        Some(subject) if subject.groups.iter().any(|g| g == group) => next.run(request).await,
-        Some(_) => (StatusCode::FORBIDDEN, format!("only for {group}")).into_response(),
+        Some(subject) if subject.groups.iter().any(|g| groups.contains(&g.as_str())) => {
+            next.run(request).await
+        }
+        Some(_) => {
+            (StatusCode::FORBIDDEN, format!("only for {}", groups.join(", "))).into_response()
+        }
     }
 }
 
@@ -238,7 +248,6 @@ pub(crate) async fn adopt(
     peers: &[String],
     (name, cluster): (&str, &str),
 ) -> anyhow::Result<()> {
-    data.begin_joining(peers)?;
     let first = if data.has_current_identity() {
         join::first_member(&data.tls(), peers).await
     } else {
@@ -249,7 +258,10 @@ pub(crate) async fn adopt(
     for peer in std::iter::once(first).chain(peers.iter().map(String::as_str)) {
         let request = client.post(format!("https://{peer}{KEY_PATH}")).timeout(ASK_LIMIT);
         match ask::<KeyAnswer>(request).await {
-            Ok(answer) => return data.adopt_authority(&answer.ca_key),
+            Ok(answer) => {
+                data.begin_joining(peers)?;
+                return data.adopt_authority(&answer.ca_key);
+            }
             Err(error) => failures.push(format!("{peer}: {error:#}")),
         }
     }
@@ -272,7 +284,9 @@ pub(crate) async fn become_member(
             let url = format!("https://{peer}{MEMBERS_PATH}");
             match ask::<Value>(client.post(url).json(&new).timeout(ADD_LIMIT)).await {
                 Ok(_) => return data.end_joining(),
-                Err(error) if !complained => warn!(peer, "can't join the control plane yet: {error:#}"),
+                Err(error) if !complained => {
+                    warn!(peer, "can't join the control plane yet: {error:#}")
+                }
                 Err(_) => {}
             }
         }
@@ -301,10 +315,7 @@ pub(crate) async fn check_same_cluster(ca: &str, peers: &[String]) -> anyhow::Re
 }
 
 /// What a node of the control plane says of its members.
-pub(crate) async fn members_at(
-    client: &reqwest::Client,
-    address: &str,
-) -> anyhow::Result<Members> {
+pub(crate) async fn members_at(client: &reqwest::Client, address: &str) -> anyhow::Result<Members> {
     ask(client.get(format!("https://{address}{MEMBERS_PATH}")).timeout(ASK_LIMIT)).await
 }
 

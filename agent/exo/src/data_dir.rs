@@ -20,8 +20,8 @@ use std::{
 use anyhow::{Context as _, bail};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use exo_trust::{
-    Authority, GROUP_ADMINS, GROUP_CONTROL_PLANE, GROUP_NODES, Issued, Subject, TlsPaths, certificate_expired,
-    certificate_renewal_due, reqwest_client, write_private,
+    Authority, GROUP_ADMINS, GROUP_CONTROL_PLANE, GROUP_NODES, Issued, Subject, TlsPaths,
+    certificate_expired, certificate_renewal_due, reqwest_client, write_private,
 };
 use serde_json::json;
 
@@ -191,7 +191,7 @@ impl DataDir {
         let authority = Authority::open_or_create(&self.path.join("pki"), now_s())
             .context("opening the cluster's certificate authority")?;
         let mut subject = node_subject(node_name);
-        subject.groups.push(GROUP_CONTROL_PLANE.to_owned());
+        subject.groups = vec![GROUP_CONTROL_PLANE.to_owned()];
         let issued = authority.issue(&subject, Some(&certificate_addresses(ip)), now_s())?;
         self.write_identity(authority.certificate_pem(), &issued)?;
         Ok(authority)

@@ -111,7 +111,8 @@ impl Servers {
             let (_, address, _) = self.current();
             let Ok(answer) = control::members_at(&client, &address).await else { continue };
             let addresses: Vec<_> = answer.members.into_iter().map(|m| m.address).collect();
-            if let Err(error) = self.adopt(&addresses).and_then(|()| data.save_members(&addresses)) {
+            if let Err(error) = self.adopt(&addresses).and_then(|()| data.save_members(&addresses))
+            {
                 warn!("the API servers can't be remembered: {error:#}");
             }
         }

@@ -76,7 +76,9 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
                     let name = (config.node_name.as_str(), config.cluster.as_str());
                     control::adopt(&data, peers, name).await?;
                 }
-                Start::Resume => control::check_same_cluster(&data.authority_pem()?, &peers).await?,
+                Start::Resume => {
+                    control::check_same_cluster(&data.authority_pem()?, &peers).await?
+                }
                 Start::Found => {}
             }
             let plane =

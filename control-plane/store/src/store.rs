@@ -181,12 +181,7 @@ impl Store {
 
     /// Adds a node that follows without a vote, or tells where it is now. Returns when it has
     /// caught up. Works on every node, as do the other changes of membership.
-    pub async fn add_learner(
-        &self,
-        id: u64,
-        name: &str,
-        address: &str,
-    ) -> Result<(), StoreError> {
+    pub async fn add_learner(&self, id: u64, name: &str, address: &str) -> Result<(), StoreError> {
         self.replicated()?.add_learner(id, name.to_owned(), address.to_owned()).await
     }
 

@@ -98,8 +98,8 @@ impl Authority {
         let key = KeyPair::from_pem(&key_pem)?;
         let der = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
             .map_err(|error| TrustError::Parse(error.to_string()))?;
-        let (_, parsed) =
-            X509Certificate::from_der(&der).map_err(|error| TrustError::Parse(error.to_string()))?;
+        let (_, parsed) = X509Certificate::from_der(&der)
+            .map_err(|error| TrustError::Parse(error.to_string()))?;
         if parsed.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {
             return Err(TrustError::Parse(
                 "the authority's key doesn't belong to its certificate".to_owned(),

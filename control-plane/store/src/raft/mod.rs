@@ -6,16 +6,16 @@
 mod call;
 mod disk;
 mod log;
-mod mark;
 mod machine;
+mod mark;
 mod members;
 mod network;
 mod node;
 mod reads;
 mod routes;
-mod voters;
 #[cfg(test)]
 mod tests;
+mod voters;
 mod writer;
 
 use std::{
@@ -118,10 +118,11 @@ pub enum OpenError {
 }
 
 /// Followers hear from the leader this often; a call to a follower may take as long.
-const HEARTBEAT_MS: u64 = 100;
+const HEARTBEAT_MS: u64 = 150;
 /// A follower that hears nothing of the leader for the upper bound, and then for a random time
-/// between both, stands for election: a new leader is there within a second.
-const ELECTION_MS: (u64, u64) = (200, 400);
+/// between both, stands for election: a new leader is there within a second. Several heartbeats fit
+/// in, so that a busy machine does not lose its leader.
+const ELECTION_MS: (u64, u64) = (300, 450);
 /// Log entries between snapshots: replaying so many takes well under a second.
 const SNAPSHOT_EVERY: u64 = 10_000;
 /// Log entries kept behind a snapshot, for followers that are a little behind.
@@ -206,13 +207,8 @@ impl RaftBackend {
                 .map_err(|e| fault(&e))?;
         }
         start_alone(&raft, config.node_id).await?;
-        let node = Arc::new(Node {
-            id: config.node_id,
-            raft,
-            caller,
-            proposals,
-            disk: Arc::clone(&disk),
-        });
+        let node =
+            Arc::new(Node { id: config.node_id, raft, caller, proposals, disk: Arc::clone(&disk) });
         let now = leadership(&node.metrics().borrow());
         let (leads_sender, leads) = watch::channel(now.is_leader);
         let (sender, leadership) = watch::channel(now);
@@ -361,6 +357,10 @@ async fn follow_leadership(
     leads: watch::Sender<bool>,
 ) {
     let tell = |now: Leadership| {
+        if *leadership_sender.borrow() != now {
+            let leader = now.leader.as_deref().unwrap_or("none");
+            tracing::info!(leader, term = now.term, here = now.is_leader, "the store's leader");
+        }
         set_if_changed(&leads, now.is_leader);
         set_if_changed(&leadership_sender, now);
     };
