@@ -72,6 +72,11 @@ async fn call(request: reqwest::RequestBuilder) -> Answer {
     match response.status() {
         StatusCode::CONFLICT => Answer::Conflict,
         StatusCode::TOO_MANY_REQUESTS => Answer::Refused,
+        // Other refusals promise that nothing was done; this one can't.
+        StatusCode::SERVICE_UNAVAILABLE => match response.text().await {
+            Ok(text) if !text.contains("outcome of the write is unknown") => Answer::Refused,
+            Ok(_) | Err(_) => Answer::Unknown,
+        },
         status if !status.is_success() => Answer::Unknown,
         _ => match response.json::<Value>().await {
             Ok(object) => {
@@ -205,7 +210,7 @@ fn faults_leave_a_history_that_is_linearizable() {
     for (register, ops) in history.ops.iter().enumerate() {
         let ops = ops.lock().unwrap();
         let unknown = ops.iter().filter(|op| op.end.is_none()).count();
-        println!("register {register}: {} operations, {unknown} unknown", ops.len());
+        eprintln!("register {register}: {} operations, {unknown} unknown", ops.len());
         assert!(ops.len() > 20, "too little happened");
         assert!(is_linearizable(0, &ops), "register {register} was not linearizable: {ops:?}");
     }

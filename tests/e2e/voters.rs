@@ -124,7 +124,7 @@ fn the_loss_of_the_leader_costs_a_moment_and_nothing_else() {
         Ok(times.filter(|at| **at > killed && after(at)).min().map(|at| at.duration_since(killed)))
     })
     .unwrap_or_else(|error| panic!("{error:#}{}", trio.logs()));
-    println!("next acknowledged write {gap:.0?} after the leader's death");
+    eprintln!("next acknowledged write {gap:.0?} after the leader's death");
     let before = count();
     wait_for("more writes", || Ok((count() > before + 50).then_some(()))).unwrap();
     let text = text_of(head.into_iter().chain(lines));

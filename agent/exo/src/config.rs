@@ -122,7 +122,7 @@ pub(crate) enum Role {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum StoreChoice {
     Raft,
-    Etcd(Etcd),
+    Etcd(Box<Etcd>),
 }
 
 /// An etcd cluster and how to be let in.
@@ -247,7 +247,8 @@ impl RawArgs {
             (None, _) => None,
         };
         let identity = self.etcd_cert.clone().zip(self.etcd_key.clone());
-        Ok(StoreChoice::Etcd(Etcd { endpoints, user, ca: self.etcd_ca.clone(), identity }))
+        let etcd = Etcd { endpoints, user, ca: self.etcd_ca.clone(), identity };
+        Ok(StoreChoice::Etcd(Box::new(etcd)))
     }
 }
 

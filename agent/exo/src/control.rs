@@ -285,7 +285,7 @@ pub(crate) async fn become_member(
             match ask::<Value>(client.post(url).json(&new).timeout(ADD_LIMIT)).await {
                 Ok(_) => return data.end_joining(),
                 Err(error) if !complained => {
-                    warn!(peer, "can't join the control plane yet: {error:#}")
+                    warn!(peer, "can't join the control plane yet: {error:#}");
                 }
                 Err(_) => {}
             }

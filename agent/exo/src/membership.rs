@@ -152,7 +152,7 @@ mod tests {
             let finalizers = [Some("other/one"), held.then_some(FINALIZER)];
             node.metadata.finalizers =
                 Some(finalizers.into_iter().flatten().map(str::to_owned).collect());
-            node.metadata.deletion_timestamp = deleted.then(|| Time(Timestamp::UNIX_EPOCH));
+            node.metadata.deletion_timestamp = deleted.then_some(Time(Timestamp::UNIX_EPOCH));
             assert_eq!(step(&node, &members), wanted, "{name} {held} {deleted}");
         };
         check("a", false, false, Some(Step::Hold));

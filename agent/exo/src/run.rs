@@ -77,7 +77,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
                     control::adopt(&data, peers, name).await?;
                 }
                 Start::Resume => {
-                    control::check_same_cluster(&data.authority_pem()?, &peers).await?
+                    control::check_same_cluster(&data.authority_pem()?, &peers).await?;
                 }
                 Start::Found => {}
             }

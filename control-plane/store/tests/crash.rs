@@ -85,6 +85,6 @@ async fn acknowledged_writes_survive_kill_9() {
         let found = listing.entries.binary_search_by(|e| (*e.key).cmp(key));
         assert!(found.is_ok(), "{key} was acknowledged and is lost");
     }
-    println!("{rounds} kills, {} acknowledged writes read again", acknowledged.len());
+    eprintln!("{rounds} kills, {} acknowledged writes read again", acknowledged.len());
     store.shutdown().await;
 }
