@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod failures;
+mod partitions;
 mod resources;
 mod samples;
 mod serving;
+mod voters;
 mod weights;

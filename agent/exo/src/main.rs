@@ -3,8 +3,12 @@
 
 mod access;
 mod config;
+mod control;
 mod data_dir;
 mod join;
+mod membership;
+mod open;
+mod remote;
 mod run;
 
 use std::{io::IsTerminal as _, process::ExitCode};
@@ -13,8 +17,9 @@ use clap::Parser as _;
 use config::{Command, LogFormat, RawArgs, Surroundings};
 use tracing_subscriber::EnvFilter;
 
-/// State changes of our own; libraries only when something is odd.
-const DEFAULT_LOG: &str = "info,openraft=warn,kube=warn,tower=warn,hyper=warn";
+/// State changes of our own; libraries only when something is odd. openraft reports each call to a
+/// node that is away as an error; what matters of that the store says itself.
+const DEFAULT_LOG: &str = "info,openraft=off,kube=warn,tower=warn,hyper=warn";
 
 fn main() -> ExitCode {
     let args = RawArgs::parse();
