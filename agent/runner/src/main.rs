@@ -1,6 +1,7 @@
 //! One process is one rank of a model. Owns the command line; the work is in the modules.
 
 mod generate;
+mod sampling;
 mod serve;
 
 use std::process::ExitCode;

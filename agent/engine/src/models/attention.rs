@@ -2,11 +2,11 @@
 
 use mlx_rs::Array;
 use mlx_rs::error::Exception;
-use mlx_rs::fast::{ScaledDotProductAttentionMask, rms_norm, scaled_dot_product_attention};
+use mlx_rs::fast::{rms_norm, scaled_dot_product_attention};
 
 use super::LayerModules;
 use super::common::Common;
-use crate::cache::KvCache;
+use crate::batch::LayerCache;
 use crate::config::ConfigError;
 use crate::loader::{Kind, Split, Weights};
 use crate::nn::{Linear, Rope, last};
@@ -115,15 +115,17 @@ impl Attention {
         }
     }
 
-    /// `x` `[1, positions, width]` to outputs of the last `wanted` positions; keys and values are kept of all.
+    /// `x` `[1, positions, width]` to outputs of the last `wanted` positions; keys and values are kept of all. Where
+    /// several sequences are fed, each has one of the positions.
     pub(super) fn forward(
         &self,
         x: &Array,
         wanted: i32,
-        cache: &mut KvCache,
+        cache: &mut LayerCache<'_>,
     ) -> Result<Array, Exception> {
+        let rows = cache.rows();
         let split = |projected: Array, heads: i32, norm: Option<&Array>| {
-            let shape = [1, projected.dim(1), heads, self.head_dim];
+            let shape = [rows, projected.dim(1) / rows, heads, self.head_dim];
             let mut projected = projected.reshape(&shape)?;
             if let Some(norm) = norm {
                 projected = rms_norm(&projected, Some(norm), self.eps)?;
@@ -135,14 +137,15 @@ impl Attention {
         let keys = split(self.k_proj.forward(x)?, self.kv_heads, k_norm)?;
         let values = split(self.v_proj.forward(x)?, self.kv_heads, None)?;
 
-        let offset = cache.len();
-        let queries = self.rope.forward(&queries, offset + x.dim(1) - wanted)?;
-        let keys = self.rope.forward(&keys, offset)?;
-        let (keys, values) = cache.extend(&keys, &values)?;
+        let queries = self.rope.forward(&queries, &cache.offset(x.dim(1) - wanted))?;
+        let keys = self.rope.forward(&keys, &cache.offset(0))?;
 
         let scale = (self.head_dim as f32).powf(-0.5);
-        let mask = (wanted > 1).then_some(ScaledDotProductAttentionMask::Causal);
-        let output = scaled_dot_product_attention(&queries, &keys, &values, scale, mask, None)?;
+        let output = cache.each([queries, keys, values], |[queries, keys, values], part| {
+            let (keys, values) = part.extend(&keys, &values)?;
+            let mask = part.mask(queries.dim(2));
+            scaled_dot_product_attention(&queries, &keys, &values, scale, mask, None)
+        })?;
         let output = output.transpose_axes(&[0, 2, 1, 3])?.reshape(&[1, wanted, -1])?;
         self.o_proj.forward_summed(&output, &self.team)
     }

@@ -16,7 +16,8 @@ use exo_crds::{
     runner::{EXIT_STOPPED, REASON_PEER_LOST, RunnerConfig},
 };
 use exo_engine::{
-    Engine, EngineError, LoadConfig, LoadProgress, Sampling, SeqId, Sharding, Step,
+    Engine, EngineError, Feed, LoadConfig, LoadProgress, Sampling, SeqId, Sharding, Step,
+    StepOutput,
     distributed::{Backend, Group},
     exit_now,
     text::{ChatTemplate, TextError, Tokenizer},
@@ -374,7 +375,8 @@ impl Ranks {
         self.warm = true;
         let live_max = start.config.max_concurrency.max(1) as usize;
         let info = self.engine.info();
-        let kv_tokens = info.max_context;
+        // What placement has set aside on each rank.
+        let kv_positions = info.max_context;
         let (orders, receiver) = mpsc::channel();
         let service = Service {
             text,
@@ -392,24 +394,24 @@ impl Ranks {
             unreachable!("a process gets ready once");
         }
         self.reporter.phase(ShardPhase::Ready, 100);
-        let limits = Limits { live_max, chunk_tokens: CHUNK_TOKENS, kv_tokens };
+        let limits = Limits { live_max, chunk_tokens: CHUNK_TOKENS, kv_positions };
         Driver::new(limits, self, start.shared.metrics.clone()).run(&receiver)
     }
 
     /// One short answer through all ranks, so that the first request finds all kernels made.
     fn warm_up(&mut self) -> Result<(), Failure> {
-        let sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 0, logprobs: None };
-        self.open(WARM_SEQ, &sampling)?;
+        let sampling = Sampling::greedy();
         let count = WARM_TOKENS.min(self.engine.info().max_context.saturating_sub(1)).max(1);
+        self.open(WARM_SEQ, &sampling, count)?;
+        let refused = |stepped: Stepped| match stepped {
+            Stepped::Done(_) => Ok(()),
+            Stepped::Refused(message) => Err(Failure::permanent("EngineFailed", message)),
+        };
         let tokens = vec![0; count];
-        let mut steps = vec![Step::Prefill { seq: WARM_SEQ, tokens, sample: true, draw: 0 }];
+        let prompt = Step::Prefill { seq: WARM_SEQ, tokens, sample: true, draw: 0 };
+        refused(self.prefill(&prompt)?)?;
         if self.engine.info().max_context > count {
-            steps.push(Step::Decode { seq: WARM_SEQ, token: 0, draw: 1 });
-        }
-        for step in steps {
-            if let Stepped::Refused(message) = self.step(&step)? {
-                return Err(Failure::permanent("EngineFailed", message));
-            }
+            refused(self.decode(&[Feed { seq: WARM_SEQ, token: 0, draw: 1 }])?)?;
         }
         self.close(WARM_SEQ)
     }
@@ -419,11 +421,16 @@ impl Ranks {
         self.watchdog.watch(WARMING, WARM_LIMIT);
         while let Ok(command) = commands.recv() {
             match command {
-                RankCommand::Open { seq, sampling } => self.engine.open(seq, &sampling),
-                RankCommand::Step(step) => {
-                    if let Stepped::Refused(message) = self.run(&step)? {
-                        warn!(seq = step.seq(), message, "a step was refused");
-                    }
+                RankCommand::Open { seq, sampling, prompt } => {
+                    self.engine.resume(seq, &sampling, prompt);
+                }
+                RankCommand::Prefill(step) => {
+                    let result = self.watched(|engine| engine.step(&step));
+                    warn_of_refusal(&stepped(result)?);
+                }
+                RankCommand::Decode(feeds) => {
+                    let result = self.watched(|engine| engine.decode(&feeds));
+                    warn_of_refusal(&stepped(result)?);
                 }
                 RankCommand::Close { seq } => self.engine.close(seq),
                 RankCommand::Ready => {
@@ -447,25 +454,16 @@ impl Ranks {
     }
 
     /// Runs a step on this rank.
-    fn run(&mut self, step: &Step) -> Result<Stepped, Failure> {
+    fn watched<T>(&mut self, step: impl FnOnce(&mut Engine) -> T) -> T {
         if self.warm {
             self.watchdog.watch("a step", STEP_LIMIT);
         }
-        let result = self.engine.step(step);
+        let result = step(&mut self.engine);
         if self.warm {
             self.watchdog.rest();
         }
         self.check_memory();
-        match result {
-            Ok(output) => Ok(Stepped::Done(output)),
-            Err(
-                error @ (EngineError::UnknownSequence(_)
-                | EngineError::NoTokens
-                | EngineError::Token { .. }
-                | EngineError::ContextFull { .. }),
-            ) => Ok(Stepped::Refused(error.to_string())),
-            Err(error) => Err(error.into()),
-        }
+        result
     }
 
     /// Tells a change of memory of more than a hundredth.
@@ -483,21 +481,49 @@ impl Ranks {
 }
 
 impl Executor for Ranks {
-    fn open(&mut self, seq: SeqId, sampling: &Sampling) -> Result<(), Failure> {
-        self.tell(&RankCommand::Open { seq, sampling: sampling.clone() })?;
-        self.engine.open(seq, sampling);
+    fn open(&mut self, seq: SeqId, sampling: &Sampling, prompt: usize) -> Result<(), Failure> {
+        self.tell(&RankCommand::Open { seq, sampling: sampling.clone(), prompt })?;
+        self.engine.resume(seq, sampling, prompt);
         Ok(())
     }
 
-    fn step(&mut self, step: &Step) -> Result<Stepped, Failure> {
-        self.tell(&RankCommand::Step(step.clone()))?;
-        self.run(step)
+    fn prefill(&mut self, step: &Step) -> Result<Stepped, Failure> {
+        self.tell(&RankCommand::Prefill(step.clone()))?;
+        stepped(self.watched(|engine| engine.step(step)))
+    }
+
+    fn decode(&mut self, feeds: &[Feed]) -> Result<Stepped, Failure> {
+        self.tell(&RankCommand::Decode(feeds.to_vec()))?;
+        stepped(self.watched(|engine| engine.decode(feeds)))
     }
 
     fn close(&mut self, seq: SeqId) -> Result<(), Failure> {
         self.tell(&RankCommand::Close { seq })?;
         self.engine.close(seq);
         Ok(())
+    }
+}
+
+/// What came of a step; an error ends the rank.
+fn stepped(
+    result: Result<impl IntoIterator<Item = StepOutput>, EngineError>,
+) -> Result<Stepped, Failure> {
+    match result {
+        Ok(outputs) => Ok(Stepped::Done(outputs.into_iter().collect())),
+        Err(
+            error @ (EngineError::UnknownSequence(_)
+            | EngineError::FedTwice(_)
+            | EngineError::NoTokens
+            | EngineError::Token { .. }
+            | EngineError::ContextFull { .. }),
+        ) => Ok(Stepped::Refused(error.to_string())),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn warn_of_refusal(stepped: &Stepped) {
+    if let Stepped::Refused(message) = stepped {
+        warn!(message, "a step was refused");
     }
 }
 
