@@ -46,6 +46,8 @@ pub(crate) enum RankCommand {
     Ready,
     /// Rank 0 was asked to stop: so are the others.
     Shutdown,
+    /// Say how far you are.
+    RollCall,
     /// Another rank is lost, and the group with it.
     Abandon {
         message: String,
@@ -57,6 +59,8 @@ pub(crate) enum RankCommand {
 pub(crate) enum RankNote {
     /// Its weights are read.
     Loaded,
+    /// Answers a roll call: so many steps are done.
+    Here { steps: u64 },
     /// It ends for this reason.
     Failed { message: String },
 }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use exo_crds::{
-    ShardPhase, TransportKind,
+    ShardPhase, ShardingKind, TransportKind,
     runner::{EXIT_STOPPED, REASON_PEER_LOST, RunnerConfig},
 };
 use exo_engine::{
@@ -33,6 +33,7 @@ use super::{
     http::{Service, Shared, WAITING_MAX},
     report::{Failure, Reporter, chain},
     request::{ModelLimits, ModelText},
+    roll::{Roll, Steps},
     scheduler::Limits,
     watchdog::Watchdog,
 };
@@ -47,7 +48,8 @@ const LOAD_LIMIT: Duration = Duration::from_secs(100);
 const MEET_LIMIT: Duration = Duration::from_secs(60);
 /// For the whole warm-up, whose steps make kernels. Below `SILENCE_LIMIT_S`, as for loading.
 const WARM_LIMIT: Duration = Duration::from_secs(100);
-const STEP_LIMIT: Duration = Duration::from_secs(60);
+/// Rank 0 waits less long for a step than the others do: it can find out who is to blame.
+const FOLLOWER_PATIENCE: Duration = Duration::from_secs(15);
 /// A peer's failure is often known here a moment before the channel names the peer: who waits is
 /// told the cause, and does not pass its own guess on to others.
 const BLAME_PAUSE: Duration = Duration::from_millis(500);
@@ -80,6 +82,7 @@ pub(crate) struct Start {
     pub(crate) senders: Arc<Mutex<Vec<Sender>>>,
     /// Rank 0's socket for the rank channel.
     pub(crate) control: Option<TcpListener>,
+    pub(crate) steps: Steps,
 }
 
 /// How a rank gets its orders.
@@ -87,7 +90,7 @@ enum Link {
     /// Rank 0 makes them from requests.
     First,
     /// The others are told; `sender` goes back to rank 0.
-    Other { commands: mpsc::Receiver<RankCommand>, sender: Sender },
+    Other { commands: mpsc::Receiver<RankCommand>, sender: Arc<Mutex<Sender>> },
 }
 
 /// Counts the ranks that have their weights.
@@ -130,7 +133,9 @@ pub(crate) fn run(mut start: Start) -> Failure {
     pause(&failure, world_size);
     if let Link::Other { sender, .. } = &mut link {
         let note = RankNote::Failed { message: failure.message.clone() };
-        let send = async { timeout(LAST_WORDS_LIMIT, sender.send(&note)).await };
+        let send = async {
+            timeout(LAST_WORDS_LIMIT, async { sender.lock().await.send(&note).await }).await
+        };
         let _ = start.runtime.block_on(send);
     }
     failure
@@ -138,7 +143,7 @@ pub(crate) fn run(mut start: Start) -> Failure {
 
 /// Opens the rank channel.
 fn connect(start: &mut Start) -> Result<(Link, Loaded), Failure> {
-    let Start { config, tls, runtime, reporter, watchdog, senders, control, .. } = start;
+    let Start { config, tls, runtime, reporter, watchdog, senders, control, steps, .. } = start;
     let loaded =
         Loaded { count: Arc::default(), world_size: config.world_size, watchdog: watchdog.clone() };
     reporter.phase(ShardPhase::Connecting, 0);
@@ -151,17 +156,26 @@ fn connect(start: &mut Start) -> Result<(Link, Loaded), Failure> {
         let (sender, receiver) =
             runtime.block_on(connecting).map_err(|error| channel_failure(&error))?.split();
         let (orders, commands) = mpsc::channel();
-        runtime.spawn(take_commands(receiver, orders, reporter.clone()));
+        let sender = Arc::new(Mutex::new(sender));
+        let back = (sender.clone(), steps.clone());
+        runtime.spawn(take_commands(receiver, orders, back, reporter.clone()));
         return Ok((Link::Other { commands, sender }, loaded));
     };
     let gathering = channel::gather(&listener, tls, &me, CONNECT_LIMIT);
     let peers = runtime.block_on(gathering).map_err(|error| channel_failure(&error))?;
+    let roll = Roll::default();
+    let asked = (roll.clone(), runtime.clone(), senders.clone(), steps.clone());
+    watchdog.ask(Box::new(move || {
+        let (roll, runtime, senders, steps) = &asked;
+        roll.call(runtime, senders, steps)
+    }));
     let mut ends = senders.blocking_lock();
     for peer in peers {
         let (sender, receiver) = Peer::split(peer);
         ends.push(sender);
         let all = senders.clone();
-        runtime.spawn(take_notes(receiver, loaded.clone(), reporter.clone(), all));
+        let told = (loaded.clone(), roll.clone());
+        runtime.spawn(take_notes(receiver, told, reporter.clone(), all));
     }
     drop(ends);
     Ok((Link::First, loaded))
@@ -171,10 +185,16 @@ fn connect(start: &mut Start) -> Result<(Link, Loaded), Failure> {
 async fn take_commands(
     mut receiver: Receiver,
     orders: mpsc::Sender<RankCommand>,
+    (sender, steps): (Arc<Mutex<Sender>>, Steps),
     reporter: Reporter,
 ) {
     loop {
         match receiver.receive().await {
+            Ok(RankCommand::RollCall) => {
+                let here = RankNote::Here { steps: steps.count() };
+                // Without a connection the next receive tells.
+                let _ = sender.lock().await.send(&here).await;
+            }
             Ok(RankCommand::Shutdown) => exit_now(EXIT_STOPPED),
             Ok(RankCommand::Abandon { message }) => {
                 reporter.fail(&Failure::retryable(REASON_PEER_LOST, message));
@@ -189,7 +209,7 @@ async fn take_commands(
 /// Rank 0: listens to one rank until it is lost.
 async fn take_notes(
     mut receiver: Receiver,
-    loaded: Loaded,
+    (loaded, roll): (Loaded, Roll),
     reporter: Reporter,
     senders: Arc<Mutex<Vec<Sender>>>,
 ) {
@@ -197,6 +217,7 @@ async fn take_notes(
     let failure = loop {
         match receiver.receive().await {
             Ok(RankNote::Loaded) => loaded.one_more(),
+            Ok(RankNote::Here { steps }) => roll.answered(rank, steps),
             Ok(RankNote::Failed { message }) => {
                 let message = format!("rank {rank} failed: {message}");
                 break Failure::retryable(REASON_PEER_LOST, message);
@@ -238,6 +259,8 @@ fn serve(start: &Start, link: &mut Link, loaded: &Loaded) -> Result<(), Failure>
         runtime: start.runtime.clone(),
         senders: start.senders.clone(),
         warm: false,
+        step_limit: step_limit(config),
+        steps: start.steps.clone(),
     };
     match (link, text) {
         (Link::First, Some(text)) => ranks.serve_requests(start, text),
@@ -307,7 +330,10 @@ fn load(
     let load = LoadConfig {
         model_dir: config.model_dir.clone(),
         layers: layers.start as usize..layers.end as usize,
-        sharding: Sharding::Pipeline,
+        sharding: match config.sharding {
+            ShardingKind::Pipeline => Sharding::Pipeline,
+            ShardingKind::Tensor => Sharding::Tensor,
+        },
         group,
         context_length: config.context_length as usize,
     };
@@ -326,7 +352,8 @@ fn load(
         match link {
             Link::First => loaded.one_more(),
             Link::Other { sender, .. } => {
-                told = runtime.block_on(sender.send(&RankNote::Loaded));
+                let send = async { sender.lock().await.send(&RankNote::Loaded).await };
+                told = runtime.block_on(send);
             }
         }
     };
@@ -363,6 +390,8 @@ struct Ranks {
     memory: Memory,
     /// The warm-up is over, which has one limit for all its steps.
     warm: bool,
+    step_limit: Duration,
+    steps: Steps,
 }
 
 impl Ranks {
@@ -438,8 +467,8 @@ impl Ranks {
                     self.warm = true;
                     self.reporter.phase(ShardPhase::Ready, 100);
                 }
-                RankCommand::Shutdown | RankCommand::Abandon { .. } => {
-                    unreachable!("the channel's task ends the process")
+                RankCommand::RollCall | RankCommand::Shutdown | RankCommand::Abandon { .. } => {
+                    unreachable!("the channel's task deals with it")
                 }
             }
         }
@@ -456,9 +485,10 @@ impl Ranks {
     /// Runs a step on this rank.
     fn watched<T>(&mut self, step: impl FnOnce(&mut Engine) -> T) -> T {
         if self.warm {
-            self.watchdog.watch("a step", STEP_LIMIT);
+            self.watchdog.watch("a step", self.step_limit);
         }
         let result = step(&mut self.engine);
+        self.steps.one_more();
         if self.warm {
             self.watchdog.rest();
         }
@@ -502,6 +532,11 @@ impl Executor for Ranks {
         self.engine.close(seq);
         Ok(())
     }
+}
+
+fn step_limit(config: &RunnerConfig) -> Duration {
+    let limit = Duration::from_secs(config.step_limit_s.into());
+    if config.rank == 0 { limit } else { limit + FOLLOWER_PATIENCE }
 }
 
 /// What came of a step; an error ends the rank.
