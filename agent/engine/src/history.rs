@@ -66,6 +66,7 @@ impl History {
     /// Takes tokens that were fed as a prompt.
     pub(crate) fn feed_prompt(&mut self, tokens: &[u32]) {
         self.tokens.extend(tokens);
+        self.counts = None;
         if !self.resumed {
             self.prompt = self.tokens.len();
         }
