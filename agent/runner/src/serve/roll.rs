@@ -63,9 +63,9 @@ impl Roll {
             }
             tokio::time::sleep(ANSWER_LIMIT).await;
             let blamed = blame(&ranks, &self.answers(), steps.count())?;
-            let message = format!("a step stalled: {blamed}");
-            let abandon = channel::send_all(&mut senders, &RankCommand::Abandon { message });
-            let _ = timeout(ANSWER_LIMIT, abandon).await;
+            let abandon = RankCommand::Abandon { message: format!("a step stalled: {blamed}") };
+            let tell = channel::send_all(&mut senders, &abandon);
+            let _ = timeout(ANSWER_LIMIT, tell).await;
             Some(blamed)
         })
     }
