@@ -246,7 +246,7 @@ mod tests {
             ("sampling", json!({"frequency_penalty": -3}), "sampling.frequency_penalty: -3"),
             ("sampling", json!({"logit_bias": {"3": 101}}), "sampling.logit_bias[3]: 101"),
             ("sampling", json!({"logit_bias": {"257": 1}}), "logit_bias[257]: token 257"),
-            ("sampling", json!({"logit_bias": {"x": 1}}), "\"x\""),
+            ("sampling", json!({"logit_bias": {"x": 1}}), "number in quotes"),
             ("stop", json!(["a", ""]), "stop[1]"),
             ("logprobs", json!(21), "logprobs"),
         ] {
