@@ -555,8 +555,7 @@ impl<'a> Rules<'a> {
             },
             (None, Some(uneven)) => {
                 let model = self.model.metadata.name.clone().unwrap_or_default();
-                let ranks =
-                    if min < most { format!("{min} to {most}") } else { min.to_string() };
+                let ranks = if min < most { format!("{min} to {most}") } else { min.to_string() };
                 Why::Uneven { model, ranks, uneven }
             }
             (None, None) => unreachable!("`most` is one of those that were tried"),
