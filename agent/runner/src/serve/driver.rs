@@ -491,14 +491,12 @@ mod tests {
 
     #[test]
     fn whoever_is_put_off_sees_a_pause_only() {
-        let one = exo_engine::cache_positions(40 + 64);
-        let mut bench = Bench::with_memory(4, 2 * one);
-        let texts = ["a".repeat(40), "b".repeat(40)];
+        // Enough for both prompts, but not for both answers.
+        let mut bench = Bench::with_memory(4, 2 * exo_engine::cache_positions(120 + 64));
+        let texts = ["a".repeat(120), "b".repeat(120)];
         let answers: Vec<_> = (texts.iter())
             .map(|text| {
-                // As long as the prompt would be too short to run out of memory.
-                let (mut submission, receiver) = bench.long_submission(&text.repeat(1), 200);
-                submission.job.prompt = submission.job.tokens.len();
+                let (submission, receiver) = bench.long_submission(text, 200);
                 bench.driver.take(Order::Submit(Box::new(submission)));
                 receiver
             })
@@ -509,6 +507,8 @@ mod tests {
             assert!(matches!(last, Some(GenerateEvent::End { .. })), "{last:?}");
             assert_eq!(&found, text);
         }
+        assert!(bench.log().contains(&"decode 1+2"));
+        assert_eq!(bench.driver.metrics.put_off.get(), 1);
     }
 
     #[test]

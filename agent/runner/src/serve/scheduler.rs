@@ -299,7 +299,7 @@ mod tests {
             let action = s.next().unwrap();
             match &action {
                 Action::Prefill(step @ Step::Prefill { sample: true, .. }) => {
-                    s.drew(step.seq(), 50)
+                    s.drew(step.seq(), 50);
                 }
                 Action::Decode(feeds) => feeds.iter().for_each(|feed| s.drew(feed.seq, 50)),
                 _ => {}
