@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use mlx_rs::Array;
 use mlx_rs::error::Exception;
-use mlx_rs::transforms::eval;
+use mlx_rs::transforms::{async_eval, eval};
 use serde::{Deserialize, Serialize};
 
 use self::run::{Ahead, Batch};
@@ -22,6 +22,7 @@ use crate::models::{Args, Facts, Model, Part};
 use crate::pipeline::{self, Pipeline};
 use crate::sample::{Sampling, StepOutput};
 use crate::tensor::Team;
+use crate::timing;
 
 /// Decode steps between two times that MLX is told to give back memory that it keeps for reuse.
 const STEPS_PER_CLEANUP: u64 = 256;
@@ -449,5 +450,8 @@ fn ids(tokens: &[u32]) -> Array {
 
 /// Evaluates; a failure counts as one of the collective that the arrays depend on.
 fn wait(arrays: &[&Array], operation: &'static str) -> Result<(), GroupError> {
-    eval(arrays.iter().copied()).map_err(|e| GroupError::collective(operation, &e))
+    let arrays = || arrays.iter().copied();
+    timing::submit(|| async_eval(arrays()))
+        .and_then(|()| timing::wait(|| eval(arrays())))
+        .map_err(|e| GroupError::collective(operation, &e))
 }

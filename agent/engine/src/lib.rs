@@ -15,6 +15,7 @@ mod sample;
 mod seed;
 mod tensor;
 pub mod text;
+mod timing;
 
 pub use batch::cache_positions;
 pub use config::ConfigError;
@@ -23,3 +24,4 @@ pub use loader::{LoadError, LoadProgress, Mismatch, Misshaped};
 pub use mlx::{distributed, exit_now};
 pub use sample::{Sampling, StepOutput};
 pub use seed::derive_shard_seed;
+pub use timing::DeviceTimes;

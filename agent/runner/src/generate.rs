@@ -3,7 +3,7 @@
 
 use std::io::{self, Write};
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -20,7 +20,7 @@ use crate::sampling;
 /// Prompt tokens fed at a time: enough to fill any device, few enough to bound temporary memory.
 const PREFILL_CHUNK: usize = 2048;
 
-const SEQUENCE: SeqId = 0;
+pub(crate) const SEQUENCE: SeqId = 0;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -118,15 +118,15 @@ fn parse_bias(text: &str) -> Result<(u32, f32), String> {
     pair.ok_or_else(|| "expected ID=X, as in 13=-5".to_owned())
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Sharding {
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Sharding {
     /// Each rank holds a run of layers.
     Pipeline,
     /// Each rank holds a part of every layer.
     Tensor,
 }
 
-fn parse_layers(text: &str) -> Result<Range<usize>, String> {
+pub(crate) fn parse_layers(text: &str) -> Result<Range<usize>, String> {
     let range = text.split_once("..").and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
     range
         .filter(|range| range.start < range.end)
@@ -165,16 +165,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     ensure!(args.max_tokens > 0, "--max-tokens must be at least 1");
     let group = Group::from_env()?;
     let (rank, size) = group.as_ref().map_or((0, 1), |g| (g.rank(), g.size()));
-    let (layers, sharding) = match (args.sharding, &args.layers) {
-        (Sharding::Pipeline, Some(layers)) => (layers.clone(), exo_engine::Sharding::Pipeline),
-        (Sharding::Pipeline, None) => {
-            (even_share(count_layers(args)?, rank, size)?, exo_engine::Sharding::Pipeline)
-        }
-        (Sharding::Tensor, None) => (0..count_layers(args)?, exo_engine::Sharding::Tensor),
-        (Sharding::Tensor, Some(_)) => {
-            bail!("--layers does not go with --sharding tensor: every rank has all layers")
-        }
-    };
+    let (layers, sharding) =
+        share_of(&args.model, args.sharding, args.layers.as_ref(), rank, size)?;
     let tokenizer = match args.prompt.prompt_ids {
         Some(_) if !args.model.join("tokenizer.json").exists() => None,
         _ => Some(Tokenizer::load(&args.model)?),
@@ -194,9 +186,30 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The layers of `rank` of `size`: those asked for, or an even share.
+pub(crate) fn share_of(
+    model: &Path,
+    sharding: Sharding,
+    layers: Option<&Range<usize>>,
+    rank: usize,
+    size: usize,
+) -> anyhow::Result<(Range<usize>, exo_engine::Sharding)> {
+    match (sharding, layers) {
+        (Sharding::Pipeline, Some(layers)) => Ok((layers.clone(), exo_engine::Sharding::Pipeline)),
+        (Sharding::Pipeline, None) => {
+            let layers = even_share(count_layers(model)?, rank, size)?;
+            Ok((layers, exo_engine::Sharding::Pipeline))
+        }
+        (Sharding::Tensor, None) => Ok((0..count_layers(model)?, exo_engine::Sharding::Tensor)),
+        (Sharding::Tensor, Some(_)) => {
+            bail!("--layers does not go with --sharding tensor: every rank has all layers")
+        }
+    }
+}
+
 /// `config.json`'s number of layers: needed before the engine reads the folder.
-fn count_layers(args: &Args) -> anyhow::Result<usize> {
-    let path = args.model.join("config.json");
+fn count_layers(model: &Path) -> anyhow::Result<usize> {
+    let path = model.join("config.json");
     let text = std::fs::read(&path).with_context(|| format!("can't read {}", path.display()))?;
     let config: serde_json::Value = serde_json::from_slice(&text)
         .with_context(|| format!("{} is not valid", path.display()))?;
@@ -293,7 +306,7 @@ fn generate(
     })
 }
 
-fn prefill(engine: &mut Engine, prompt: &[u32]) -> anyhow::Result<Option<StepOutput>> {
+pub(crate) fn prefill(engine: &mut Engine, prompt: &[u32]) -> anyhow::Result<Option<StepOutput>> {
     let mut drawn = None;
     let mut left = prompt;
     while !left.is_empty() {
@@ -307,7 +320,7 @@ fn prefill(engine: &mut Engine, prompt: &[u32]) -> anyhow::Result<Option<StepOut
 }
 
 /// The drawn token on every rank; only the first has it.
-fn share(group: Option<&Group>, drawn: Option<&StepOutput>) -> anyhow::Result<u32> {
+pub(crate) fn share(group: Option<&Group>, drawn: Option<&StepOutput>) -> anyhow::Result<u32> {
     let own = drawn.map(|d| d.token);
     match group.filter(|g| g.size() > 1) {
         None => own.context("the engine drew no token"),
@@ -354,7 +367,7 @@ impl Output<'_> {
 }
 
 /// A reader that has seen enough is no failure.
-fn ignore_broken_pipe(error: io::Error) -> anyhow::Result<()> {
+pub(crate) fn ignore_broken_pipe(error: io::Error) -> anyhow::Result<()> {
     if error.kind() == io::ErrorKind::BrokenPipe { Ok(()) } else { Err(error.into()) }
 }
 

@@ -14,6 +14,7 @@ use crate::batch::RowId;
 use crate::pipeline::Pipeline;
 use crate::sample::{self, Draw, Row, StepOutput};
 use crate::tensor::Team;
+use crate::timing;
 
 /// One sequence in a pass.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +53,7 @@ struct Drawn {
 
 impl Drawn {
     fn begin(rows: Vec<RowId>, spans: Vec<Range<usize>>, draw: Draw) -> Result<Self, Exception> {
-        async_eval([&draw.tokens, &draw.report])?;
+        timing::submit(|| async_eval([&draw.tokens, &draw.report]))?;
         Ok(Self { rows, spans, draw })
     }
 
@@ -64,7 +65,7 @@ impl Drawn {
 }
 
 fn parse(report: &Array, spans: &[Range<usize>]) -> Result<Vec<StepOutput>, Exception> {
-    report.eval()?;
+    timing::wait(|| report.eval())?;
     let report = report.as_slice::<u32>();
     Ok(spans.iter().map(|span| StepOutput::parse(&report[span.clone()])).collect())
 }

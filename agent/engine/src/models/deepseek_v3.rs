@@ -18,7 +18,7 @@ use crate::batch::LayerCache;
 use crate::config::ConfigError;
 use crate::loader::{Kind, Split, Weights};
 use crate::mlx::slice;
-use crate::nn::{Linear, Rope, Stack, last, times};
+use crate::nn::{Joint, Linear, Rope, Stack, last, times};
 use crate::tensor::Team;
 
 /// Of the norms inside attention, whatever the configuration says of the others.
@@ -162,22 +162,21 @@ impl AttentionArgs {
         let &Self { heads, q_lora_rank, kv_lora_rank, rope_dim, nope_dim, v_dim, bias } = self;
         let what = "attention heads";
         let q_width = heads * (nope_dim + rope_dim);
-        let mut linear = |name: &str, input, output, bias, split| {
-            out.add(&format!("self_attn.{name}"), Kind::Linear { input, output, bias }, split);
-        };
+        let linear = |input, output, bias| Kind::Linear { input, output, bias };
         let by_head = Split::output(heads, what);
-        match q_lora_rank {
-            None => linear("q_proj", width, q_width, false, by_head),
-            Some(rank) => {
-                linear("q_a_proj", width, rank, bias, Split::Whole);
-                linear("q_b_proj", rank, q_width, false, by_head);
-            }
-        }
-        linear("kv_a_proj_with_mqa", width, kv_lora_rank + rope_dim, bias, Split::Whole);
-        linear("o_proj", heads * v_dim, width, bias, Split::input(heads, what));
+        let latent = linear(width, kv_lora_rank + rope_dim, bias);
+        let latent = ("self_attn.kv_a_proj_with_mqa", latent, Split::Whole);
+        let queries = match q_lora_rank {
+            None => ("self_attn.q_proj", linear(width, q_width, false), by_head),
+            Some(rank) => ("self_attn.q_a_proj", linear(width, rank, bias), Split::Whole),
+        };
+        out.add_joint(IN_PROJ, &[queries, latent]);
         if let Some(rank) = q_lora_rank {
+            out.add("self_attn.q_b_proj", linear(rank, q_width, false), by_head);
             out.add("self_attn.q_a_layernorm", Kind::Norm { width: rank }, Split::Whole);
         }
+        let o_proj = linear(heads * v_dim, width, bias);
+        out.add("self_attn.o_proj", o_proj, Split::input(heads, what));
         out.add("self_attn.kv_a_layernorm", Kind::Norm { width: kv_lora_rank }, Split::Whole);
         if out.has("self_attn.kv_b_proj") {
             // As published: keys' and values' halves of each head in one matrix.
@@ -193,16 +192,15 @@ impl AttentionArgs {
     }
 }
 
-enum Queries {
-    Direct(Linear),
-    /// `q_a_proj`, `q_a_layernorm`, `q_b_proj`.
-    Low(Linear, Array, Linear),
-}
+/// Name of the joint matrix of all that attention projects its input with.
+const IN_PROJ: &str = "self_attn.in_proj";
 
 /// Keys and values of all heads come from one latent per position; only that and a small rotated key are kept.
 pub(super) struct Attention {
-    queries: Queries,
-    kv_a_proj_with_mqa: Linear,
+    /// `q_proj` or `q_a_proj`, and `kv_a_proj_with_mqa`.
+    in_proj: Joint,
+    /// `q_a_layernorm` and `q_b_proj`, where queries come from a latent of their own.
+    q_b_proj: Option<(Array, Linear)>,
     kv_a_layernorm: Array,
     /// Per head `[rank, nope_dim]`: a query into the latent's space, or the other way the latent to a key.
     embed_q: Stack,
@@ -229,14 +227,12 @@ impl Attention {
         let path = |name: &str| format!("{path}.self_attn.{name}");
         let heads = team.share().of(args.heads, false).map(|s| s.end - s.start);
         let heads = heads.expect("the loader has checked the split");
-        let queries = match args.q_lora_rank {
-            None => Queries::Direct(weights.linear(&path("q_proj"))),
-            Some(_) => Queries::Low(
-                weights.linear(&path("q_a_proj")),
-                weights.norm(&path("q_a_layernorm")),
-                weights.linear(&path("q_b_proj")),
-            ),
-        };
+        let queries = if args.q_lora_rank.is_some() { "q_a_proj" } else { "q_proj" };
+        let parts = [queries, "kv_a_proj_with_mqa"].map(path);
+        let in_proj = weights.joint(&path("in_proj"), &parts);
+        let q_b_proj = args
+            .q_lora_rank
+            .map(|_| (weights.norm(&path("q_a_layernorm")), weights.linear(&path("q_b_proj"))));
         let (embed_q, unembed_out) = if weights.has(&path("kv_b_proj")) {
             split_latent(&weights.linear(&path("kv_b_proj")), heads, args)?
         } else {
@@ -247,8 +243,8 @@ impl Attention {
             scale *= yarn_magnitude(factor, mscale_all_dim).powi(2);
         }
         Ok(Self {
-            queries,
-            kv_a_proj_with_mqa: weights.linear(&path("kv_a_proj_with_mqa")),
+            in_proj,
+            q_b_proj,
             kv_a_layernorm: weights.norm(&path("kv_a_layernorm")),
             embed_q,
             unembed_out,
@@ -272,19 +268,17 @@ impl Attention {
     ) -> Result<Array, Exception> {
         let (positions, rows) = (x.dim(1), cache.rows());
         let queries = wanted / rows;
-        let q = match &self.queries {
-            Queries::Direct(linear) => linear.forward(&last(x, wanted)?)?,
-            Queries::Low(a, norm, b) => {
-                let low = a.forward(&last(x, wanted)?)?;
-                b.forward(&rms_norm(&low, Some(norm), LATENT_EPS)?)?
-            }
+        let [q, latent] = self.in_proj.forward(x)?;
+        let q = last(&q, wanted)?;
+        let q = match &self.q_b_proj {
+            None => q,
+            Some((norm, b)) => b.forward(&rms_norm(&q, Some(norm), LATENT_EPS)?)?,
         };
         let (nope, full) = (self.nope_dim, self.nope_dim + self.rope_dim);
         let q = q.reshape(&[rows, queries, self.heads, full])?.transpose_axes(&[0, 2, 1, 3])?;
         let q_nope = slice(&q, &[0; 4], &[rows, self.heads, queries, nope])?;
         let q_pe = slice(&q, &[0, 0, 0, nope], &[rows, self.heads, queries, full])?;
 
-        let latent = self.kv_a_proj_with_mqa.forward(x)?;
         let (fed, both) = (positions / rows, self.rank + self.rope_dim);
         let latent = latent.reshape(&[rows, 1, fed, both])?;
         let k_pe = slice(&latent, &[0, 0, 0, self.rank], &[rows, 1, fed, both])?;

@@ -93,6 +93,16 @@ impl LayerModules<'_> {
         self.list.push(Module::new(path, kind, Home::Layer(self.layer), split));
     }
 
+    /// Modules that project the same input: their matrices are joined to `joint` where they are alike.
+    fn add_joint(&mut self, joint: &str, parts: &[(&str, Kind, Split)]) {
+        let joint = format!("{}.{joint}", layer_path(self.layer));
+        for &(name, kind, split) in parts {
+            self.add(name, kind, split);
+            let module = self.list.last_mut().expect("it was just added");
+            module.joint = Some(joint.clone());
+        }
+    }
+
     /// A stack, which the checkpoint may have as such or as single matrices, `pieces`.
     fn add_stack(&mut self, name: &str, pieces: &[String], kind: Kind, split: Split) {
         let single = !self.has(name) && pieces.first().is_some_and(|piece| self.has(piece));
