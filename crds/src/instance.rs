@@ -74,9 +74,10 @@ fn one() -> u32 {
     1
 }
 
-// Enough to keep two pipeline stages busy without holding many caches in memory.
+// A decode step reads the weights once for all of them: up to about this many cost little more than
+// one. How many caches fit is looked after by the runner.
 fn default_concurrency() -> u32 {
-    4
+    16
 }
 
 fn yes() -> bool {

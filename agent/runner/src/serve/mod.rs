@@ -10,6 +10,7 @@ mod metrics;
 mod rank;
 mod report;
 mod request;
+mod roll;
 #[cfg(test)]
 mod samples;
 mod scheduler;
@@ -43,6 +44,7 @@ use self::{
     metrics::Metrics,
     rank::{Start, channel_failure},
     report::{Failure, Reporter, chain},
+    roll::Steps,
     watchdog::Watchdog,
 };
 
@@ -145,6 +147,7 @@ async fn prepare(
         shared,
         senders,
         control,
+        steps: Steps::default(),
     })
 }
 
