@@ -13,8 +13,9 @@ use crate::{
     cli::{Goal, Wait},
     error::Collector,
     jsonpath::plain,
-    kinds::Kind,
-    server::Server,
+    kinds::{Kind, closest, did_you_mean},
+    schema::Schemas,
+    server::{Form, Server},
 };
 
 /// What is waited for.
@@ -35,27 +36,23 @@ pub(super) async fn run(args: &Wait, server: &Server, out: &mut dyn Write) -> an
     };
     let deadline = Instant::now() + args.timeout;
     let mut failures = Collector::default();
-    for selected in select::read(server, first, rest).await? {
-        if selected.names.is_empty() {
-            bail!("say which {}: KIND/NAME", selected.kind.api.plural);
-        }
-        for name in &selected.names {
-            let target = Target {
-                kind: selected.kind,
-                namespace: server.namespace(),
-                name,
-                uid: None,
-                gives_up: false,
+    for one in select::found(server, (first, rest), &args.select, args.all).await? {
+        let target = Target {
+            kind: one.kind,
+            namespace: &one.namespace,
+            name: &one.name,
+            uid: None,
+            gives_up: false,
+        };
+        let waited = wait_for(server, &target, &args.goal, deadline, args.timeout).await;
+        if failures.note(waited)?.is_some() {
+            let met = match args.goal {
+                Goal::Create => "created",
+                Goal::Delete => "deleted",
+                Goal::Condition { .. } | Goal::Path { .. } => "condition met",
             };
-            let waited = wait_for(server, &target, &args.goal, deadline, args.timeout).await;
-            if failures.note(waited)?.is_some() {
-                let met = match args.goal {
-                    Goal::Delete => "deleted",
-                    Goal::Condition { .. } | Goal::Path { .. } => "condition met",
-                };
-                writeln!(out, "{} {met}", selected.kind.named(name))?;
-                out.flush()?;
-            }
+            writeln!(out, "{} {met}", one.named())?;
+            out.flush()?;
         }
     }
     failures.finish()
@@ -81,10 +78,21 @@ pub(super) async fn wait_for(
     pin_mut!(objects);
     let mut teller = Teller::default();
     let named = target.kind.named(target.name);
+    let mut was_there = object.is_some();
     loop {
-        let State::NotYet(now) = State::of(goal, object.as_ref(), uid) else {
+        let State::NotYet(mut now) = State::of(goal, object.as_ref(), uid) else {
             return Ok(());
         };
+        match (&object, goal) {
+            (None, _) if was_there => bail!("{named} was deleted meanwhile"),
+            (None, _) => now += &similar(server, target).await,
+            (Some(object), Goal::Condition { kind, .. }) => {
+                if let Some(why) = never(target.kind, object, kind) {
+                    bail!("{named} {why}");
+                }
+            }
+            (Some(_), Goal::Create | Goal::Delete | Goal::Path { .. }) => {}
+        }
         if let (true, Some(instance)) = (target.gives_up, &object) {
             let reason = hopeless::reason(server, target.namespace, instance);
             let reason = tokio::time::timeout_at(deadline, reason).await;
@@ -96,9 +104,10 @@ pub(super) async fn wait_for(
         match tokio::time::timeout_at(deadline, objects.next()).await {
             Ok(Some(Ok(seen))) => {
                 object = seen.and_then(|object| serde_json::to_value(object).ok());
+                was_there |= object.is_some();
             }
             // The connection may come back before the deadline.
-            Ok(Some(Err(_))) => {}
+            Ok(Some(Err(error))) => teller.tell(target, goal, &format!("trying again: {error}")),
             Ok(None) => bail!("the watch of {named} ended"),
             Err(_) => bail!(
                 "timed out after {timeout:?} waiting for {} of {named}: {now}",
@@ -106,6 +115,33 @@ pub(super) async fn wait_for(
             ),
         }
     }
+}
+
+/// The name that was meant, where an object of nearly that name is there.
+async fn similar(server: &Server, target: &Target<'_>) -> String {
+    let path = target.kind.path(Some(target.namespace), None);
+    let list: Value = server.get(&path, &[], Form::Json).await.unwrap_or_default();
+    let items = list["items"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let names = items.iter().filter_map(|item| item["metadata"]["name"].as_str());
+    did_you_mean(closest(target.name, names))
+}
+
+/// Why an object will never have a condition; `None` where it may.
+fn never(kind: &Kind, object: &Value, wanted: &str) -> Option<String> {
+    let known = Schemas::built_in().has_conditions(&kind.api.api_version, &kind.api.kind)?;
+    if !known {
+        let phase = "--for=jsonpath={.status.phase}=";
+        return Some(format!("has no conditions: wait with {phase}VALUE, or for another field"));
+    }
+    // The kinds that exoctl knows get all their conditions at once.
+    let conditions = object["status"]["conditions"].as_array()?;
+    let types: Vec<&str> = conditions.iter().filter_map(|c| c["type"].as_str()).collect();
+    let has_it = types.iter().any(|have| have.eq_ignore_ascii_case(wanted));
+    if types.is_empty() || has_it {
+        return None;
+    }
+    let meant = did_you_mean(closest(wanted, types.iter().copied()));
+    Some(format!("has no condition `{wanted}`, only {}{meant}", types.join(", ")))
 }
 
 /// How far a goal is.
@@ -123,12 +159,13 @@ impl State {
         let Some(object) = object else {
             return match goal {
                 Goal::Delete => Self::Reached,
-                Goal::Condition { .. } | Goal::Path { .. } => {
-                    Self::NotYet("it does not exist".to_owned())
+                Goal::Create | Goal::Condition { .. } | Goal::Path { .. } => {
+                    Self::NotYet("it does not exist yet".to_owned())
                 }
             };
         };
         match goal {
+            Goal::Create => Self::Reached,
             Goal::Delete => match uid == Some(&object["metadata"]["uid"]) {
                 false => Self::Reached,
                 true => Self::NotYet(match object["metadata"]["finalizers"].as_array() {
@@ -184,6 +221,7 @@ pub(super) fn is_stale(object: &Value, condition: &Value) -> bool {
 
 fn describe(goal: &Goal) -> String {
     match goal {
+        Goal::Create => "the creation".to_owned(),
         Goal::Delete => "the deletion".to_owned(),
         Goal::Condition { kind, status } if status == "True" => format!("condition {kind}"),
         Goal::Condition { kind, status } => format!("condition {kind}={status}"),
@@ -238,7 +276,28 @@ mod tests {
         check(starting, not_yet("Starting, rank 0 Loading on a, rank 1 Ready on b"));
         let bare = json!({"status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}});
         check(bare, not_yet("ready is Unknown"));
-        assert_eq!(State::of(&ready, None, None), not_yet("it does not exist"));
+        assert_eq!(State::of(&ready, None, None), not_yet("it does not exist yet"));
+    }
+
+    #[test]
+    fn some_conditions_never_come() {
+        let kinds = crate::kinds::Kinds::built_in();
+        let check = |kind: &str, object: Value, wanted: &str, expect: Option<&str>| {
+            let why = never(kinds.find(kind).unwrap(), &object, wanted);
+            assert_eq!(why.as_deref(), expect, "{kind} {wanted}");
+        };
+        let instance = json!({"status": {"conditions": [{"type": "Placed"}, {"type": "Ready"}]}});
+        check("instance", instance.clone(), "ready", None);
+        check(
+            "instance",
+            instance,
+            "Redy",
+            Some("has no condition `Redy`, only Placed, Ready; did you mean `Ready`?"),
+        );
+        check("instance", json!({}), "Redy", None);
+        let phase = "has no conditions: wait with --for=jsonpath={.status.phase}=VALUE, or for \
+                     another field";
+        check("shard", json!({}), "Ready", Some(phase));
     }
 
     #[test]
