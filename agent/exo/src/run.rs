@@ -4,13 +4,7 @@
 //! lets answers end, then the agent stops its runners and says so, then the controllers, the store
 //! with its watches, last the API server. Each part has a limit, after which it is dropped.
 
-use std::{
-    future::{Future, IntoFuture as _},
-    net::SocketAddr,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{future::Future, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, anyhow};
 use axum::{
@@ -27,7 +21,7 @@ use exo_apiserver::{ApiServer, Identity, collect_garbage, in_process};
 use exo_gateway::Gateway;
 use exo_store::{RaftConfig, Store};
 use exo_trust::{
-    ClientAuth, GROUP_ADMINS, NODE_DNS_NAME, Peer, TlsListener, TlsPaths, reqwest_client,
+    ClientAuth, GROUP_ADMINS, Peer, ServeLimits, TlsListener, TlsPaths, reqwest_client, serve,
     server_config,
 };
 use kube::Client;
@@ -44,7 +38,8 @@ use crate::{
     access,
     config::{Addresses, Config, Role, banner},
     data_dir::DataDir,
-    join, print_line,
+    dial, join, print_line,
+    renew::{Issuer, Renewal, keep_current},
 };
 
 /// Answers on their way get this long to end when exo is asked to stop.
@@ -191,10 +186,9 @@ impl ControlPlane {
         let listener = TlsListener::new(sockets.api, tls)?;
         let server = Part::start("API server", |stop| async move {
             let collecting = collect_garbage(server, stop.clone().cancelled_owned());
-            let serving = axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
-                .with_graceful_shutdown(stop.cancelled_owned());
-            let (served, ()) = tokio::join!(serving.into_future(), collecting);
-            Ok(served?)
+            let serving = serve(listener, app, ServeLimits::default(), stop.cancelled_owned());
+            tokio::join!(serving, collecting);
+            Ok(())
         });
         warn!("no join token is set: whoever reaches {join_address} may join this cluster");
         Ok(Self {
@@ -219,12 +213,20 @@ impl ControlPlane {
     ) -> anyhow::Result<()> {
         let Self { store, client, registry, gateway_socket, mut server, .. } = self;
         let mut controllers = start_controllers(client.clone(), &store);
-        let mut gateway = start_gateway(&client, gateway_socket, &registry, &data.tls())?;
+        let origins = config.allowed_origins.clone();
+        let mut gateway = start_gateway(&client, gateway_socket, &registry, &data.tls(), origins)?;
         let mut agent = if with_agent {
             Some(start_agent(config, data, client.clone(), &registry)?)
         } else {
             None
         };
+        let issuer = Issuer::Here {
+            pki: data.pki(),
+            address: config.address,
+            kubeconfig: data.kubeconfig(),
+            api: self.api_address,
+        };
+        let renewal = start_renewal(config, data, issuer);
         let kubeconfig = data.kubeconfig().display().to_string();
         let addresses = Addresses {
             gateway: self.gateway_address,
@@ -245,11 +247,20 @@ impl ControlPlane {
             agent.stop(AGENT_LIMIT).await;
         }
         controllers.stop(SERVER_LIMIT).await;
+        renewal.stop(SERVER_LIMIT).await;
         // Ends the watches, which would otherwise keep the server's connections open.
         store.shutdown().await;
         server.stop(SERVER_LIMIT).await;
         failure.map_or(Ok(()), Err)
     }
+}
+
+fn start_renewal(config: &Config, data: &DataDir, issuer: Issuer) -> Part {
+    let renewal = Renewal { tls: data.tls(), node_name: config.node_name.clone(), issuer };
+    Part::start("certificate renewal", |stop| async move {
+        keep_current(renewal, stop).await;
+        Ok(())
+    })
 }
 
 fn start_controllers(client: Client, store: &Store) -> Part {
@@ -264,16 +275,21 @@ fn start_gateway(
     socket: TcpListener,
     registry: &Registry,
     tls: &TlsPaths,
+    allowed_origins: Vec<String>,
 ) -> anyhow::Result<Part> {
-    let limits = exo_gateway::Limits::default();
+    let limits = exo_gateway::Limits { allowed_origins, ..exo_gateway::Limits::default() };
     let gateway = Gateway::new(client.clone(), reqwest_client(tls)?, registry, limits)?;
     let app = exo_gateway::app(gateway.clone());
     Ok(Part::start("gateway", |stop| async move {
         // Cancel-safe: `run` keeps nothing between its awaits that is not in the index.
         tokio::select! {
             () = gateway.run() => Ok(()),
-            served = axum::serve(socket.tap_io(set_nodelay), app)
-                .with_graceful_shutdown(stop.cancelled_owned()) => Ok(served?),
+            () = serve(
+                socket.tap_io(set_nodelay),
+                app,
+                ServeLimits::default(),
+                stop.cancelled_owned(),
+            ) => Ok(()),
         }
     }))
 }
@@ -368,7 +384,9 @@ async fn run_agent_alone(
     };
     let registry = Registry::new();
     let mut metrics = serve_metrics(config, data, &registry).await?;
-    let client = remote_client(&data.tls(), peer)?;
+    let client = dial::kube_client(&data.tls(), peer).context("--peers")?;
+    let issuer = Issuer::Peers { peers: peers.to_vec(), cluster: config.cluster.clone() };
+    let renewal = start_renewal(config, data, issuer);
     let mut agent = start_agent(config, data, client, &registry)?;
     print_line(&format!("exo runs models for the cluster at {peer}"));
     // Cancel-safe: as above.
@@ -378,6 +396,7 @@ async fn run_agent_alone(
         error = metrics.failure() => Some(error),
     };
     agent.stop(AGENT_LIMIT).await;
+    renewal.stop(SERVER_LIMIT).await;
     metrics.stop(SERVER_LIMIT).await;
     failure.map_or(Ok(()), Err)
 }
@@ -398,19 +417,7 @@ async fn serve_metrics(
     let listener = TlsListener::new(socket, server_config(&data.tls(), ClientAuth::Required)?)?;
     let app = metrics_route(registry.clone()).layer(middleware::from_fn(identify));
     Ok(Part::start("metrics server", |stop| async move {
-        axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
-            .with_graceful_shutdown(stop.cancelled_owned())
-            .await?;
+        serve(listener, app, ServeLimits::default(), stop.cancelled_owned()).await;
         Ok(())
     }))
-}
-
-/// A Kubernetes client of the peer's API server, with this node's certificate.
-fn remote_client(tls: &TlsPaths, peer: &str) -> anyhow::Result<Client> {
-    let mut config = kube::Config::new(format!("https://{peer}").parse().context("--peers")?);
-    config.root_cert_file = Some(tls.ca.clone());
-    config.tls_server_name = Some(NODE_DNS_NAME.to_owned());
-    config.auth_info.client_certificate = Some(tls.cert.display().to_string());
-    config.auth_info.client_key = Some(tls.key.display().to_string());
-    Ok(Client::try_from(config)?)
 }

@@ -199,8 +199,13 @@ mod tests {
 
     #[test]
     fn shows_more_when_asked() {
-        let style =
-            Style { wide: true, with_namespace: true, header: true, prefix: "shard/".into() };
+        let style = Style {
+            wide: true,
+            with_namespace: true,
+            header: true,
+            prefix: "shard/".into(),
+            ..Style::default()
+        };
         assert_eq!(
             print(style),
             "NAMESPACE   NAME                 OS      ERROR        RANK   AGE\n\
