@@ -59,7 +59,11 @@ fn innermost(error: KubeconfigError, from: &str) -> anyhow::Error {
         KubeconfigError::ReadConfig(error, path) => {
             anyhow::Error::from(error).context(format!("reading {}", path.display()))
         }
-        error => anyhow::anyhow!("using {from}: {error}"),
+        error => {
+            // Below the first line come pictures of the text.
+            let error = error.to_string();
+            anyhow::anyhow!("using {from}: {}", error.lines().next().unwrap_or_default())
+        }
     }
 }
 

@@ -137,9 +137,14 @@ impl Kind {
 }
 
 impl Kinds {
-    /// Our own group comes first: `nodes` are exo's even on a Kubernetes server.
+    /// Our own group comes first: `nodes` are exo's even on a Kubernetes server. Then the core group:
+    /// what is there under two names, such as events, is best known by that one.
     pub(crate) fn new(mut kinds: Vec<Kind>) -> Self {
-        kinds.sort_by_key(|kind| kind.api.group != GROUP);
+        kinds.sort_by_key(|kind| match kind.api.group.as_str() {
+            GROUP => 0,
+            "" => 1,
+            _ => 2,
+        });
         Self { kinds, whose: Whose::Server }
     }
 

@@ -45,6 +45,8 @@ pub(crate) struct Style {
     pub(crate) wide: bool,
     pub(crate) with_namespace: bool,
     pub(crate) with_labels: bool,
+    /// Leaves the first column out, which is the name.
+    pub(crate) nameless: bool,
     pub(crate) header: bool,
     /// Before each name: `shard.exo.dev/`.
     pub(crate) prefix: String,
@@ -65,8 +67,9 @@ const GAP: usize = 3;
 
 impl Printer {
     pub(crate) fn new(columns: &[Column], style: Style) -> Self {
-        let shown =
-            (0..columns.len()).filter(|&i| style.wide || columns[i].priority == 0).collect();
+        let shown = (usize::from(style.nameless)..columns.len())
+            .filter(|&i| style.wide || columns[i].priority == 0)
+            .collect();
         Self { style, shown, widths: Vec::new() }
     }
 
@@ -219,8 +222,8 @@ mod tests {
         let style = Style { with_labels: true, ..Style::default() };
         assert_eq!(
             print(style),
-            "llama-0-a1-0   é       0    3m   a=1,b=2\n\
-             b              linux   10   3m   <none>\n"
+            "llama-0-a1-0   é       0     3m    a=1,b=2\n\
+             b              linux   10    3m    <none>\n"
         );
     }
 

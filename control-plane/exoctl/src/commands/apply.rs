@@ -214,8 +214,7 @@ pub(super) fn explain_conflicts(error: anyhow::Error) -> anyhow::Error {
         .filter(|cause| cause.reason == "FieldManagerConflict")
         .map(|cause| {
             // `conflict with "kubectl" using exo.dev/v1alpha1 at …`
-            let manager = cause.message.trim_start_matches("conflict with ");
-            let manager = manager.split(" using ").next().unwrap_or(manager).trim_matches('"');
+            let manager = cause.message.split('"').nth(1).unwrap_or("somebody else");
             format!("{} is set by {manager}", cause.field.trim_start_matches('.'))
         })
         .collect();
@@ -278,7 +277,7 @@ mod tests {
         };
         let status = json!({"code": 409, "reason": "Conflict", "message": "Apply failed",
             "details": {"causes": [
-            cause(".spec.replicas", "\"exoctl-scale\" using exo.dev/v1alpha1 at 2026-01-02T03:04:05Z"),
+            cause(".spec.replicas", "\"exoctl-scale\" with subresource \"scale\" using exo.dev/v1alpha1 at 2026-01-02T03:04:05Z"),
             cause(".spec.model", "\"kubectl\"")]}});
         let refusal = Refused(serde_json::from_value(status).unwrap());
         assert_eq!(

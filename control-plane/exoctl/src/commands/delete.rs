@@ -26,7 +26,8 @@ pub(super) async fn run(args: &Delete, server: &Server, out: &mut dyn Write) -> 
     let mut deleted = Vec::new();
     let doomed = match &args.kind {
         Some(kind) => {
-            select::found(server, (kind.as_str(), &args.names), &args.select, args.all).await?
+            let rule = Some((&args.select, args.all));
+            select::found(server, (kind.as_str(), &args.names), rule).await?
         }
         None => in_files(args, server).await?,
     };
@@ -86,6 +87,8 @@ async fn in_files<'s>(args: &Delete, server: &'s Server) -> anyhow::Result<Vec<F
             name: select::checked(&name)?,
         });
     }
+    // With a namespace goes what is in it: by its own name while that still is there.
+    all.sort_by_key(|one| one.kind.api.kind == "Namespace" && one.kind.api.group.is_empty());
     Ok(all)
 }
 

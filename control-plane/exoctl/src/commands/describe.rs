@@ -4,7 +4,7 @@ use std::{fmt::Write as _, io::Write};
 
 use exo_crds::{GROUP, VERSION};
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::{
     events,
@@ -110,7 +110,7 @@ fn page(object: &Value, now: Timestamp) -> String {
     if let Some(rest) = rest.as_object() {
         write_fields(&mut page, rest, 0);
     }
-    if let Some(Value::Array(conditions)) = conditions {
+    if let Some(Value::Array(conditions)) = conditions.filter(|c| c != &json!([])) {
         write_conditions(&mut page, &conditions, now);
     }
     page
@@ -324,8 +324,6 @@ fn age(time: &str, now: Timestamp) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]

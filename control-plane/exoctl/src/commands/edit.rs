@@ -16,7 +16,7 @@ use super::{
     select::{self, Found},
 };
 use crate::{
-    cli::{Edit, Select},
+    cli::Edit,
     error::{Collector, Refused, refused},
     jsonpath::plain,
     merge,
@@ -34,7 +34,7 @@ pub(super) async fn run(args: &Edit, server: &Server, out: &mut dyn Write) -> an
     let editor = editor(|name| std::env::var(name).ok());
     let mut failures = Collector::default();
     let words = (args.kind.as_str(), args.names.as_slice());
-    for one in select::found(server, words, &Select::default(), false).await? {
+    for one in select::found(server, words, None).await? {
         let edited = edit(server, &one, &editor).await;
         if let Some(changed) = failures.note(edited)? {
             match changed {

@@ -173,6 +173,8 @@ fn style(args: &Get, kind: &Kind, several: bool) -> Style {
         wide: args.output == Some(Output::Wide),
         with_namespace: args.select.all_namespaces && kind.namespaced,
         with_labels: args.show_labels,
+        // Nobody calls an event by its name.
+        nameless: events::is_event(kind) && args.output.is_none() && !several,
         header: !args.no_headers,
         prefix: if several { kind.named("") } else { String::new() },
     }

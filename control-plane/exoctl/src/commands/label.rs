@@ -55,7 +55,7 @@ pub(super) async fn run(
     }
     let suffix = dry_run_suffix(args.dry_run);
     let mut failures = Collector::default();
-    for one in select::found(server, (first, rest), &args.select, args.all).await? {
+    for one in select::found(server, (first, rest), Some((&args.select, args.all))).await? {
         if args.list {
             let object = server.get::<Value>(&one.path(), &[], Form::Json).await;
             if let Some(object) = failures.note(object)? {

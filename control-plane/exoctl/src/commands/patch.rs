@@ -12,7 +12,7 @@ use super::{
     select::{self, Found},
 };
 use crate::{
-    cli::{Patch, PatchKind, Select},
+    cli::{Patch, PatchKind},
     error::Collector,
     server::{APPLY_PATCH, Form, JSON_PATCH, MERGE_PATCH, STRATEGIC_PATCH, Server},
 };
@@ -29,7 +29,7 @@ pub(super) async fn run(args: &Patch, server: &Server, out: &mut dyn Write) -> a
     let suffix = dry_run_suffix(args.dry_run);
     let mut failures = Collector::default();
     let words = (args.kind.as_str(), args.names.as_slice());
-    for one in select::found(server, words, &Select::default(), false).await? {
+    for one in select::found(server, words, None).await? {
         let path = one.path() + &subresource;
         let patched = patch_one(args, server, &one, &path, &query, &patch).await;
         if let Some(changed) = failures.note(patched)? {

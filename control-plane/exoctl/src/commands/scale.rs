@@ -11,7 +11,7 @@ use super::{
     select::{self, Found},
 };
 use crate::{
-    cli::{Scale, Select},
+    cli::Scale,
     error::{Collector, is_not_found},
     server::{Form, MERGE_PATCH, Server},
 };
@@ -21,7 +21,7 @@ pub(super) async fn run(args: &Scale, server: &Server, out: &mut dyn Write) -> a
     let mut failures = Collector::default();
     let mut scaled = Vec::new();
     let words = (args.kind.as_str(), args.names.as_slice());
-    for one in select::found(server, words, &Select::default(), false).await? {
+    for one in select::found(server, words, None).await? {
         if failures.note(scale(args, server, &one).await)?.is_some() {
             writeln!(out, "{} scaled{suffix}", one.named())?;
             out.flush()?;

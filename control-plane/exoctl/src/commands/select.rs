@@ -28,22 +28,24 @@ impl Found<'_> {
     }
 }
 
-/// The objects that a command changes: those named, or with `all` or a selector those of the kind
-/// that are there.
+/// The objects that a command changes: those named, or those of the kind that a rule finds: a
+/// selector, or `true` for all. Without `rule` the command takes names only.
 ///
 /// # Errors
-/// When neither names, a selector nor `all` say which.
+/// When neither names nor the rule say which.
 pub(super) async fn found<'s>(
     server: &'s Server,
     words: (&str, &[String]),
-    select: &Select,
-    all: bool,
+    rule: Option<(&Select, bool)>,
 ) -> anyhow::Result<Vec<Found<'s>>> {
     let mut found = Vec::new();
+    let none = Select::default();
+    let (select, all) = rule.unwrap_or((&none, false));
     for Selected { kind, names } in read(server, words.0, words.1).await? {
         let by_rule = all || select.labels.is_some() || select.fields.is_some();
         if names.is_empty() && !by_rule {
-            bail!("say which {}: names, -l SELECTOR or --all", kind.api.plural);
+            let or = if rule.is_some() { ", -l SELECTOR or --all" } else { "" };
+            bail!("say which {}: names{or}", kind.api.plural);
         }
         if !names.is_empty() && (by_rule || select.all_namespaces) {
             bail!("names go with neither a selector, --all nor --all-namespaces");

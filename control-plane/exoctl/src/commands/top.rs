@@ -93,7 +93,7 @@ fn shard(object: &Value) -> Vec<Value> {
     };
     // Only rank 0 counts tokens, once it has made some.
     let speed = status["tokensPerSecond"].as_f64();
-    let speed = speed.map_or_else(String::new, |speed| format!("{speed:.1}"));
+    let speed = speed.map_or_else(|| "<none>".to_owned(), |speed| format!("{speed:.1}"));
     vec![
         object["metadata"]["name"].clone(),
         spec["node"].clone(),
@@ -118,7 +118,7 @@ mod tests {
         assert_eq!(texts(node(&unknown))[1], UNKNOWN);
         let loading = json!({"metadata": {"name": "s"}, "spec": {"node": "a"},
             "status": {"phase": "Loading"}});
-        assert_eq!(texts(shard(&loading)), ["s", "a", "Loading", UNKNOWN, ""]);
+        assert_eq!(texts(shard(&loading)), ["s", "a", "Loading", UNKNOWN, "<none>"]);
         let busy = json!({"metadata": {"name": "s"}, "spec": {"node": "a"},
             "status": {"phase": "Ready", "memory": "19Gi", "tokensPerSecond": 12.34}});
         assert_eq!(texts(shard(&busy)), ["s", "a", "Ready", "19Gi", "12.3"]);

@@ -36,7 +36,7 @@ pub(super) async fn run(args: &Wait, server: &Server, out: &mut dyn Write) -> an
     };
     let deadline = Instant::now() + args.timeout;
     let mut failures = Collector::default();
-    for one in select::found(server, (first, rest), &args.select, args.all).await? {
+    for one in select::found(server, (first, rest), Some((&args.select, args.all))).await? {
         let target = Target {
             kind: one.kind,
             namespace: &one.namespace,

@@ -59,6 +59,7 @@ pub(crate) fn read(mut root: Command, words: &[String]) -> Line {
         is_root: true,
         positionals: Vec::new(),
         pending: None,
+        last: None,
         options_end: false,
         global: Global { kubeconfig: None, context: None, namespace: None },
     };
@@ -67,11 +68,13 @@ pub(crate) fn read(mut root: Command, words: &[String]) -> Line {
     }
     let (prefix, typed) = match (reader.pending, typed.split_once('=')) {
         (None, Some((flag, value))) if flag.starts_with("--") => {
-            reader.take_flag(flag);
+            reader.pending = reader.option(flag);
             (format!("{flag}="), value)
         }
-        // The shell gave the `=` as a word of its own.
-        (Some(_), None) if typed == "=" => (String::new(), ""),
+        _ if typed == "=" => {
+            reader.pending = reader.pending.or(reader.last);
+            (String::new(), "")
+        }
         _ => (String::new(), typed),
     };
     Line { wanted: reader.wanted(typed), prefix, typed: typed.to_owned(), global: reader.global }
@@ -83,6 +86,8 @@ struct Reader<'c> {
     positionals: Vec<String>,
     /// The option whose value comes next.
     pending: Option<&'c Arg>,
+    /// The option read last: some shells make a word of the `=` after it.
+    last: Option<&'c Arg>,
     options_end: bool,
     global: Global,
 }
@@ -95,6 +100,8 @@ impl<'c> Reader<'c> {
             }
             self.pending = None;
             self.note(arg, word);
+        } else if word == "=" {
+            self.pending = self.last;
         } else if word == "--" {
             self.options_end = true;
         } else if word.starts_with('-') && word.len() > 1 && !self.options_end {
@@ -112,18 +119,21 @@ impl<'c> Reader<'c> {
             Some((flag, value)) => (flag, Some(value)),
             None => (word, None),
         };
-        let arg = match flag.strip_prefix("--") {
-            Some(long) => self.options().find(|arg| arg.get_long() == Some(long)),
-            None => {
-                let short = flag.chars().nth(1);
-                self.options().find(|arg| arg.get_short() == short)
-            }
-        };
+        let arg = self.option(flag);
+        self.last = arg.filter(|_| value.is_none());
         let Some(arg) = arg.filter(|arg| takes_value(arg)) else { return };
         let glued = (!flag.starts_with("--") && flag.len() > 2).then(|| &flag[2..]);
         match value.or(glued) {
             Some(value) => self.note(arg, value),
             None => self.pending = Some(arg),
+        }
+    }
+
+    /// The option that `--flag` or `-f…` is.
+    fn option(&self, flag: &str) -> Option<&'c Arg> {
+        match flag.strip_prefix("--") {
+            Some(long) => self.options().find(|arg| arg.get_long() == Some(long)),
+            None => self.options().find(|arg| arg.get_short() == flag.chars().nth(1)),
         }
     }
 
@@ -250,6 +260,9 @@ mod tests {
         let equals = line("apply --dry-run=cl");
         assert_eq!((equals.prefix.as_str(), equals.typed.as_str()), ("--dry-run=", "cl"));
         assert_eq!(names(&equals.wanted), ["client", "server"]);
+        let apart = line("delete --cascade = f");
+        assert_eq!((names(&apart.wanted)[1], apart.typed.as_str()), ("foreground", "f"));
+        assert_eq!(line("delete --cascade =").typed, "");
         assert_eq!(line("apply -f ").wanted, Wanted::Free);
         assert_eq!(line("get pods -n ").wanted, Wanted::Namespace);
     }

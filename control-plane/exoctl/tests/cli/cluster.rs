@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::Stdio, time::Duration};
 
-use exo_apiserver::{ApiServer, Identity, app, in_process};
+use exo_apiserver::{ApiServer, Identity, app, collect_garbage, in_process};
 use exo_store::Store;
 use k8s_openapi::{
     api::core::v1::Event,
@@ -23,12 +23,12 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 pub(crate) struct Cluster {
     pub(crate) client: Client,
     pub(crate) dir: TempDir,
-    server: tokio::task::JoinHandle<()>,
+    tasks: [tokio::task::JoinHandle<()>; 2],
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        self.server.abort();
+        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }
 
@@ -49,6 +49,7 @@ impl Cluster {
         exo_trust::install_crypto();
         let registry = prometheus::Registry::new();
         let server = ApiServer::new(Store::memory(), crds, &registry).unwrap();
+        let collecting = tokio::spawn(collect_garbage(server.clone(), std::future::pending()));
         let identity = Identity { name: "admin".into(), groups: vec!["system:masters".into()] };
         let router = in_process(app(server), identity);
         let client = Client::new(router.clone(), "default");
@@ -63,7 +64,7 @@ impl Cluster {
              contexts: [{{name: exo, context: {{cluster: exo, user: admin}}}}]\n"
         );
         std::fs::write(dir.path().join("kubeconfig"), kubeconfig).unwrap();
-        Self { client, dir, server }
+        Self { client, dir, tasks: [server, collecting] }
     }
 
     pub(crate) fn kubeconfig(&self) -> PathBuf {
