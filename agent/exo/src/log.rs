@@ -46,16 +46,18 @@ fn filter(text: Option<&str>) -> anyhow::Result<EnvFilter> {
     let Some(text) = text.filter(|text| !text.trim().is_empty()) else {
         return Ok(EnvFilter::new(DEFAULT));
     };
-    for directive in directives(text) {
+    let directives = directives(text);
+    for directive in &directives {
         check(directive)?;
     }
+    let text = directives.join(",");
     // A bare level is about our own words; libraries stay as quiet as they are without it, unless
     // everything is asked for.
-    let level = text.trim().to_lowercase();
+    let level = text.to_lowercase();
     if matches!(level.as_str(), "error" | "warn" | "info" | "debug") {
         return Ok(EnvFilter::new(DEFAULT.replacen("info", &level, 1)));
     }
-    match EnvFilter::try_new(text) {
+    match EnvFilter::try_new(&text) {
         Ok(filter) => Ok(filter),
         Err(error) => bail!("EXO_LOG: `{text}`: {error}"),
     }
@@ -112,25 +114,23 @@ fn check(directive: &str) -> anyhow::Result<()> {
 /// The end of a message, when one of `words` has nearly the same letters.
 fn meant(typed: &str, words: &[&str]) -> String {
     let typed = typed.to_lowercase();
-    let sorted = |text: &str| {
+    let letters = |text: &str| {
         let mut letters: Vec<char> = text.chars().collect();
         letters.sort_unstable();
         letters
     };
-    // Swapped letters, one too many, one too few, or the beginning of a longer word.
-    let near = |word: &&&str| {
-        let (long, short) =
-            if typed.len() >= word.len() { (&*typed, **word) } else { (**word, &*typed) };
-        sorted(&typed) == sorted(word)
-            || (short.len() >= 3 && long.starts_with(short))
-            || (long.len() == short.len() + 1
-                && (0..long.len()).any(|i| {
-                    long.is_char_boundary(i)
-                        && long.is_char_boundary(i + 1)
-                        && format!("{}{}", &long[..i], &long[i + 1..]) == short
-                }))
+    // Letters in another order, then one too many or too few, then the beginning of a word.
+    let swapped = |word: &str| letters(&typed) == letters(word);
+    let one_more = |long: &str, short: &str| {
+        let without = |i: usize| long.chars().enumerate().filter(move |(at, _)| *at != i);
+        let len = long.chars().count();
+        len == short.chars().count() + 1
+            && (0..len).any(|i| without(i).map(|(_, c)| c).eq(short.chars()))
     };
-    let word = words.iter().find(near);
+    let missed = |word: &str| one_more(&typed, word) || one_more(word, &typed);
+    let begun = |word: &str| typed.len() >= 3 && word.starts_with(&typed);
+    let rules: [&dyn Fn(&str) -> bool; 3] = [&swapped, &missed, &begun];
+    let word = rules.iter().find_map(|rule| words.iter().find(|word| rule(word)));
     word.map_or_else(String::new, |word| format!("; did you mean `{word}`?"))
 }
 
@@ -145,7 +145,7 @@ mod tests {
             "WARN",
             "info,exo_store=debug",
             "exo=trace, openraft=off",
-            "exo_agent::shard[run{a=1,b=2}]=debug",
+            "exo_agent::shard[run{a=1}]=debug",
             "exo_agent[run]",
             "",
         ] {

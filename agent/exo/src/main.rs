@@ -14,7 +14,7 @@ mod run;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use config::{Command, LogFormat, RawArgs, Surroundings};
+use config::{Command, RawArgs, Surroundings};
 
 /// As for mistakes on the command line.
 const USAGE: u8 = 2;
