@@ -67,6 +67,17 @@ pub(super) async fn wait_for(
     deadline: Instant,
     timeout: Duration,
 ) -> anyhow::Result<()> {
+    let known = match goal {
+        Goal::Condition { .. } => has_conditions(target.kind),
+        Goal::Create | Goal::Delete | Goal::Path { .. } => None,
+    };
+    if known == Some(false) {
+        bail!(
+            "{} have no conditions: wait with --for=jsonpath={{.status.phase}}=VALUE, or for \
+             another field",
+            target.kind.api.plural
+        );
+    }
     // An error that repeats itself (no permission, no server) is seen at once here; watches only
     // retry.
     let path = target.kind.path(Some(target.namespace), Some(target.name));
@@ -86,12 +97,12 @@ pub(super) async fn wait_for(
         match (&object, goal) {
             (None, _) if was_there => bail!("{named} was deleted meanwhile"),
             (None, _) => now += &similar(server, target).await,
-            (Some(object), Goal::Condition { kind, .. }) => {
-                if let Some(why) = never(target.kind, object, kind) {
+            (Some(object), Goal::Condition { kind, .. }) if known == Some(true) => {
+                if let Some(why) = never(object, kind) {
                     bail!("{named} {why}");
                 }
             }
-            (Some(_), Goal::Create | Goal::Delete | Goal::Path { .. }) => {}
+            (Some(_), _) => {}
         }
         if let (true, Some(instance)) = (target.gives_up, &object) {
             let reason = hopeless::reason(server, target.namespace, instance);
@@ -126,14 +137,13 @@ async fn similar(server: &Server, target: &Target<'_>) -> String {
     did_you_mean(closest(target.name, names))
 }
 
-/// Why an object will never have a condition; `None` where it may.
-fn never(kind: &Kind, object: &Value, wanted: &str) -> Option<String> {
-    let known = Schemas::built_in().has_conditions(&kind.api.api_version, &kind.api.kind)?;
-    if !known {
-        let phase = "--for=jsonpath={.status.phase}=";
-        return Some(format!("has no conditions: wait with {phase}VALUE, or for another field"));
-    }
-    // The kinds that exoctl knows get all their conditions at once.
+/// Whether objects of a kind have conditions; `None` for kinds that exoctl doesn't know.
+fn has_conditions(kind: &Kind) -> Option<bool> {
+    Schemas::built_in().has_conditions(&kind.api.api_version, &kind.api.kind)
+}
+
+/// Why an object of a known kind will never have a condition: it got all that there are at once.
+fn never(object: &Value, wanted: &str) -> Option<String> {
     let conditions = object["status"]["conditions"].as_array()?;
     let types: Vec<&str> = conditions.iter().filter_map(|c| c["type"].as_str()).collect();
     let has_it = types.iter().any(|have| have.eq_ignore_ascii_case(wanted));
@@ -281,23 +291,20 @@ mod tests {
 
     #[test]
     fn some_conditions_never_come() {
-        let kinds = crate::kinds::Kinds::built_in();
-        let check = |kind: &str, object: Value, wanted: &str, expect: Option<&str>| {
-            let why = never(kinds.find(kind).unwrap(), &object, wanted);
-            assert_eq!(why.as_deref(), expect, "{kind} {wanted}");
+        let check = |object: Value, wanted: &str, expect: Option<&str>| {
+            assert_eq!(never(&object, wanted).as_deref(), expect, "{wanted}");
         };
         let instance = json!({"status": {"conditions": [{"type": "Placed"}, {"type": "Ready"}]}});
-        check("instance", instance.clone(), "ready", None);
+        check(instance.clone(), "ready", None);
         check(
-            "instance",
             instance,
             "Redy",
             Some("has no condition `Redy`, only Placed, Ready; did you mean `Ready`?"),
         );
-        check("instance", json!({}), "Redy", None);
-        let phase = "has no conditions: wait with --for=jsonpath={.status.phase}=VALUE, or for \
-                     another field";
-        check("shard", json!({}), "Ready", Some(phase));
+        check(json!({}), "Redy", None);
+        let kinds = crate::kinds::Kinds::built_in();
+        assert_eq!(has_conditions(kinds.find("instance").unwrap()), Some(true));
+        assert_eq!(has_conditions(kinds.find("shard").unwrap()), Some(false));
     }
 
     #[test]
