@@ -10,24 +10,16 @@ use crate::{
     cli::{Top, TopOf},
     error::Collector,
     jsonpath::plain,
-    kinds::Kind,
     server::{Form, Server},
     table::{Column, Printer, Row, Style},
 };
 
 pub(super) async fn run(args: &Top, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
-    let (kind, names, cells): (&Kind, &[&str], fn(&Value) -> Vec<Value>) = match args.what {
-        TopOf::Nodes => (
-            server.own_kind("Node").await?,
-            &["NAME", "MEMORY", "USED", "FREE", "USED%", "SHARDS"],
-            node,
-        ),
-        TopOf::Shards => (
-            server.own_kind("Shard").await?,
-            &["NAME", "NODE", "PHASE", "MEMORY", "TOKENS/S"],
-            shard,
-        ),
+    let (kind, names, cells): (_, &[&str], fn(&Value) -> _) = match args.what {
+        TopOf::Nodes => ("Node", &["NAME", "MEMORY", "USED", "FREE", "USED%", "SHARDS"], node),
+        TopOf::Shards => ("Shard", &["NAME", "NODE", "PHASE", "MEMORY", "TOKENS/S"], shard),
     };
+    let kind = server.own_kind(kind).await?;
     let mut failures = Collector::default();
     let mut objects = Vec::new();
     if args.names.is_empty() {
