@@ -8,6 +8,7 @@ mod describe;
 mod documents;
 mod edit;
 mod events;
+mod explain;
 mod get;
 mod hopeless;
 mod kubeconfig;
@@ -56,6 +57,7 @@ pub(crate) async fn run(args: Args, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Cordon(args) => cordon::run(&args.nodes, true, &server, out).await,
         Command::Uncordon(args) => cordon::run(&args.nodes, false, &server, out).await,
         Command::Drain(args) => cordon::drain(&args, &server, out).await,
+        Command::Explain(args) => explain::run(&args, &server, out).await,
         Command::Top(args) => top::run(&args, &server, out).await,
         Command::Logs(args) => logs::run(&args, &server, out).await,
         // Done above: they need no server, or find it themselves.

@@ -7,6 +7,7 @@
 mod health;
 mod partition;
 mod place;
+mod preview;
 mod reconcile;
 #[cfg(test)]
 mod testing;
@@ -17,4 +18,5 @@ pub use place::{
     NodeReason, NodeState, Placement, Placing, RankPlacement, Unplaceable, Why, memory_needed,
     place,
 };
+pub use preview::preview;
 pub use reconcile::{Action, Decision, Observed, create_refused, reconcile, release_lost};

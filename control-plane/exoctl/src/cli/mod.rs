@@ -71,6 +71,8 @@ pub(crate) enum Command {
     Uncordon(Uncordon),
     /// Cordons nodes and moves their shards elsewhere
     Drain(Drain),
+    /// Says where an instance of a model would go now, and why not elsewhere
+    Explain(Explain),
     /// Shows memory and throughput as last reported
     Top(Top),
     /// Prints the last lines that a failed shard's runner logged
@@ -259,6 +261,72 @@ pub(crate) struct Wait {
     /// How long to wait
     #[arg(long, default_value = "5m", value_parser = duration, value_name = "TIME")]
     pub(crate) timeout: Duration,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Explain {
+    #[arg(value_name = "placement")]
+    pub(crate) what: ExplainWhat,
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// On exactly so many nodes
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) nodes: Option<u32>,
+    /// How to split the model
+    #[arg(long, default_value = "auto", value_name = "HOW")]
+    pub(crate) sharding: ShardingArg,
+    /// How ranks talk
+    #[arg(long, default_value = "auto", value_name = "HOW")]
+    pub(crate) transport: TransportArg,
+    /// Tokens of context [default: the model's limit]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(16..))]
+    pub(crate) context_length: Option<u32>,
+    /// Labels that a node must carry, as in `rack=a`
+    #[arg(short = 'l', long = "selector", value_name = "SEL")]
+    pub(crate) labels: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ExplainWhat {
+    Placement,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ShardingArg {
+    Auto,
+    Pipeline,
+    Tensor,
+}
+
+impl ShardingArg {
+    /// As resources say it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "Auto",
+            Self::Pipeline => "Pipeline",
+            Self::Tensor => "Tensor",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TransportArg {
+    Auto,
+    Jaccl,
+    Ring,
+    Nccl,
+}
+
+impl TransportArg {
+    /// As resources say it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "Auto",
+            Self::Jaccl => "Jaccl",
+            Self::Ring => "Ring",
+            Self::Nccl => "Nccl",
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]

@@ -175,6 +175,7 @@ impl<'c> Reader<'c> {
             |kind: &str, from: usize| Wanted::Name { kind: kind.to_owned(), but: rest(from) };
         match (self.command.get_name(), self.positionals.first()) {
             ("cordon" | "uncordon" | "drain", _) => of_kind("nodes", 0),
+            ("explain", Some(_)) => of_kind("models", 1),
             ("logs", None) => of_kind("shards", 0),
             ("top", Some(kind)) => of_kind(kind, 1),
             (
