@@ -145,8 +145,7 @@ impl Cluster {
         let gib = 1_u64 << 30;
         let memory = json!({"total": "64Gi", "free": "32Gi", "totalBytes": 64 * gib,
             "usableBytes": 48 * gib, "freeBytes": 32 * gib});
-        let mut ready = condition(true, "AgentReports", "the agent reports");
-        ready["observedGeneration"] = Value::Null;
+        let ready = condition(true, "AgentReports", "the agent reports");
         let status = json!({"status": {"memory": memory, "os": "macos", "chip": "Apple M4",
             "transports": ["ring"], "conditions": [ready],
             "addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]}});
