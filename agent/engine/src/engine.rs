@@ -18,6 +18,7 @@ use crate::models::{Args, Facts, Model, Part};
 use crate::pipeline::{self, Pipeline};
 use crate::sample::{self, Draw, Sampling, StepOutput};
 use crate::tensor::Team;
+use crate::timing;
 
 /// Decode steps between two times that MLX is told to give back memory that it keeps for reuse.
 const STEPS_PER_CLEANUP: u64 = 256;
@@ -302,7 +303,7 @@ impl Engine {
                     return Ok(None);
                 };
                 let drawn = self.draw(&hidden, &sequence.sampling, draw)?;
-                async_eval([&drawn.token, &drawn.report])?;
+                timing::submit(|| async_eval([&drawn.token, &drawn.report]))?;
                 drawn
             }
         };
@@ -311,7 +312,7 @@ impl Engine {
             let hidden = self.model.embed(&drawn.token.reshape(&[1, 1])?)?;
             let hidden = self.model.forward(hidden, 1, &mut sequence.caches)?;
             let begun = self.draw(&hidden, &sequence.sampling, next)?;
-            async_eval([&begun.token, &begun.report])?;
+            timing::submit(|| async_eval([&begun.token, &begun.report]))?;
             Some(begun)
         } else {
             None
@@ -470,10 +471,13 @@ fn ids(tokens: &[u32]) -> Array {
 
 /// Evaluates; a failure counts as one of the collective that the arrays depend on.
 fn wait(arrays: &[&Array], operation: &'static str) -> Result<(), GroupError> {
-    eval(arrays.iter().copied()).map_err(|e| GroupError::collective(operation, &e))
+    let arrays = || arrays.iter().copied();
+    timing::submit(|| async_eval(arrays()))
+        .and_then(|()| timing::wait(|| eval(arrays())))
+        .map_err(|e| GroupError::collective(operation, &e))
 }
 
 fn read_report(report: &Array) -> Result<StepOutput, Exception> {
-    report.eval()?;
+    timing::wait(|| report.eval())?;
     Ok(StepOutput::parse(report.as_slice::<u32>()))
 }

@@ -13,6 +13,7 @@ mod sample;
 mod seed;
 mod tensor;
 pub mod text;
+mod timing;
 
 pub use config::ConfigError;
 pub use engine::{Engine, EngineError, LoadConfig, ModelInfo, SeqId, Sharding, Step};
@@ -20,3 +21,4 @@ pub use loader::{LoadError, LoadProgress, Mismatch, Misshaped};
 pub use mlx::{distributed, exit_now};
 pub use sample::{Sampling, StepOutput};
 pub use seed::derive_shard_seed;
+pub use timing::DeviceTimes;
