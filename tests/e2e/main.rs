@@ -4,7 +4,9 @@
 
 mod failures;
 mod operations;
+mod partitions;
 mod resources;
 mod samples;
 mod serving;
+mod voters;
 mod weights;

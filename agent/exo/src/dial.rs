@@ -11,7 +11,7 @@ use kube::{
 use tower::ServiceBuilder;
 
 /// A machine on the LAN answers sooner or not at all.
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
 /// The client of `peer` (`HOST:PORT`), with this node's certificate. One that is renewed is used
 /// from the next connection on, which kube's own way of reading certificates would not do.

@@ -3,11 +3,14 @@
 
 mod access;
 mod config;
+mod control;
 mod data_dir;
 mod dial;
 mod join;
 mod log;
-
+mod membership;
+mod open;
+mod remote;
 mod renew;
 mod run;
 

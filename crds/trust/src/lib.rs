@@ -36,6 +36,8 @@ pub const NODE_DNS_NAME: &str = "node.exo.internal";
 pub const GROUP_ADMINS: &str = "system:masters";
 /// Organisation of node certificates.
 pub const GROUP_NODES: &str = "system:nodes";
+/// The same for nodes that hold the cluster's store and its authority's key.
+pub const GROUP_CONTROL_PLANE: &str = "exo:control-plane";
 
 /// Files of one member: authority's certificate, own certificate, own key, all PEM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -151,3 +151,18 @@ fn damaged_files_are_named() {
     let error = server_config(&TlsPaths::in_dir(dir.path()), ClientAuth::Required).unwrap_err();
     assert!(error.to_string().contains("ca.crt"), "{error}");
 }
+
+#[test]
+fn an_authority_is_adopted_only_with_its_own_key() {
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let first = Authority::open_or_create(dir.path(), NOW_S).unwrap();
+    let stranger = Authority::open_or_create(&dir.path().join("other"), NOW_S).unwrap();
+    Authority::adopt(other.path(), first.key_pem()).unwrap_err();
+    std::fs::write(other.path().join("ca.crt"), first.certificate_pem()).unwrap();
+    Authority::adopt(other.path(), stranger.key_pem()).unwrap_err();
+    assert!(!other.path().join("ca.key").exists());
+    Authority::adopt(other.path(), first.key_pem()).unwrap();
+    let second = Authority::open_or_create(other.path(), NOW_S).unwrap();
+    assert_eq!(second.certificate_pem(), first.certificate_pem());
+    assert!(!format!("{second:?}").contains("PRIVATE"));
+}

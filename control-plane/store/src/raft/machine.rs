@@ -3,12 +3,12 @@
 use std::{io::Cursor, sync::Arc};
 
 use openraft::{
-    AnyError, BasicNode, Entry, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot,
+    AnyError, Entry, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot,
     StorageError, StorageIOError, StoredMembership, storage::RaftStateMachine,
 };
 
 use super::{
-    Request, Response, SnapshotData, TypeConfig,
+    MemberNode, Request, Response, SnapshotData, TypeConfig,
     disk::{Disk, DiskError, Meta},
 };
 use crate::{
@@ -23,7 +23,7 @@ pub(super) struct StateMachine {
     shared: Arc<Shared>,
     disk: Arc<Disk>,
     applied: Option<LogId<u64>>,
-    membership: StoredMembership<u64, BasicNode>,
+    membership: StoredMembership<u64, MemberNode>,
 }
 
 impl StateMachine {
@@ -67,7 +67,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 
     async fn applied_state(
         &mut self,
-    ) -> Result<(Option<LogId<u64>>, StoredMembership<u64, BasicNode>)> {
+    ) -> Result<(Option<LogId<u64>>, StoredMembership<u64, MemberNode>)> {
         Ok((self.applied, self.membership.clone()))
     }
 
@@ -140,7 +140,7 @@ pub(super) struct SnapshotBuilder {
     /// Taken by the first build.
     image: Option<StateImage>,
     applied: Option<LogId<u64>>,
-    membership: StoredMembership<u64, BasicNode>,
+    membership: StoredMembership<u64, MemberNode>,
     disk: Arc<Disk>,
 }
 

@@ -3,7 +3,7 @@
 use std::{io, time::Duration};
 
 use openraft::{
-    BasicNode, SnapshotMeta, Vote,
+    SnapshotMeta, Vote,
     error::{
         Fatal, InstallSnapshotError, NetworkError, PayloadTooLarge, RPCError, RaftError,
         RemoteError, Unreachable,
@@ -17,7 +17,7 @@ use openraft::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{
-    TypeConfig,
+    MemberNode, TypeConfig,
     call::{CallError, Caller, Target},
 };
 
@@ -35,13 +35,13 @@ pub(super) struct Peer {
     target: Target,
 }
 
-type Result<T, E = RaftError<u64>> = std::result::Result<T, RPCError<u64, BasicNode, E>>;
+type Result<T, E = RaftError<u64>> = std::result::Result<T, RPCError<u64, MemberNode, E>>;
 
 /// What stands before a chunk's bytes, in one line of JSON.
 #[derive(Serialize, Deserialize)]
 struct ChunkHead {
     vote: Vote<u64>,
-    meta: SnapshotMeta<u64, BasicNode>,
+    meta: SnapshotMeta<u64, MemberNode>,
     offset: u64,
     done: bool,
 }
@@ -89,7 +89,7 @@ impl Peer {
     }
 }
 
-fn fault<E: std::error::Error>(error: CallError) -> RPCError<u64, BasicNode, E> {
+fn fault<E: std::error::Error>(error: CallError) -> RPCError<u64, MemberNode, E> {
     match error {
         // Pauses before the next try.
         CallError::NotDone(text) => Unreachable::new(&io::Error::other(text)).into(),
@@ -100,7 +100,7 @@ fn fault<E: std::error::Error>(error: CallError) -> RPCError<u64, BasicNode, E> 
 impl RaftNetworkFactory<TypeConfig> for Peers {
     type Network = Peer;
 
-    async fn new_client(&mut self, id: u64, node: &BasicNode) -> Peer {
+    async fn new_client(&mut self, id: u64, node: &MemberNode) -> Peer {
         Peer { caller: self.0.clone(), target: Target { id, address: node.addr.clone() } }
     }
 }

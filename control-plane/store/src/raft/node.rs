@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use openraft::{BasicNode, RaftMetrics, ServerState};
+use openraft::{RaftMetrics, ServerState};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::watch,
@@ -18,8 +18,9 @@ use tokio::{
 };
 
 use super::{
-    NodeRaft,
+    MemberNode, NodeRaft,
     call::{CallError, Caller, Target},
+    disk::Disk,
 };
 use crate::StoreError;
 
@@ -42,6 +43,8 @@ pub(super) enum Refusal {
     Unavailable(String),
     /// Nothing was done, and never will be.
     Invalid(String),
+    /// Nothing was done: the leader's disk has no room.
+    Full(String),
     Unknown(String),
 }
 
@@ -51,6 +54,7 @@ impl From<Refusal> for StoreError {
             Refusal::NotLeader { leader } => Self::NotLeader { leader },
             Refusal::Unavailable(text) => Self::Unavailable(text),
             Refusal::Invalid(text) => Self::Invalid(text),
+            Refusal::Full(text) => Self::Full(text),
             Refusal::Unknown(text) => Self::Unknown(text),
         }
     }
@@ -110,6 +114,7 @@ pub(super) struct Node {
     pub(super) raft: NodeRaft,
     pub(super) caller: Caller,
     pub(super) proposals: Proposals,
+    pub(super) disk: Arc<Disk>,
 }
 
 /// Where an order goes now.
@@ -121,7 +126,7 @@ pub(super) enum Place {
 }
 
 impl Node {
-    pub(super) fn metrics(&self) -> watch::Receiver<RaftMetrics<u64, BasicNode>> {
+    pub(super) fn metrics(&self) -> watch::Receiver<RaftMetrics<u64, MemberNode>> {
         self.raft.metrics()
     }
 

@@ -202,6 +202,9 @@ enum Proposal {
 }
 
 async fn propose(node: &Node, commands: &[Command]) -> Proposal {
+    if let Some(problem) = node.disk.is_full() {
+        return Proposal::Refused(Refusal::Full(problem));
+    }
     let mark = node.proposals.begin();
     let request = Request { time_ms: now_ms(), commands: commands.to_vec(), mark };
     match node.raft.client_write_ff(request).await {
