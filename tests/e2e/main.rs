@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod failures;
+mod operations;
 mod partitions;
 mod resources;
 mod samples;

@@ -55,6 +55,9 @@ pub(crate) struct RawArgs {
     /// Run models only; the control plane is on the nodes named by --peers
     #[arg(long)]
     no_control_plane: bool,
+    /// Websites whose pages may use the OpenAI API, besides those of this machine; * for all
+    #[arg(long, value_name = "ORIGIN", value_delimiter = ',')]
+    allow_origin: Vec<String>,
     /// Where the cluster's state is kept [default: on the nodes themselves]
     #[arg(long, value_name = "etcd://HOST:PORT,…")]
     store: Option<String>,
@@ -100,7 +103,8 @@ pub(crate) struct Config {
     pub(crate) role: Role,
     /// Folders that hold models, from `EXO_MODEL_PATH`.
     pub(crate) model_dirs: Vec<PathBuf>,
-    pub(crate) log_format: LogFormat,
+    /// Origins whose web pages may use the gateway.
+    pub(crate) allowed_origins: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -166,6 +170,10 @@ impl Surroundings {
 }
 
 impl RawArgs {
+    pub(crate) fn log_format(&self) -> LogFormat {
+        self.log_format
+    }
+
     pub(crate) fn check(self, around: &Surroundings) -> anyhow::Result<Config> {
         let store = self.store_choice(around)?;
         let data_dir = match (self.data_dir, &around.home) {
@@ -207,6 +215,9 @@ impl RawArgs {
             Some(ip) if !ip.is_unspecified() => ip,
             _ => own_address(self.peers.first().map(String::as_str)),
         };
+        for origin in &self.allow_origin {
+            checked_origin(origin)?;
+        }
         let model_dirs = around.model_path.as_deref().map(std::env::split_paths);
         Ok(Config {
             node_name,
@@ -216,7 +227,7 @@ impl RawArgs {
             metrics: SocketAddr::new(any, self.api_port),
             role,
             model_dirs: model_dirs.into_iter().flatten().filter(|p| p.is_absolute()).collect(),
-            log_format: self.log_format,
+            allowed_origins: self.allow_origin,
         })
     }
 }
@@ -258,6 +269,20 @@ fn checked_peer(peer: &str) -> anyhow::Result<()> {
         .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
     if !well_formed {
         bail!("`{peer}` is not HOST:PORT");
+    }
+    Ok(())
+}
+
+/// `SCHEME://HOST[:PORT]` as browsers send it, or `*`. Anything else would never match.
+fn checked_origin(origin: &str) -> anyhow::Result<()> {
+    let well_formed = origin.split_once("://").is_some_and(|(scheme, host)| {
+        !scheme.is_empty() && !host.is_empty() && !host.contains('/')
+    });
+    if origin != "*" && !well_formed {
+        bail!(
+            "--allow-origin: `{origin}` is not an origin such as https://chat.example.org \
+             (no path, no / at the end)"
+        );
     }
     Ok(())
 }
@@ -387,6 +412,8 @@ mod tests {
             (&["--etcd-user", "anna"], "--store"),
             (&["--name", "Bad_Name"], "--name"),
             (&["--cluster=-x"], "--cluster"),
+            (&["--allow-origin", "chat.example.org"], "`chat.example.org`"),
+            (&["--allow-origin", "https://a,https://b/"], "`https://b/`"),
         ] {
             let error = format!("{:#}", parse(args).unwrap_err());
             assert!(error.contains(needle), "{args:?}: {error}");
@@ -404,6 +431,13 @@ mod tests {
         assert!(text.contains("http://localhost:8080/v1"), "{text}");
         assert!(text.contains("https://localhost:8443"), "{text}");
         assert!(text.contains("--peers 192.168.1.7:8443"), "{text}");
+    }
+
+    #[test]
+    fn origins_are_a_list() {
+        let config = parse(&["--allow-origin", "https://a.example:1,app://desk"]).unwrap();
+        assert_eq!(config.allowed_origins, ["https://a.example:1", "app://desk"]);
+        assert_eq!(parse(&["--allow-origin", "*"]).unwrap().allowed_origins, ["*"]);
     }
 
     #[test]

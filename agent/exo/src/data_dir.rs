@@ -67,6 +67,9 @@ impl DataDir {
             std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
             builder.create(dir).with_context(|| format!("making {}", dir.display()))
         };
+        if path.exists() && !path.is_dir() {
+            bail!("--data-dir: {} is a file, and a folder is needed", path.display());
+        }
         make(path)?;
         make(&path.join("pki"))?;
         let lock_path = path.join("lock");
@@ -90,6 +93,10 @@ impl DataDir {
 
     pub(crate) fn raft(&self) -> PathBuf {
         self.path.join("raft")
+    }
+
+    pub(crate) fn pki(&self) -> PathBuf {
+        self.path.join("pki")
     }
 
     pub(crate) fn tls(&self) -> TlsPaths {
@@ -197,37 +204,46 @@ impl DataDir {
         Ok(authority)
     }
 
-    /// Writes the admin's kubeconfig, with a fresh client certificate. Any Kubernetes client can
-    /// use it.
+    /// Writes the admin's kubeconfig; see [`write_kubeconfig`].
     pub(crate) fn write_kubeconfig(
         &self,
         authority: &Authority,
         api: SocketAddr,
     ) -> anyhow::Result<()> {
-        let admin = Subject { name: "exo-admin".to_owned(), groups: vec![GROUP_ADMINS.to_owned()] };
-        let issued = authority.issue(&admin, None, now_s())?;
-        let host = match api.ip() {
-            ip if ip.is_unspecified() => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), api.port()),
-            _ => api,
-        };
-        let encode = |text: &str| BASE64_STANDARD.encode(text);
-        let config = json!({
-            "apiVersion": "v1",
-            "kind": "Config",
-            "clusters": [{"name": "exo", "cluster": {
-                "server": format!("https://{host}"),
-                "certificate-authority-data": encode(authority.certificate_pem()),
-            }}],
-            "users": [{"name": "exo-admin", "user": {
-                "client-certificate-data": encode(&issued.certificate_pem),
-                "client-key-data": encode(&issued.key_pem),
-            }}],
-            "contexts": [{"name": "exo", "context": {"cluster": "exo", "user": "exo-admin"}}],
-            "current-context": "exo",
-        });
-        let text = exo_crds::yaml::to_string(&config).context("writing the kubeconfig")?;
-        Ok(write_private(&self.kubeconfig(), text.as_bytes())?)
+        write_kubeconfig(&self.kubeconfig(), authority, api, now_s())
     }
+}
+
+/// Writes the admin's kubeconfig, with a fresh client certificate. Any Kubernetes client can use it.
+pub(crate) fn write_kubeconfig(
+    path: &Path,
+    authority: &Authority,
+    api: SocketAddr,
+    now_s: u64,
+) -> anyhow::Result<()> {
+    let admin = Subject { name: "exo-admin".to_owned(), groups: vec![GROUP_ADMINS.to_owned()] };
+    let issued = authority.issue(&admin, None, now_s)?;
+    let host = match api.ip() {
+        ip if ip.is_unspecified() => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), api.port()),
+        _ => api,
+    };
+    let encode = |text: &str| BASE64_STANDARD.encode(text);
+    let config = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "exo", "cluster": {
+            "server": format!("https://{host}"),
+            "certificate-authority-data": encode(authority.certificate_pem()),
+        }}],
+        "users": [{"name": "exo-admin", "user": {
+            "client-certificate-data": encode(&issued.certificate_pem),
+            "client-key-data": encode(&issued.key_pem),
+        }}],
+        "contexts": [{"name": "exo", "context": {"cluster": "exo", "user": "exo-admin"}}],
+        "current-context": "exo",
+    });
+    let text = exo_crds::yaml::to_string(&config).context("writing the kubeconfig")?;
+    Ok(write_private(path, text.as_bytes())?)
 }
 
 /// Addresses that a node's certificate names: its own and loopback.
@@ -251,6 +267,16 @@ mod tests {
         assert!(error.contains("--data-dir"), "{error}");
         drop(first);
         DataDir::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_file_is_no_data_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "x").unwrap();
+        let error = DataDir::open(&file).unwrap_err().to_string();
+        assert!(error.contains("is a file"), "{error}");
+        assert_eq!(fs::read_to_string(&file).unwrap(), "x");
     }
 
     #[test]

@@ -172,9 +172,39 @@ async fn join_one(data: &DataDir, peer: &str, (name, cluster): (&str, &str)) -> 
     // A member that renews shows who it is; a newcomer has nothing to show.
     let client =
         if data.has_usable_identity() { reqwest_client(&data.tls())? } else { bootstrap_client()? };
+    let answer = ask(&client, peer, &body).await?;
+    let issued = Issued { certificate_pem: answer.certificate, key_pem: request.key_pem };
+    data.write_identity(&answer.ca, &issued)
+}
+
+/// A new certificate (PEM) for a member's key (PEM), from the first peer that gives one.
+pub(crate) async fn renew(
+    tls: &TlsPaths,
+    peers: &[String],
+    (name, cluster): (&str, &str),
+    key_pem: String,
+) -> anyhow::Result<String> {
+    let client = reqwest_client(tls)?;
+    let csr = Request::of_key(key_pem)?.csr_pem;
+    let body = JoinRequest { name: name.to_owned(), cluster: cluster.to_owned(), csr };
+    let mut failures = Vec::new();
+    for peer in peers {
+        match ask(&client, peer, &body).await {
+            Ok(answer) => return Ok(answer.certificate),
+            Err(error) => failures.push(format!("{peer}: {error:#}")),
+        }
+    }
+    bail!("{}", failures.join("; "))
+}
+
+async fn ask(
+    client: &reqwest::Client,
+    peer: &str,
+    body: &JoinRequest,
+) -> anyhow::Result<JoinResponse> {
     let response = client
         .post(format!("https://{peer}{PATH}"))
-        .json(&body)
+        .json(body)
         .send()
         .await
         .context("can't be reached (is exo running there, and the port right?)")?;
@@ -186,7 +216,5 @@ async fn join_one(data: &DataDir, peer: &str, (name, cluster): (&str, &str)) -> 
             None => bail!("answered {status}: not an exo API port?"),
         }
     }
-    let answer: JoinResponse = response.json().await.context("sent an unreadable answer")?;
-    let issued = Issued { certificate_pem: answer.certificate, key_pem: request.key_pem };
-    data.write_identity(&answer.ca, &issued)
+    response.json().await.context("sent an unreadable answer")
 }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use exo_trust::{NODE_DNS_NAME, TlsPaths, reqwest_client};
+use exo_trust::{TlsPaths, reqwest_client};
 use http::{Request, Response, StatusCode};
 use kube::{Client, client::Body};
 use tokio::time::{MissedTickBehavior, interval, timeout};
@@ -20,11 +20,10 @@ use tokio_util::sync::CancellationToken;
 use tower::BoxError;
 use tracing::{info, warn};
 
-use crate::{control, data_dir::DataDir};
+use crate::{control, data_dir::DataDir, dial};
 
 /// A server that has not begun to answer by then is no use; elections take less.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
-const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// How often the servers are asked who else there is.
 const LEARN_PERIOD: Duration = Duration::from_secs(10);
 
@@ -147,11 +146,5 @@ impl Drop for Failure<'_> {
 
 /// A Kubernetes client of one API server, with this node's certificate.
 fn connect(tls: &TlsPaths, address: &str) -> anyhow::Result<Client> {
-    let mut config = kube::Config::new(format!("https://{address}").parse().context("--peers")?);
-    config.root_cert_file = Some(tls.ca.clone());
-    config.tls_server_name = Some(NODE_DNS_NAME.to_owned());
-    config.connect_timeout = Some(CONNECT_LIMIT);
-    config.auth_info.client_certificate = Some(tls.cert.display().to_string());
-    config.auth_info.client_key = Some(tls.key.display().to_string());
-    Ok(Client::try_from(config)?)
+    dial::kube_client(tls, address).context("--peers")
 }

@@ -5,13 +5,7 @@
 //! lets answers end, then the agent stops its runners and says so, then the controllers, the store
 //! with its watches, last the API server. Each part has a limit, after which it is dropped.
 
-use std::{
-    future::{Future, IntoFuture as _},
-    net::SocketAddr,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{future::Future, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, anyhow};
 use axum::{
@@ -28,7 +22,8 @@ use exo_apiserver::{ApiServer, Identity, collect_garbage, in_process};
 use exo_gateway::Gateway;
 use exo_store::Store;
 use exo_trust::{
-    ClientAuth, GROUP_ADMINS, Peer, TlsListener, TlsPaths, reqwest_client, server_config,
+    ClientAuth, GROUP_ADMINS, Peer, ServeLimits, TlsListener, TlsPaths, reqwest_client, serve,
+    server_config,
 };
 use kube::Client;
 use prometheus::{Registry, TextEncoder};
@@ -47,6 +42,7 @@ use crate::{
     data_dir::DataDir,
     join, membership, open, print_line,
     remote::Servers,
+    renew::{Issuer, Renewal, keep_current},
 };
 
 /// Answers on their way get this long to end when exo is asked to stop.
@@ -227,10 +223,9 @@ impl ControlPlane {
         let listener = TlsListener::new(sockets.api, tls)?;
         let server = Part::start("API server", |stop| async move {
             let collecting = collect_garbage(server, stop.clone().cancelled_owned());
-            let serving = axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
-                .with_graceful_shutdown(stop.cancelled_owned());
-            let (served, ()) = tokio::join!(serving.into_future(), collecting);
-            Ok(served?)
+            let serving = serve(listener, app, ServeLimits::default(), stop.cancelled_owned());
+            tokio::join!(serving, collecting);
+            Ok(())
         });
         warn!("no join token is set: whoever reaches {join_address} may join this cluster");
         Ok(Self {
@@ -289,12 +284,20 @@ impl ControlPlane {
             return entered.map(|_| ());
         }
         let mut controllers = start_controllers(client.clone(), &store);
-        let mut gateway = start_gateway(&client, gateway_socket, &registry, &data.tls())?;
+        let origins = config.allowed_origins.clone();
+        let mut gateway = start_gateway(&client, gateway_socket, &registry, &data.tls(), origins)?;
         let mut agent = if with_agent {
             Some(start_agent(config, data, client.clone(), &registry)?)
         } else {
             None
         };
+        let issuer = Issuer::Here {
+            pki: data.pki(),
+            address: config.address,
+            kubeconfig: data.kubeconfig(),
+            api: self.api_address,
+        };
+        let renewal = start_renewal(config, data, issuer);
         let kubeconfig = data.kubeconfig().display().to_string();
         let addresses = Addresses {
             gateway: self.gateway_address,
@@ -317,11 +320,20 @@ impl ControlPlane {
         }
         controllers.stop(SERVER_LIMIT).await;
         members.stop(SERVER_LIMIT).await;
+        renewal.stop(SERVER_LIMIT).await;
         // Ends the watches, which would otherwise keep the server's connections open.
         store.shutdown().await;
         server.stop(SERVER_LIMIT).await;
         failure.map_or(Ok(()), Err)
     }
+}
+
+fn start_renewal(config: &Config, data: &DataDir, issuer: Issuer) -> Part {
+    let renewal = Renewal { tls: data.tls(), node_name: config.node_name.clone(), issuer };
+    Part::start("certificate renewal", |stop| async move {
+        keep_current(renewal, stop).await;
+        Ok(())
+    })
 }
 
 fn start_controllers(client: Client, store: &Store) -> Part {
@@ -336,16 +348,21 @@ fn start_gateway(
     socket: TcpListener,
     registry: &Registry,
     tls: &TlsPaths,
+    allowed_origins: Vec<String>,
 ) -> anyhow::Result<Part> {
-    let limits = exo_gateway::Limits::default();
+    let limits = exo_gateway::Limits { allowed_origins, ..exo_gateway::Limits::default() };
     let gateway = Gateway::new(client.clone(), reqwest_client(tls)?, registry, limits)?;
     let app = exo_gateway::app(gateway.clone());
     Ok(Part::start("gateway", |stop| async move {
         // Cancel-safe: `run` keeps nothing between its awaits that is not in the index.
         tokio::select! {
             () = gateway.run() => Ok(()),
-            served = axum::serve(socket.tap_io(set_nodelay), app)
-                .with_graceful_shutdown(stop.cancelled_owned()) => Ok(served?),
+            () = serve(
+                socket.tap_io(set_nodelay),
+                app,
+                ServeLimits::default(),
+                stop.cancelled_owned(),
+            ) => Ok(()),
         }
     }))
 }
@@ -474,6 +491,8 @@ async fn run_agent_alone(
     }
     let servers = Servers::new(&data.tls(), &addresses)?;
     let mut agent = start_agent(config, data, servers.client(), &registry)?;
+    let issuer = Issuer::Peers { peers: addresses, cluster: config.cluster.clone() };
+    let renewal = start_renewal(config, data, issuer);
     print_line(&format!("exo runs models for the cluster at {peer}"));
     // Cancel-safe: as above.
     let failure = tokio::select! {
@@ -483,6 +502,7 @@ async fn run_agent_alone(
         () = servers.learn(data, signal.clone()) => None,
     };
     agent.stop(AGENT_LIMIT).await;
+    renewal.stop(SERVER_LIMIT).await;
     metrics.stop(SERVER_LIMIT).await;
     failure.map_or(Ok(()), Err)
 }
@@ -503,9 +523,7 @@ async fn serve_metrics(
     let listener = TlsListener::new(socket, server_config(&data.tls(), ClientAuth::Required)?)?;
     let app = metrics_route(registry.clone()).layer(middleware::from_fn(identify));
     Ok(Part::start("metrics server", |stop| async move {
-        axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
-            .with_graceful_shutdown(stop.cancelled_owned())
-            .await?;
+        serve(listener, app, ServeLimits::default(), stop.cancelled_owned()).await;
         Ok(())
     }))
 }

@@ -7,6 +7,7 @@
 mod health;
 mod partition;
 mod place;
+mod preview;
 mod reconcile;
 mod tensor;
 #[cfg(test)]
@@ -18,5 +19,6 @@ pub use place::{
     NodeReason, NodeState, Placement, Placing, RankPlacement, Share, Unplaceable, Why,
     memory_needed, place,
 };
+pub use preview::preview;
 pub use reconcile::{Action, Decision, Observed, create_refused, reconcile, release_lost};
 pub use tensor::Uneven;

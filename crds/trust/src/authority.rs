@@ -126,10 +126,21 @@ impl Authority {
         addresses: Option<&[IpAddr]>,
         now_s: u64,
     ) -> Result<Issued, TrustError> {
-        let key = KeyPair::generate()?;
-        let params = leaf(subject, addresses, now_s)?;
-        let certificate_pem = params.signed_by(&key, &self.issuer)?.pem();
-        Ok(Issued { certificate_pem, key_pem: key.serialize_pem() })
+        let key_pem = KeyPair::generate()?.serialize_pem();
+        let certificate_pem = self.renew(subject, addresses, &key_pem, now_s)?;
+        Ok(Issued { certificate_pem, key_pem })
+    }
+
+    /// Issues a certificate for a key that is there already, so that only one file need be replaced.
+    pub fn renew(
+        &self,
+        subject: &Subject,
+        addresses: Option<&[IpAddr]>,
+        key_pem: &str,
+        now_s: u64,
+    ) -> Result<String, TrustError> {
+        let key = KeyPair::from_pem(key_pem)?;
+        Ok(leaf(subject, addresses, now_s)?.signed_by(&key, &self.issuer)?.pem())
     }
 
     /// Signs a node's request. Only its public key is taken over; subject and names are ours.
@@ -149,9 +160,14 @@ impl Authority {
 impl Request {
     /// Makes a key and a request for it.
     pub fn new() -> Result<Self, TrustError> {
-        let key = KeyPair::generate()?;
+        Self::of_key(KeyPair::generate()?.serialize_pem())
+    }
+
+    /// Makes a request for a key that is there already.
+    pub fn of_key(key_pem: String) -> Result<Self, TrustError> {
+        let key = KeyPair::from_pem(&key_pem)?;
         let csr_pem = CertificateParams::new(Vec::new())?.serialize_request(&key)?.pem()?;
-        Ok(Self { csr_pem, key_pem: key.serialize_pem() })
+        Ok(Self { csr_pem, key_pem })
     }
 }
 
@@ -174,6 +190,13 @@ fn ends_within(certificate_pem: &str, now_s: u64, seconds: u64) -> bool {
     };
     let end = certificate.validity().not_after.timestamp();
     u64::try_from(end).unwrap_or(0) < now_s.saturating_add(seconds)
+}
+
+/// Whom a certificate (PEM) speaks for.
+pub fn certificate_subject(certificate_pem: &str) -> Result<Subject, TrustError> {
+    let der = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
+        .map_err(|error| TrustError::Parse(error.to_string()))?;
+    subject_of(&der)
 }
 
 /// CN and O of a certificate in DER form.

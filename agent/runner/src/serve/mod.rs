@@ -27,7 +27,7 @@ use std::{
 
 use exo_crds::runner::{EXIT_STOPPED, RunnerConfig};
 use exo_engine::exit_now;
-use exo_trust::{ClientAuth, TlsListener, TlsPaths, TrustError};
+use exo_trust::{ClientAuth, ServeLimits, TlsListener, TlsPaths, TrustError};
 use tokio::{
     net::TcpListener,
     runtime::Runtime,
@@ -125,8 +125,9 @@ async fn prepare(
         let app = http::app(shared.clone());
         let reporter_of_http = reporter.clone();
         runtime.spawn(async move {
-            let ended = axum::serve(listener, app.into_make_service()).await;
-            let message = ended.map_or_else(|error| chain(&error), |()| "it ended".to_owned());
+            let never = std::future::pending();
+            exo_trust::serve(listener, app, ServeLimits::default(), never).await;
+            let message = "it ended".to_owned();
             reporter_of_http.fail(&Failure::retryable("HttpFailed", message));
         });
         runtime.spawn(report_throughput(shared.metrics.clone(), reporter.clone()));

@@ -412,7 +412,7 @@ impl Planner<'_> {
 }
 
 /// Nodes with the memory that is left when every shard holds what it will need.
-fn node_states(observed: &Observed<'_>) -> Vec<NodeState> {
+pub(crate) fn node_states(observed: &Observed<'_>) -> Vec<NodeState> {
     let mut states: Vec<NodeState> =
         observed.nodes.iter().map(|node| NodeState::observe(node, 0)).collect();
     for shard in observed.shards {
