@@ -14,7 +14,7 @@ endif
 # nextest runs tests side by side; plain cargo test does too, more slowly.
 TEST_RUNNER := $(shell command -v cargo-nextest >/dev/null 2>&1 && echo "nextest run" || echo "test")
 
-.PHONY: help setup build run demo test test-setup verify fix bench cuda-package clean
+.PHONY: help setup build run demo test test-setup parity verify fix bench cuda-package clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -39,6 +39,10 @@ test: test-setup ## run all tests
 	$(CARGO) build --locked $(BINARIES)
 	$(CARGO) $(TEST_RUNNER) --workspace --locked
 	.venv/bin/python -m pytest -q tests/parity
+
+parity: test-setup ## compare with mlx-lm in full: every architecture, packed form and split on three seeds (an hour or two)
+	$(CARGO) build --locked -p exo-runner
+	.venv/bin/python -m pytest -q tests/parity --full
 
 verify: test-setup ## format, lints, docs and tests; writes nothing
 	$(CARGO) fmt --all --check

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow, bail, ensure};
 use clap::ValueEnum;
@@ -15,7 +15,7 @@ use exo_engine::text::{ChatInput, ChatTemplate, Detokenizer, Tokenizer};
 use exo_engine::{Engine, LoadConfig, Sampling, SeqId, Step, StepOutput};
 use serde::Serialize;
 
-use crate::sampling;
+use crate::{guard, sampling};
 
 /// Prompt tokens fed at a time: enough to fill any device, few enough to bound temporary memory.
 const PREFILL_CHUNK: usize = 2048;
@@ -46,6 +46,9 @@ pub(crate) struct Args {
     /// Print one JSON object at the end instead of text as it comes.
     #[arg(long)]
     json: bool,
+    /// With several ranks: give up when a step, or meeting the others, takes longer.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    stall_limit: u32,
 }
 
 #[derive(clap::Args)]
@@ -163,7 +166,12 @@ struct Logprob {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     ensure!(args.max_tokens > 0, "--max-tokens must be at least 1");
+    guard::start(Duration::from_secs(args.stall_limit.into()))?;
+    guard::watch("forming the group of ranks");
     let group = Group::from_env()?;
+    if let Some(group) = &group {
+        group.self_test()?;
+    }
     let (rank, size) = group.as_ref().map_or((0, 1), |g| (g.rank(), g.size()));
     let (layers, sharding) =
         share_of(&args.model, args.sharding, args.layers.as_ref(), rank, size)?;
@@ -179,7 +187,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         group: group.clone(),
         context_length: 0,
     };
-    let mut engine = Engine::load(&config, &mut |_| {})?;
+    guard::watch_loading();
+    let mut engine = Engine::load(&config, &mut |_| guard::watch_loading())?;
     let output = Output { tokenizer: tokenizer.as_ref(), silent: rank != 0, json: args.json };
     let report = generate(args, &mut engine, group.as_ref(), &prompt, &output)?;
     output.finish(&report)?;
@@ -286,6 +295,7 @@ fn generate(
         if tokens.len() == max_tokens {
             break;
         }
+        guard::watch("a step");
         drawn = engine.step(&Step::Decode { seq: SEQUENCE, token, draw: draws })?;
     }
     if let Some(tokenizer) = output.tokenizer {
@@ -314,6 +324,7 @@ pub(crate) fn prefill(engine: &mut Engine, prompt: &[u32]) -> anyhow::Result<Opt
         left = rest;
         let sample = rest.is_empty();
         let tokens = chunk.to_vec();
+        guard::watch("a part of the prompt");
         drawn = engine.step(&Step::Prefill { seq: SEQUENCE, tokens, sample, draw: 0 })?;
     }
     Ok(drawn)

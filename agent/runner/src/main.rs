@@ -2,6 +2,7 @@
 
 mod bench;
 mod generate;
+mod guard;
 mod sampling;
 mod serve;
 

@@ -13,7 +13,7 @@ use crate::mlx::slice;
 use crate::nn::{Joint, Linear, Rope, last};
 use crate::tensor::Team;
 
-use super::fields::{Fields, bad};
+use super::fields::{Fields, bad, product};
 
 /// What attention needs to know of a configuration.
 #[derive(Clone, Debug)]
@@ -37,7 +37,9 @@ impl AttentionArgs {
         if heads % kv_heads != 0 {
             return Err(bad("num_key_value_heads", format!("{kv_heads} does not divide {heads}")));
         }
-        let head_dim = config.size_or("head_dim", common.width / heads)?;
+        // More heads than features leave none for each.
+        let head_dim = config.size_or("head_dim", (common.width / heads).max(1))?;
+        product("head_dim", [heads, head_dim])?;
         let rope_traditional = config.flag_or("rope_traditional", false)?;
         Ok(Self {
             heads,

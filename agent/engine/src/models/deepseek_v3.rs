@@ -10,7 +10,7 @@ use mlx_rs::{Array, Dtype};
 
 use super::common::{Common, Defaults};
 use super::decoder::{Block, SelfAttention};
-use super::fields::{Fields, bad};
+use super::fields::{Fields, bad, parts, product};
 use super::mlp::{ExpertArgs, Experts, FeedForward, Mixture, Mlp, Routing as AnyRouting, best};
 use super::rope::{Scaling, yarn_magnitude};
 use super::{Architecture, LayerModules, layer_path};
@@ -77,7 +77,9 @@ impl Args {
             v_dim: config.size("v_head_dim")?,
             bias: config.flag_or("attention_bias", false)?,
         };
+        attention.check()?;
         let experts = config.size_if("n_routed_experts")?;
+        let experts = experts.map(|count| parts("n_routed_experts", count)).transpose()?;
         Ok(Self {
             intermediate_size: config.size("intermediate_size")?,
             attention,
@@ -119,10 +121,13 @@ impl MixtureArgs {
             let reason = format!("{k} of {count} experts in {best_groups} of {groups} groups");
             return Err(bad("num_experts_per_tok", reason));
         }
+        let inner = config.size("moe_intermediate_size")?;
+        let shared = config.size_if("n_shared_experts")?;
+        product("n_shared_experts", [inner, shared.unwrap_or(1)])?;
         Ok(Self {
             count,
-            shared: config.size_if("n_shared_experts")?,
-            inner: config.size("moe_intermediate_size")?,
+            shared,
+            inner,
             first_layer: config.count_or("first_k_dense_replace", 0)? as usize,
             layer_step: config.size_or("moe_layer_freq", 1)? as usize,
             routing,
@@ -158,6 +163,14 @@ impl MixtureArgs {
 }
 
 impl AttentionArgs {
+    /// Whether the matrices of all heads can be told by their numbers of rows and columns.
+    fn check(&self) -> Result<(), ConfigError> {
+        let &Self { heads, kv_lora_rank, rope_dim, nope_dim, v_dim, .. } = self;
+        product("qk_nope_head_dim", [heads, nope_dim + rope_dim])?;
+        product("v_head_dim", [heads, nope_dim + v_dim])?;
+        product("kv_lora_rank", [1, kv_lora_rank + rope_dim]).map(drop)
+    }
+
     fn modules(&self, width: i32, out: &mut LayerModules<'_>) {
         let &Self { heads, q_lora_rank, kv_lora_rank, rope_dim, nope_dim, v_dim, bias } = self;
         let what = "attention heads";
@@ -291,17 +304,24 @@ impl Attention {
         let output = cache.each(inputs, |[q_nope, q_pe, latent, k_pe], part| {
             let (latent, k_pe) = part.extend(&latent, &k_pe)?;
             let scores = matmul(times(&q_pe, self.scale)?, k_pe.swap_axes(-1, -2)?)?;
-            self.attend(&q_nope, &latent, &part.hide(scores)?)
+            self.attend(&q_nope, &latent, &part.hide(scores)?, fed)
         })?;
         let output = output.transpose_axes(&[0, 2, 1, 3])?.reshape(&[1, wanted, -1])?;
         self.o_proj.forward_summed(&output, &self.team)
     }
 
     /// One query is taken into the latent's space, which saves making keys and values of all positions; for many
-    /// queries making them is cheaper. Both give the same, `[rows, heads, queries, v_dim]`.
-    fn attend(&self, q_nope: &Array, latent: &Array, scores: &Array) -> Result<Array, Exception> {
+    /// queries making them is cheaper. Both give the same, `[rows, heads, queries, v_dim]`, but round differently in 16
+    /// bits: the number of positions that are fed to a row decides, as in mlx-lm, not that of those wanted.
+    fn attend(
+        &self,
+        q_nope: &Array,
+        latent: &Array,
+        scores: &Array,
+        fed: i32,
+    ) -> Result<Array, Exception> {
         let mask = ScaledDotProductAttentionMask::Array(scores);
-        if q_nope.dim(2) == 1 {
+        if fed == 1 {
             let q = self.embed_q.forward(q_nope)?;
             let output = scaled_dot_product_attention(&q, latent, latent, self.scale, mask, None)?;
             self.unembed_out.forward(&output)
