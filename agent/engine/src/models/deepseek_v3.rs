@@ -312,7 +312,7 @@ impl Attention {
 
     /// One query is taken into the latent's space, which saves making keys and values of all positions; for many
     /// queries making them is cheaper. Both give the same, `[rows, heads, queries, v_dim]`, but round differently in 16
-    /// bits: the number of positions `fed` by each row decides, as in mlx-lm, not that of those wanted.
+    /// bits: the number of positions that are fed to a row decides, as in mlx-lm, not that of those wanted.
     fn attend(
         &self,
         q_nope: &Array,
