@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 
 use crate::{
-    clock,
+    builtin, clock,
     error::ApiError,
     object,
     resource::{Column, Resource},
@@ -231,8 +231,10 @@ fn row(resource: &Resource, object: &Value, kind: RowObject, now: OffsetDateTime
 }
 
 fn column_definitions(resource: &Resource) -> Vec<Value> {
+    // Nobody knows events by their names.
+    let priority = i32::from(resource.builtin && resource.kind == builtin::EVENT);
     let name = json!({
-        "name": "Name", "type": "string", "format": "name", "priority": 0,
+        "name": "Name", "type": "string", "format": "name", "priority": priority,
         "description": "Name of the object, unique within its namespace.",
     });
     let further = resource.columns.iter().map(|column| {

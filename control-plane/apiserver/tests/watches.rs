@@ -3,7 +3,11 @@
 
 mod support;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::Write as _,
+    process::{Command, Stdio},
+};
 
 use axum::{
     Router,
@@ -288,6 +292,23 @@ async fn metrics_are_well_formed() {
         assert!(types.contains_key(wanted), "{wanted} in {text}");
     }
     assert!(text.contains("apiserver_watch_events_total{resource=\"inferenceinstances\"} 1\n"));
+    check_by_promtool(&text);
+}
+
+/// Prometheus' own check, where it is installed.
+fn check_by_promtool(text: &str) {
+    let (input, mut pipe) = std::io::pipe().unwrap();
+    let mut command = Command::new("promtool");
+    command.args(["check", "metrics"]).stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let Ok(running) = command.spawn() else {
+        return;
+    };
+    drop(command);
+    pipe.write_all(text.as_bytes()).unwrap();
+    drop(pipe);
+    let output = running.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.is_empty(), "{said}");
 }
 
 #[tokio::test]
