@@ -173,11 +173,21 @@ pub(crate) struct ListBody {
 
 impl ListBody {
     pub(crate) fn push(&mut self, item: &Value) {
+        self.separate();
+        // Writing into a text can't fail.
+        let _ = write!(self.text, "{item}");
+    }
+
+    /// The same for an item that is text already.
+    pub(crate) fn push_text(&mut self, item: &str) {
+        self.separate();
+        self.text.push_str(item);
+    }
+
+    fn separate(&mut self) {
         if !std::mem::take(&mut self.is_empty) {
             self.text.push(',');
         }
-        // Writing into a text can't fail.
-        let _ = write!(self.text, "{item}");
     }
 
     pub(crate) fn end(self, metadata: &Value) -> String {
