@@ -224,10 +224,11 @@ fn event_fields() -> Map<String, Value> {
 }
 
 fn event_version(fields: &Map<String, Value>) -> Value {
-    let (about, note, last) = if fields.contains_key("note") {
-        ("regarding", "note", "deprecatedLastTimestamp")
+    let (about, note, last, count, source) = if fields.contains_key("note") {
+        let source = ".reportingController";
+        ("regarding", "note", "deprecatedLastTimestamp", "deprecatedCount", source)
     } else {
-        ("involvedObject", "message", "lastTimestamp")
+        ("involvedObject", "message", "lastTimestamp", "count", ".reportingComponent")
     };
     let mut selectable: Vec<Value> =
         ["kind", "namespace", "name", "uid", "apiVersion", "resourceVersion", "fieldPath"]
@@ -248,6 +249,8 @@ fn event_version(fields: &Map<String, Value>) -> Value {
             {"name": "Reason", "type": "string", "jsonPath": ".reason"},
             {"name": "Object", "type": "string", "jsonPath": format!(".{about}")},
             {"name": "Message", "type": "string", "jsonPath": format!(".{note}")},
+            {"name": "Source", "type": "string", "jsonPath": source, "priority": 1},
+            {"name": "Count", "type": "integer", "jsonPath": format!(".{count}"), "priority": 1},
         ],
     })
 }

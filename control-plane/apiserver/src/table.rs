@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 
 use crate::{
-    clock,
+    builtin, clock,
     error::ApiError,
     object,
     resource::{Column, Resource},
@@ -173,11 +173,21 @@ pub(crate) struct ListBody {
 
 impl ListBody {
     pub(crate) fn push(&mut self, item: &Value) {
+        self.separate();
+        // Writing into a text can't fail.
+        let _ = write!(self.text, "{item}");
+    }
+
+    /// The same for an item that is text already.
+    pub(crate) fn push_text(&mut self, item: &str) {
+        self.separate();
+        self.text.push_str(item);
+    }
+
+    fn separate(&mut self) {
         if !std::mem::take(&mut self.is_empty) {
             self.text.push(',');
         }
-        // Writing into a text can't fail.
-        let _ = write!(self.text, "{item}");
     }
 
     pub(crate) fn end(self, metadata: &Value) -> String {
@@ -231,8 +241,10 @@ fn row(resource: &Resource, object: &Value, kind: RowObject, now: OffsetDateTime
 }
 
 fn column_definitions(resource: &Resource) -> Vec<Value> {
+    // Nobody knows events by their names.
+    let priority = i32::from(resource.builtin && resource.kind == builtin::EVENT);
     let name = json!({
-        "name": "Name", "type": "string", "format": "name", "priority": 0,
+        "name": "Name", "type": "string", "format": "name", "priority": priority,
         "description": "Name of the object, unique within its namespace.",
     });
     let further = resource.columns.iter().map(|column| {

@@ -3,7 +3,11 @@
 
 mod support;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::Write as _,
+    process::{Command, Stdio},
+};
 
 use axum::{
     Router,
@@ -66,6 +70,48 @@ async fn bookmarks_tell_of_progress_elsewhere() {
     server.call(Method::POST, INSTANCES, Some(instance("b"))).await;
     let path = format!("{INSTANCES}?watch=1&timeoutSeconds=1&resourceVersion={version}");
     assert_eq!(told(&watch(&server, &path).await), ["ADDED b"], "no bookmark unasked");
+}
+
+/// However an object was written, in whatever order of its fields.
+#[tokio::test]
+async fn lists_and_watches_show_what_get_shows() {
+    let server = support::start();
+    let odd = r#"{"spec": {"model": "m", "environment": {"metadata": "\"metadata\":{"}},
+        "metadata": {"annotations": {"a": "{\"metadata\":{"}, "name": "odd"},
+        "kind": "InferenceInstance", "apiVersion": "exo.dev/v1alpha1"}"#;
+    let request = Request::post(INSTANCES).body(Body::from(odd)).unwrap();
+    assert_eq!(server.send(request).await.0, StatusCode::CREATED);
+    server.call(Method::POST, INSTANCES, Some(instance("plain"))).await;
+    let events = "/apis/events.k8s.io/v1/namespaces/default/events";
+    let event = json!({
+        "apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": {"name": "e"}, "note": "n",
+    });
+    server.call(Method::POST, events, Some(event)).await;
+    for (collection, names) in [(INSTANCES, &["odd", "plain"][..]), (events, &["e"])] {
+        let mut objects = Vec::new();
+        for name in names {
+            objects.push(server.get(&format!("{collection}/{name}")).await.1);
+        }
+        assert_eq!(server.get(collection).await.1["items"], json!(objects));
+        let lines = watch(&server, &format!("{collection}?watch=1&timeoutSeconds=1")).await;
+        let told: Vec<Value> = lines.iter().map(|line| line["object"].clone()).collect();
+        assert_eq!(json!(told), json!(objects));
+        // The same by a selector, for which every object is looked into.
+        let some = format!("{collection}?labelSelector=!none");
+        assert_eq!(server.get(&some).await.1["items"], json!(objects));
+    }
+    let since = server.store.revision();
+    let path = format!("{INSTANCES}/odd");
+    let patch = json!({"metadata": {"labels": {"a": "b"}}});
+    let (_, patched) = server.call(Method::PATCH, &path, Some(patch)).await;
+    server.call(Method::DELETE, &path, None).await;
+    let query = format!("{INSTANCES}?watch=1&timeoutSeconds=1&resourceVersion={since}");
+    let lines = watch(&server, &query).await;
+    assert_eq!(told(&lines), ["MODIFIED odd", "DELETED odd"]);
+    assert_eq!(lines[0]["object"], patched);
+    let mut gone = patched;
+    gone["metadata"]["resourceVersion"] = json!(server.store.revision().to_string());
+    assert_eq!(lines[1]["object"], gone);
 }
 
 #[tokio::test]
@@ -288,6 +334,23 @@ async fn metrics_are_well_formed() {
         assert!(types.contains_key(wanted), "{wanted} in {text}");
     }
     assert!(text.contains("apiserver_watch_events_total{resource=\"inferenceinstances\"} 1\n"));
+    check_by_promtool(&text);
+}
+
+/// Prometheus' own check, where it is installed.
+fn check_by_promtool(text: &str) {
+    let (input, mut pipe) = std::io::pipe().unwrap();
+    let mut command = Command::new("promtool");
+    command.args(["check", "metrics"]).stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let Ok(running) = command.spawn() else {
+        return;
+    };
+    drop(command);
+    pipe.write_all(text.as_bytes()).unwrap();
+    drop(pipe);
+    let output = running.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.is_empty(), "{said}");
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ use crate::{
     error::ApiError,
     selector::Selector,
     server::{Call, text_response},
+    table::Form,
 };
 
 /// Entries read from the store at once while filtering.
@@ -28,8 +29,10 @@ pub(crate) async fn list(call: &Call) -> Result<Response, ApiError> {
     let mut body = call.form.begin_list(&call.resource);
     let now = clock::now();
     // Each object becomes text at once: as values they would take many times the memory.
-    let page = read_page(call, |object| {
-        body.push(&call.form.item(&call.resource, object, now));
+    let whole = call.form == Form::Whole;
+    let page = read_page(call, whole, |object| match object {
+        Found::Text(text) => body.push_text(&text),
+        Found::Object(object) => body.push(&call.form.item(&call.resource, object, now)),
     })
     .await?;
     let mut metadata = json!({"resourceVersion": page.revision.to_string()});
@@ -84,8 +87,18 @@ pub(crate) fn selector(call: &Call) -> Result<Selector, ApiError> {
     )
 }
 
-/// Hands the objects of one page to `take`.
-async fn read_page(call: &Call, mut take: impl FnMut(Value)) -> Result<Page, ApiError> {
+/// An object of a page: as text where nobody had to look into it.
+enum Found {
+    Text(String),
+    Object(Value),
+}
+
+/// Hands the objects of one page to `take`, as texts where they are `wanted_whole`.
+async fn read_page(
+    call: &Call,
+    wanted_whole: bool,
+    mut take: impl FnMut(Found),
+) -> Result<Page, ApiError> {
     let selector = selector(call)?;
     let prefix = prefix(call, &selector);
     let limit = call.query.number("limit")?.unwrap_or(0);
@@ -124,9 +137,16 @@ async fn read_page(call: &Call, mut take: impl FnMut(Value)) -> Result<Page, Api
                 };
                 return Ok(Page { revision: listing.revision, next: Some(next) });
             }
-            let object = call.resource.decode(entry)?;
-            if selector.matches(&call.resource, &object) {
-                take(object);
+            let text = (wanted_whole && selector.is_empty())
+                .then(|| call.resource.text_at(entry, entry.mod_revision));
+            let found = match text.flatten() {
+                Some(text) => Some(Found::Text(text)),
+                None => Some(call.resource.decode(entry)?)
+                    .filter(|object| selector.matches(&call.resource, object))
+                    .map(Found::Object),
+            };
+            if let Some(found) = found {
+                take(found);
                 count += 1;
                 bytes += entry.value.len();
                 if limit == 0 && bytes > max_bytes {
@@ -188,6 +208,10 @@ fn expired(error: StoreError) -> ApiError {
 /// All objects that the call's selector matches, for verbs that act on each.
 pub(crate) async fn matching(call: &Call) -> Result<(Vec<Value>, u64), ApiError> {
     let mut objects = Vec::new();
-    let page = read_page(call, |object| objects.push(object)).await?;
+    let page = read_page(call, false, |found| match found {
+        Found::Object(object) => objects.push(object),
+        Found::Text(_) => {}
+    })
+    .await?;
     Ok((objects, page.revision))
 }

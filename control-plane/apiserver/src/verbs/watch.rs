@@ -128,6 +128,10 @@ fn events(
     stream! {
         let _counted = counted;
         for entry in start.initial {
+            if let Some(line) = writer.whole("ADDED", &entry, entry.mod_revision) {
+                yield Ok(line);
+                continue;
+            }
             match writer.resource.decode(&entry) {
                 Ok(object) if writer.selector.matches(&writer.resource, &object) => {
                     yield Ok(writer.line("ADDED", object));
@@ -196,6 +200,15 @@ impl Writer {
 
     /// What an event is to this watch: objects come and go by the selector too.
     fn event(&mut self, event: &Event) -> Result<Option<Bytes>, ApiError> {
+        let whole = match (&event.previous, &event.current) {
+            (None, Some(entry)) => self.whole("ADDED", entry, event.revision),
+            (Some(_), Some(entry)) => self.whole("MODIFIED", entry, event.revision),
+            (Some(entry), None) => self.whole("DELETED", entry, event.revision),
+            (None, None) => None,
+        };
+        if whole.is_some() {
+            return Ok(whole);
+        }
         let selected = |entry: Option<_>| -> Result<Option<Value>, ApiError> {
             let object = entry.map(|e| self.resource.decode_at(e, event.revision)).transpose()?;
             Ok(object.filter(|o| self.selector.matches(&self.resource, o)))
@@ -213,6 +226,16 @@ impl Writer {
             (Some(Some(object)), None) => Some(self.line("DELETED", object)),
             (None | Some(None), None) => None,
         })
+    }
+
+    /// The line of an object into which nobody has to look.
+    fn whole(&self, kind: &str, entry: &Entry, revision: u64) -> Option<Bytes> {
+        if self.form != Form::Whole || !self.selector.is_empty() {
+            return None;
+        }
+        let text = self.resource.text_at(entry, revision)?;
+        self.told.inc();
+        Some(format!("{{\"type\":\"{kind}\",\"object\":{text}}}\n").into())
     }
 
     fn line(&mut self, kind: &str, object: Value) -> Bytes {
