@@ -17,6 +17,9 @@ fn once(folder: &mut Folder, random: &mut Random) -> String {
     let weights: Vec<String> =
         folder.keys().filter(|name| name.ends_with(".safetensors")).cloned().collect();
     let has_index = folder.contains_key(INDEX);
+    if folder.is_empty() {
+        return "nothing left".to_owned();
+    }
     match random.below(20) {
         0..10 if !weights.is_empty() => {
             let name = random.pick(&weights).clone();
@@ -54,9 +57,6 @@ fn entry(
 /// Whole files go, or stand in for each other.
 fn files(folder: &mut Folder, random: &mut Random) -> String {
     let names: Vec<String> = folder.keys().cloned().collect();
-    if names.is_empty() {
-        return "nothing left".to_owned();
-    }
     let (a, b) = (random.pick(&names).clone(), random.pick(&names).clone());
     match random.below(4) {
         0 => {
