@@ -55,8 +55,9 @@ fix: setup ## format, apply lint fixes, regenerate files; the only command that 
 bench: build test-setup ## measure against mlx-lm on this machine
 	.venv/bin/python tests/parity/bench.py --bin $(PROFILE_DIR)
 
-bench-store: setup ## measure three voters against three members of etcd (needs etcd on the path)
+bench-store: build ## measure three voters against three members of etcd (needs etcd on the path)
 	$(CARGO) bench --locked -p exo-store --features etcd --bench store
+	EXO_BIN_DIR=$(CURDIR)/$(PROFILE_DIR) $(CARGO) bench --locked -p exo-tests --bench scale
 
 clean: ## remove everything that was built or fetched
 	rm -rf target .venv .mlx .cargo
