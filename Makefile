@@ -63,8 +63,9 @@ bench: build test-setup ## measure speed beside mlx-lm's, and memory, on this ma
 cuda-package: build ## pack what a Linux machine with an NVIDIA GPU needs into target/cuda
 	@deploy/mlx/cuda-package.sh $(PROFILE_DIR) target/cuda
 
-bench-store: setup ## measure three voters against three members of etcd (needs etcd on the path)
+bench-store: build ## measure three voters against three members of etcd (needs etcd on the path)
 	$(CARGO) bench --locked -p exo-store --features etcd --bench store
+	EXO_BIN_DIR=$(CURDIR)/$(PROFILE_DIR) $(CARGO) bench --locked -p exo-tests --bench scale
 
 clean: ## remove everything that was built or fetched
 	rm -rf target .venv .mlx .cargo

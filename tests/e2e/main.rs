@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod etcd;
 mod failures;
 mod operations;
 mod partitions;

@@ -349,13 +349,22 @@ impl Exo {
         Ok(())
     }
 
-    /// Starts again on the same data directory and the same ports.
+    /// Starts again on the same data directory and the same ports, by its data: without peers.
     pub fn restart(&mut self) -> anyhow::Result<()> {
         let port = |url: &str| url.rsplit(':').next().map(|p| p.trim_end_matches("/v1").to_owned());
         if !self.endpoints.is_empty() {
             let gateway = port(self.gateway()?).context("the gateway has a port")?;
             let api = port(self.api()?).context("the API has a port")?;
-            self.args = ["--port", &gateway, "--api-port", &api].map(str::to_owned).to_vec();
+            let mut args = ["--port", &gateway, "--api-port", &api].map(str::to_owned).to_vec();
+            let mut old = self.args.iter();
+            while let Some(arg) = old.next() {
+                if ["--port", "--api-port", "--peers"].contains(&arg.as_str()) {
+                    old.next();
+                } else {
+                    args.push(arg.clone());
+                }
+            }
+            self.args = args;
         }
         self.child = Self::spawn(&self.name, &self.data_dir, &self.place, &self.log, &self.args)?;
         self.read_banner()

@@ -73,6 +73,12 @@ pub enum DiskError {
         #[source]
         source: serde_json::Error,
     },
+    #[error("starting the thread that writes {path}")]
+    Thread {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("{path} is closed")]
     Closed { path: PathBuf },
     #[error("{path} is damaged: {what}")]
@@ -94,6 +100,8 @@ pub(super) type Meta = SnapshotMeta<u64, MemberNode>;
 
 pub(super) struct Disk {
     path: PathBuf,
+    /// 0 before the format is checked.
+    node_id: u64,
     /// `None` once closed.
     database: RwLock<Option<Database>>,
     mark: Mutex<MarkFile>,
@@ -104,7 +112,7 @@ impl Disk {
     pub(super) fn open(dir: &Path, node_id: u64) -> Result<Self, DiskError> {
         std::fs::create_dir_all(dir)
             .map_err(|source| DiskError::Folder { path: dir.to_owned(), source })?;
-        let disk = Self::open_file(dir)?;
+        let disk = Self { node_id, ..Self::open_file(dir)? };
         disk.check_format(node_id)?;
         disk.check_mark()?;
         Ok(disk)
@@ -122,7 +130,7 @@ impl Disk {
             let path = dir.join("store.mark");
             DiskError::Mark { path, source }
         })?;
-        Ok(Self { path, database: RwLock::new(Some(database)), mark: Mutex::new(mark) })
+        Ok(Self { path, node_id: 0, database: RwLock::new(Some(database)), mark: Mutex::new(mark) })
     }
 
     /// The node to which the file of `dir` belongs, if there is one.
@@ -161,6 +169,14 @@ impl Disk {
             }
             None => Err(self.inconsistent("it names no node")),
         }
+    }
+
+    pub(super) fn own_id(&self) -> u64 {
+        self.node_id
+    }
+
+    pub(super) fn no_thread(&self, source: std::io::Error) -> DiskError {
+        DiskError::Thread { path: self.path.clone(), source }
     }
 
     /// Nothing that was complete is gone. From here on the mark says what is there.

@@ -10,6 +10,7 @@ use openraft::{
 use super::{
     MemberNode, Request, Response, SnapshotData, TypeConfig,
     disk::{Disk, DiskError, Meta},
+    log::Flushing,
 };
 use crate::{
     command,
@@ -22,6 +23,7 @@ type Result<T, E = StorageError<u64>> = std::result::Result<T, E>;
 pub(super) struct StateMachine {
     shared: Arc<Shared>,
     disk: Arc<Disk>,
+    flushing: Option<Flushing>,
     applied: Option<LogId<u64>>,
     membership: StoredMembership<u64, MemberNode>,
 }
@@ -32,6 +34,7 @@ impl StateMachine {
         let mut machine = Self {
             shared: Shared::new(State::default()),
             disk: Arc::clone(disk),
+            flushing: None,
             applied: None,
             membership: StoredMembership::default(),
         };
@@ -40,6 +43,11 @@ impl StateMachine {
             machine.adopt(&meta, image);
         }
         Ok(machine)
+    }
+
+    /// Applies only what this log has on disk.
+    pub(super) fn after(&mut self, flushing: Flushing) {
+        self.flushing = Some(flushing);
     }
 
     pub(super) fn shared(&self) -> &Arc<Shared> {
@@ -78,6 +86,12 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     {
         let mut responses = Vec::new();
         for entry in entries {
+            if let Some(flushing) = &self.flushing {
+                flushing
+                    .reached(entry.log_id.index)
+                    .await
+                    .map_err(|error| StorageIOError::apply(entry.log_id, AnyError::new(&error)))?;
+            }
             self.applied = Some(entry.log_id);
             responses.push(match entry.payload {
                 EntryPayload::Blank => Response(Vec::new()),

@@ -190,23 +190,25 @@ impl RaftBackend {
             .await
             .map_err(|error| OpenError::Raft(error.to_string()))??;
         let disk = Arc::new(disk);
-        let machine = StateMachine::load(&disk)?;
+        let mut machine = StateMachine::load(&disk)?;
         let shared = Arc::clone(machine.shared());
         let log = LogStore::open(Arc::clone(&disk))?;
         let (proposals, growth) = (log.proposals(), log.growth());
+        machine.after(log.flushing());
         let caller = Caller::new(config.node_id, peering.as_ref());
-        let peers = Peers(caller.clone());
+        let peers = Peers { caller: caller.clone(), flushing: log.flushing() };
         let raft = NodeRaft::new(config.node_id, settings()?, peers, log, machine)
             .await
             .map_err(|e| fault(&e))?;
         let joins = peering.is_some_and(|p| p.begin == Begin::Join);
-        if !joins && !raft.is_initialized().await.map_err(|e| fault(&e))? {
+        let is_new = !raft.is_initialized().await.map_err(|e| fault(&e))?;
+        if is_new && !joins {
             let node = MemberNode::of(&config.name, &config.address);
             raft.initialize(BTreeMap::from([(config.node_id, node)]))
                 .await
                 .map_err(|e| fault(&e))?;
         }
-        start_alone(&raft, config.node_id).await?;
+        start_alone(&raft, config.node_id, is_new).await?;
         let node =
             Arc::new(Node { id: config.node_id, raft, caller, proposals, disk: Arc::clone(&disk) });
         let now = leadership(&node.metrics().borrow());
@@ -316,9 +318,9 @@ impl RaftBackend {
     }
 }
 
-/// Waits until a single voter leads and has applied its log. It stands for election at once when
-/// it is new, and resumes its own leadership when it restarts, so no timeout passes here.
-async fn start_alone(raft: &NodeRaft, node_id: u64) -> Result<(), OpenError> {
+/// Waits until a single voter leads and has applied its log. It stands for election at once, so no
+/// timeout passes here.
+async fn start_alone(raft: &NodeRaft, node_id: u64, is_new: bool) -> Result<(), OpenError> {
     // Asked of the core itself: the metrics may still be those of before the start.
     let alone = raft
         .with_raft_state(move |state| state.membership_state.effective().voter_ids().eq([node_id]))
@@ -326,6 +328,10 @@ async fn start_alone(raft: &NodeRaft, node_id: u64) -> Result<(), OpenError> {
         .map_err(|e| fault(&e))?;
     if !alone {
         return Ok(());
+    }
+    // A new one has begun to do so.
+    if !is_new {
+        raft.trigger().elect().await.map_err(|e| fault(&e))?;
     }
     raft.wait(Some(START_LIMIT))
         .metrics(

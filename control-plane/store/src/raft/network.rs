@@ -15,10 +15,12 @@ use openraft::{
     },
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tokio::time::timeout;
 
 use super::{
     MemberNode, TypeConfig,
     call::{CallError, Caller, Target},
+    log::Flushing,
 };
 
 /// A body of appends ends about here; longer ones are cut in two.
@@ -26,12 +28,19 @@ const APPEND_BYTES: usize = 8 << 20;
 /// An unreachable node is tried again after this long.
 const RETRY: Duration = Duration::from_millis(200);
 
+/// A follower hears of commits at most so much later, so that it need not be told again.
+const FLUSH_PATIENCE: Duration = Duration::from_millis(20);
+
 /// Makes connections.
-pub(super) struct Peers(pub(super) Caller);
+pub(super) struct Peers {
+    pub(super) caller: Caller,
+    pub(super) flushing: Flushing,
+}
 
 /// One other node.
 pub(super) struct Peer {
     caller: Caller,
+    flushing: Flushing,
     target: Target,
 }
 
@@ -101,16 +110,25 @@ impl RaftNetworkFactory<TypeConfig> for Peers {
     type Network = Peer;
 
     async fn new_client(&mut self, id: u64, node: &MemberNode) -> Peer {
-        Peer { caller: self.0.clone(), target: Target { id, address: node.addr.clone() } }
+        Peer {
+            caller: self.caller.clone(),
+            flushing: self.flushing.clone(),
+            target: Target { id, address: node.addr.clone() },
+        }
     }
 }
 
 impl RaftNetwork<TypeConfig> for Peer {
     async fn append_entries(
         &mut self,
-        request: AppendEntriesRequest<TypeConfig>,
+        mut request: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<u64>> {
+        // A commit counts when it is on this disk too; see `log`.
+        if let Some(commit) = request.leader_commit {
+            let _ = timeout(FLUSH_PATIENCE, self.flushing.reached(commit.index)).await;
+            request.leader_commit = self.flushing.at_most(commit);
+        }
         let body = json(&request);
         if body.len() > APPEND_BYTES && request.entries.len() > 1 {
             let half = request.entries.len() as u64 / 2;

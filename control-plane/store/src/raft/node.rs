@@ -142,13 +142,9 @@ impl Node {
                 Place::Nowhere("this node has lost its vote and hands over".to_owned())
             }
             Some(id) if id == self.id && metrics.state == ServerState::Leader => {
-                match metrics.millis_since_quorum_ack {
-                    Some(ms) if ms > QUORUM_LOST_MS && membership.voter_ids().count() > 1 => {
-                        Place::Nowhere(format!(
-                            "no majority of voters has answered this leader for {ms} ms"
-                        ))
-                    }
-                    _ => Place::Here,
+                match quorum_lost(&metrics) {
+                    Some(why) => Place::Nowhere(why),
+                    None => Place::Here,
                 }
             }
             Some(id) if id != self.id => match membership.get_node(&id) {
@@ -156,6 +152,20 @@ impl Node {
                 None => Place::Nowhere(format!("the leader {id} is not a member")),
             },
             _ => Place::Nowhere("no leader is known".to_owned()),
+        }
+    }
+
+    /// Waits until this node leads without a majority, and says so.
+    pub(super) async fn loses_quorum(&self) -> String {
+        let mut metrics = self.raft.metrics();
+        loop {
+            if let Some(why) = quorum_lost(&metrics.borrow_and_update()) {
+                return why;
+            }
+            // Raft tells of its state with every heartbeat; a sender that is gone tells nothing.
+            if metrics.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
         }
     }
 
@@ -176,4 +186,12 @@ impl Node {
             metrics.wait_for(|m| m.last_applied.is_some_and(|applied| applied.index >= index));
         index == 0 || matches!(timeout_at(deadline, reached).await, Ok(Ok(_)))
     }
+}
+
+/// Why this leader can't commit anything, if it leads and can't.
+fn quorum_lost(metrics: &RaftMetrics<u64, MemberNode>) -> Option<String> {
+    let several = metrics.membership_config.membership().voter_ids().count() > 1;
+    let ms = metrics.millis_since_quorum_ack.filter(|ms| *ms > QUORUM_LOST_MS)?;
+    (several && metrics.state == ServerState::Leader)
+        .then(|| format!("no majority of voters has answered this leader for {ms} ms"))
 }

@@ -203,6 +203,21 @@ async fn a_complete_last_commit_that_is_damaged_is_no_torn_one() {
     assert!(error.to_string().contains("store.mark"), "{error}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_starts_again_begins_a_new_term() {
+    let dir = TempDir::new().unwrap();
+    let mut terms = Vec::new();
+    for round in 0..3 {
+        let store = Store::raft(config(dir.path())).await.unwrap();
+        assert!(store.is_leader());
+        put(&store, "/a", &round.to_string()).await;
+        terms.push(store.leadership().borrow().term);
+        store.shutdown().await;
+    }
+    // In the old one it may have sent entries to others that are not on its own disk.
+    assert!(terms.is_sorted_by(|a, b| a < b), "{terms:?}");
+}
+
 fn log_id(term: u64, index: u64) -> openraft::LogId<u64> {
     openraft::LogId::new(openraft::CommittedLeaderId::new(term, 1), index)
 }

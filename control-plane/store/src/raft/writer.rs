@@ -222,7 +222,14 @@ impl Proposal {
             Self::Begun { mark, answer } => (mark, answer),
             Self::Refused(refusal) => return Err(refusal),
         };
-        let result = timeout_at(deadline, answer).await;
+        // Cancel-safe: what the other branch waits for is looked at again by whoever asks next.
+        let result = tokio::select! {
+            result = timeout_at(deadline, answer) => result,
+            why = node.loses_quorum() => {
+                node.proposals.end(mark);
+                return Err(Refusal::Unknown(why));
+            }
+        };
         let logged = node.proposals.end(mark);
         match result {
             Ok(Ok(Ok(done))) => {
