@@ -3,6 +3,7 @@
 mod bench;
 mod generate;
 mod guard;
+mod sampling;
 mod serve;
 
 use std::process::ExitCode;
