@@ -27,6 +27,11 @@ use serde::{Deserialize, Serialize};
     printcolumn(name = "Model", type_ = "string", json_path = ".spec.model"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.ready"),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].reason"
+    ),
     printcolumn(name = "Nodes", type_ = "string", json_path = ".status.nodes"),
     printcolumn(
         name = "Message",
@@ -74,9 +79,10 @@ fn one() -> u32 {
     1
 }
 
-// Enough to keep two pipeline stages busy without holding many caches in memory.
+// A decode step reads the weights once for all of them: up to about this many cost little more than
+// one. How many caches fit is looked after by the runner.
 fn default_concurrency() -> u32 {
-    4
+    16
 }
 
 fn yes() -> bool {

@@ -47,7 +47,7 @@ pub struct ModelSpec {
 }
 
 fn default_shardings() -> Vec<ShardingKind> {
-    vec![ShardingKind::Pipeline]
+    vec![ShardingKind::Pipeline, ShardingKind::Tensor]
 }
 
 /// Where weights come from: exactly one of `path` and `repo`.
@@ -91,6 +91,15 @@ pub struct Architecture {
     /// Longest sequence, in tokens.
     #[schemars(range(min = 1))]
     pub context_length: u32,
+    /// Inner features of the MLP. Placement checks that tensor sharding divides them; where they are
+    /// not given, the runners do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub intermediate_size: Option<u32>,
+    /// Inner features of one expert; as above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub moe_intermediate_size: Option<u32>,
 }
 
 /// Size of the weights by part, in bytes.

@@ -1,37 +1,29 @@
 """Decode and prefill speed of exo-runner beside mlx-lm's on this machine, in turn, on the same random weights.
 
-Prints one JSON object; `ratio` is ours over mlx-lm's, of the medians. Measures, asserts nothing.
+Prints one JSON object. `ratio` is ours over mlx-lm's, of the medians; `host_ms` is what a decode step costs the host:
+`build` for making the graph, `submit` for handing it to the device. Measures, asserts nothing.
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import mlx.core as mx
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import generate_step, generation_stream
+from mlx_lm.models.cache import make_prompt_cache
 
 import reference
 import runner
-import tiny_models
+import shapes
 
-# The shape of the built-in model, and one where the weights outweigh the host's work.
-TINY = {
-    "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 704,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "vocab_size": 1024,
-    "max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": False,
-}
-SMALL = TINY | {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2048,
-                "num_attention_heads": 12, "vocab_size": 32000}
-SHAPES = {
-    "tiny-bf16": dict(config=TINY, dtype=mx.bfloat16),
-    "tiny-4bit": dict(config=TINY, dtype=mx.bfloat16, bits=4),
-    "tiny-f32": dict(config=TINY),
-    "134m-4bit": dict(config=SMALL, dtype=mx.bfloat16, bits=4),
-}
+CPU_SHAPES = "tiny-bf16,tiny-4bit,tiny-f32,134m-bf16,134m-4bit"
+GPU_SHAPES = "1b-bf16,8b-bf16,8b-4bit"
 
 
 def mlx_lm_speed(model, prompt, max_tokens):
@@ -40,48 +32,103 @@ def mlx_lm_speed(model, prompt, max_tokens):
     times = []
     for _ in generate_step(mx.array(prompt), model, max_tokens=max_tokens):
         times.append(time.perf_counter())
-    return times[0] - start, (len(times) - 1) / (times[-1] - times[0])
+    return {"first_token_s": times[0] - start, "decode": (len(times) - 1) / (times[-1] - times[0])}
 
 
-def our_speed(folder, prompt, max_tokens, bin):
-    found = runner.generate(folder, prompt, max_tokens=max_tokens, bin=bin)
-    assert len(found["tokens"]) == max_tokens, "the random model must not stop early"
-    return found["time_to_first_token_s"], found["decode_tokens_per_s"]
+def mlx_lm_host(model, prompt, steps):
+    """Mean milliseconds of a decode step's parts, in generate_step's own order of work."""
+    cache = make_prompt_cache(model)
+    spent = {"build": 0.0, "submit": 0.0, "wait": 0.0}
+
+    def step(tokens):
+        logits = model(tokens[None], cache=cache)[:, -1, :]
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        return mx.argmax(logprobs, axis=-1), logprobs
+
+    with mx.stream(generation_stream):
+        token, logprobs = step(mx.array(prompt))
+        mx.async_eval(token, logprobs)
+        for _ in range(steps):
+            marks = [time.perf_counter()]
+            following, logprobs = step(token)
+            marks.append(time.perf_counter())
+            mx.async_eval(following, logprobs)
+            marks.append(time.perf_counter())
+            token.item()
+            marks.append(time.perf_counter())
+            for part, (a, b) in zip(spent, zip(marks, marks[1:])):
+                spent[part] += (b - a) * 1e3 / steps
+            token = following
+        mx.eval(token)
+    return spent
+
+
+def our_speed(folder, args):
+    """One process, whose rounds follow each other."""
+    command = [str(runner.binary(args.bin)), "bench", "--model", str(folder), "--json",
+               "--prompt-tokens", str(args.prompt_tokens), "--max-tokens", str(args.max_tokens),
+               "--rounds", str(args.rounds)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("MLX_RANK", "MLX_HOSTFILE")}
+    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout)
 
 
 def measure(name, folder, args):
-    tiny_models.save(folder, seed=1, **SHAPES[name])
+    shapes.save(name, folder)
+    loading = time.perf_counter()
     model, _ = reference.load(folder)
+    loading = time.perf_counter() - loading
     draw = random.Random(0)
     prompt = [draw.randrange(1000) for _ in range(args.prompt_tokens)]
     mlx_lm_speed(model, prompt, 16)
-    ours, theirs = [], []
-    for _ in range(args.rounds):
-        theirs.append(mlx_lm_speed(model, prompt, args.max_tokens))
-        ours.append(our_speed(folder, prompt, args.max_tokens, args.bin))
+    ours, theirs, host = [], [], []
+    for _ in range(args.turns):
+        theirs += [mlx_lm_speed(model, prompt, args.max_tokens) for _ in range(args.rounds)]
+        host.append(mlx_lm_host(model, prompt, args.max_tokens))
+        mx.clear_cache()
+        ours.append(our_speed(folder, args))
+    runs = [report["runs"][0] for report in ours]
 
-    def compare(pick):
-        a, b = (statistics.median(map(pick, side)) for side in (ours, theirs))
+    def compare(a, b):
+        a, b = statistics.median(a), statistics.median(b)
         return {"exo": round(a, 1), "mlx_lm": round(b, 1), "ratio": round(a / b, 3)}
 
+    def parts(steps):
+        return {p: round(statistics.median(s[p] for s in steps), 3) for p in ("build", "submit", "wait")}
+
     return {
-        "decode_tokens_per_s": compare(lambda run: run[1]),
-        "prefill_tokens_per_s": compare(lambda run: args.prompt_tokens / run[0]),
+        "decode_tokens_per_s": compare(
+            [run["decode_tokens_per_s"] for run in runs], [run["decode"] for run in theirs]),
+        "prefill_tokens_per_s": compare(
+            [run["prefill_tokens_per_s"] for run in runs],
+            [args.prompt_tokens / run["first_token_s"] for run in theirs]),
+        "step_ms": {"exo": parts([run["step_ms"] for run in runs]), "mlx_lm": parts(host)},
+        "load_s": {"exo": round(min(report["load_s"] for report in ours), 2), "mlx_lm": round(loading, 2)},
+        "peak_memory_mb": {"exo": max(report["peak_memory_bytes"] for report in ours) >> 20,
+                           "mlx_lm": mx.get_peak_memory() >> 20},
     }
 
 
 def main():
+    gpu = mx.default_device() == mx.Device(mx.gpu)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bin", help="folder of exo-runner (default: the newest under target)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3, help="changes between the two (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds per turn (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated: %(default)s")
+    parser.add_argument("--shapes", default=GPU_SHAPES if gpu else CPU_SHAPES,
+                        help="comma-separated: %(default)s; known: " + ", ".join(shapes.SHAPES))
+    parser.add_argument("--models", type=Path, help="where checkpoints are kept (default: nowhere)")
     args = parser.parse_args()
     result = {"binary": str(runner.binary(args.bin)), "device": str(mx.default_device())}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.shapes.split(","):
-            result[name] = measure(name, Path(folder) / name, args)
+            mx.reset_peak_memory()
+            result[name] = measure(name, (args.models or Path(folder)) / name, args)
+            mx.clear_cache()
     print(json.dumps(result, indent=2))
 
 

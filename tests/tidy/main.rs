@@ -98,7 +98,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("exo-apiserver", &["exo-crds", "exo-store", "exo-trust"]),
         ("exo-controllers", &["exo-crds", "exo-plan"]),
         ("exo-gateway", &["exo-crds", "exo-trust"]),
-        ("exoctl", &["exo-crds"]),
+        ("exoctl", &["exo-crds", "exo-plan"]),
         ("exo-agent", &["exo-crds", "exo-plan", "exo-trust"]),
         ("exo-engine", &[]),
         ("exo-runner", &["exo-crds", "exo-engine", "exo-trust"]),

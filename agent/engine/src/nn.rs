@@ -3,10 +3,11 @@
 
 use std::ffi::CStr;
 
-use mlx_rs::Array;
 use mlx_rs::error::Exception;
 use mlx_rs::ops::{addmm, gather_mm, matmul, quantize};
+use mlx_rs::{Array, Dtype};
 
+use crate::batch::Offset;
 use crate::mlx::{Quantized, slice};
 use crate::tensor::Team;
 
@@ -139,6 +140,45 @@ impl Linear {
     }
 }
 
+/// Projections of the same input. Where their matrices lie one behind the other in one, a single product serves all.
+pub(crate) enum Joint {
+    /// `ends` are the rows at which each part ends.
+    One {
+        linear: Linear,
+        ends: Vec<i32>,
+    },
+    Apart(Vec<Linear>),
+}
+
+impl Joint {
+    /// `rows` are those of each part.
+    pub(crate) fn one(linear: Linear, rows: &[i32]) -> Self {
+        let mut end = 0;
+        let next = |rows: &i32| {
+            end += rows;
+            end
+        };
+        Self::One { linear, ends: rows.iter().map(next).collect() }
+    }
+
+    /// `x` `[batch, positions, columns]` to the result of each of the `N` parts, `[batch, positions, rows]`.
+    pub(crate) fn forward<const N: usize>(&self, x: &Array) -> Result<[Array; N], Exception> {
+        let results: Result<Vec<Array>, Exception> = match self {
+            Self::Apart(parts) => parts.iter().map(|part| part.forward(x)).collect(),
+            Self::One { linear, ends } => {
+                let all = linear.forward(x)?;
+                let (batch, positions) = (all.dim(0), all.dim(1));
+                let starts = [0].iter().chain(ends);
+                let cut = |(&start, &end): (&i32, &i32)| {
+                    slice(&all, &[0, 0, start], &[batch, positions, end])
+                };
+                starts.zip(ends).map(cut).collect()
+            }
+        };
+        Ok(results?.try_into().unwrap_or_else(|_| panic!("not {N} projections")))
+    }
+}
+
 /// Several matrices `[rows, columns]` of one shape: one per expert, or one per head.
 pub(crate) enum Stack {
     Dense { weight: Array, transposed: Array },
@@ -251,8 +291,8 @@ pub(crate) enum Frequencies {
 }
 
 impl Rope {
-    /// Rotates `x` of shape `[batch, heads, positions, dims]`, whose first position is `offset`.
-    pub(crate) fn forward(&self, x: &Array, offset: i32) -> Result<Array, Exception> {
+    /// Rotates `x` of shape `[rows, heads, positions, dims]`, whose first position is `offset`.
+    pub(crate) fn forward(&self, x: &Array, offset: &Offset) -> Result<Array, Exception> {
         let (base, periods) = match &self.frequencies {
             Frequencies::Base(base) => (Some(*base), None),
             Frequencies::Periods(periods) => (None, Some(periods)),
@@ -261,14 +301,33 @@ impl Rope {
             clippy::float_cmp,
             reason = "1 is set, not computed, where nothing is to be scaled"
         )]
-        let scaled = if self.magnitude == 1.0 { x.clone() } else { times(x, self.magnitude)? };
-        mlx_rs::fast::rope(&scaled, self.dims, self.traditional, base, self.scale, offset, periods)
+        let scaled = if self.magnitude == 1.0 { None } else { Some(times(x, self.magnitude)?) };
+        let x = scaled.as_ref().unwrap_or(x);
+        let &Self { dims, traditional, scale, .. } = self;
+        match offset {
+            Offset::All(offset) => {
+                mlx_rs::fast::rope(x, dims, traditional, base, scale, *offset, periods)
+            }
+            Offset::ByRow(offsets) => {
+                mlx_rs::fast::rope_dynamic(x, dims, traditional, base, scale, offsets, periods)
+            }
+        }
     }
 }
 
 /// `x · factor` in the type of `x`.
 pub(crate) fn times(x: &Array, factor: f32) -> Result<Array, Exception> {
     x.multiply(Array::from_f32(factor).as_dtype(x.dtype())?)
+}
+
+/// The least number of a float type: what hides a score from softmax.
+pub(crate) fn least(dtype: Dtype) -> Result<Array, Exception> {
+    let least = match dtype {
+        Dtype::Float16 => -65_504.0,
+        Dtype::Bfloat16 => -3.389_531_4e38,
+        _ => f32::MIN,
+    };
+    Array::from_f32(least).as_dtype(dtype)
 }
 
 /// The last `wanted` positions of `[1, positions, features]`.
@@ -278,4 +337,33 @@ pub(crate) fn last(x: &Array, wanted: i32) -> Result<Array, Exception> {
         return Ok(x.clone());
     }
     slice(x, &[0, positions - wanted, 0], &[1, positions, width])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn joined_projections_are_those_of_their_parts() {
+        let matrix = |rows: i32, from: i32| {
+            let values: Vec<f32> = (from..from + rows * 2).map(|v| v as f32).collect();
+            Array::from_slice(&values, &[rows, 2])
+        };
+        let x = Array::from_slice(&[1.0_f32, 2.0, -3.0, 0.5], &[1, 2, 2]);
+        // The parts' rows follow each other in the joint matrix.
+        let joint = Joint::one(Linear::dense(&matrix(6, 0), None), &[3, 1, 2]);
+        let parts = [(3, 0), (1, 6), (2, 8)];
+        let apart = parts
+            .map(|(rows, from)| Linear::dense(&matrix(rows, from), None))
+            .into_iter()
+            .collect();
+        let joint: [Array; 3] = joint.forward(&x).unwrap();
+        let apart: [Array; 3] = Joint::Apart(apart).forward(&x).unwrap();
+        for ((joint, apart), (rows, _)) in joint.iter().zip(&apart).zip(parts) {
+            assert_eq!(joint.shape(), [1, 2, rows]);
+            let values =
+                |array: &Array| -> Vec<f32> { array.contiguous().unwrap().to_vec_exact().unwrap() };
+            assert_eq!(values(joint), values(apart));
+        }
+    }
 }

@@ -1,6 +1,9 @@
 //! One process is one rank of a model. Owns the command line; the work is in the modules.
 
+mod bench;
 mod generate;
+mod guard;
+mod sampling;
 mod serve;
 
 use std::process::ExitCode;
@@ -18,6 +21,8 @@ struct Cli {
 enum Command {
     /// Continue a prompt and print the answer.
     Generate(generate::Args),
+    /// Measure prefill and decoding on random prompts.
+    Bench(bench::Args),
     /// Serve one rank of a shard, as an agent starts it.
     Serve(serve::Args),
 }
@@ -25,6 +30,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Serve(args) => serve::run(&args),
     };
     match result {

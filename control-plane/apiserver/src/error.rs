@@ -260,6 +260,7 @@ impl From<StoreError> for ApiError {
             StoreError::NotLeader { .. }
             | StoreError::Unknown(_)
             | StoreError::Unavailable(_)
+            | StoreError::Full(_)
             | StoreError::Closed => Self::Unavailable(error.to_string()),
         }
     }

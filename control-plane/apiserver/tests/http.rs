@@ -137,7 +137,7 @@ async fn defaults_of_the_schema_are_stored() {
         created["spec"],
         json!({
             "model": "tiny", "replicas": 1, "sharding": "Auto", "transport": "Auto", "nodes": {},
-            "maxConcurrency": 4, "fastSynch": true
+            "maxConcurrency": 16, "fastSynch": true
         })
     );
     let (_, read) = server.get(&format!("{INSTANCES}/a")).await;

@@ -153,7 +153,8 @@ async fn act(
         let phase = |status: &exo_crds::InferenceInstanceStatus| status.phase;
         let before = instance.status.as_ref().and_then(phase);
         if before != decision.status.phase {
-            tracing::info!(instance = name, phase = ?decision.status.phase, "instance");
+            let phase = decision.status.phase.map(tracing::field::debug);
+            tracing::info!(instance = name, phase, "instance");
         }
         instance.status = Some(decision.status.clone());
         instance = replace_status(api, &instance).await?;

@@ -32,14 +32,16 @@ pub enum LoadError {
     MissingFile { tensor: String, path: PathBuf },
     #[error("'{module}' can't be split over {ranks} ranks: {reason}")]
     Split { module: String, ranks: i32, reason: String },
+    #[error("tensor '{tensor}' could not be put on the device: {reason}")]
+    Device { tensor: String, reason: String },
     #[error("the checkpoint does not fit the model: {0}")]
     Mismatch(Mismatch),
 }
 
 impl LoadError {
-    /// False where another try could go better: the file system, or files still on their way.
+    /// False where another try could go better: the file system, files still on their way, the device's memory.
     pub fn is_permanent(&self) -> bool {
-        !matches!(self, Self::Io { .. } | Self::MissingFile { .. })
+        !matches!(self, Self::Io { .. } | Self::MissingFile { .. } | Self::Device { .. })
     }
 }
 

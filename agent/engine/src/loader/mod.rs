@@ -18,8 +18,8 @@ use module::Wanted;
 pub(crate) use module::{Home, Kind, Module, Split};
 
 use crate::config::Quantization;
-use crate::mlx::from_bytes;
-use crate::nn::{Embedding, Linear, Mode, Packed, Packing, Stack};
+use crate::mlx::{from_bytes, on_device};
+use crate::nn::{Embedding, Joint, Linear, Mode, Packed, Packing, Stack};
 use crate::tensor::Share;
 
 /// What has been read so far; the last report has `done == total`.
@@ -44,6 +44,17 @@ pub(crate) struct Selection<'a> {
 pub(crate) struct Weights {
     arrays: BTreeMap<String, Array>,
     packings: BTreeMap<String, Packing>,
+    /// For each joint matrix the rows of its parts.
+    joints: BTreeMap<String, Vec<i32>>,
+}
+
+/// A module's tensor, and whether this rank holds it.
+type Listed<'a> = (&'a Module, bool, Wanted);
+
+/// What becomes one array: a tensor, or those of joined matrices one behind the other.
+struct Parameter<'a> {
+    key: String,
+    parts: Vec<&'a Wanted>,
 }
 
 /// Checks the checkpoint against the whole model and reads what is selected.
@@ -65,18 +76,75 @@ pub(crate) fn load(
     }
     check(checkpoint, &wanted, selection.ignored)?;
 
-    let owned = || wanted.iter().filter(|(_, owned, _)| *owned);
-    let bytes_total = owned().map(|(.., tensor)| length(checkpoint, tensor)).sum();
+    let joints = fitting_joints(checkpoint, &wanted, &packings);
+    let parameters = parameters(&wanted, &joints);
+    let bytes = |parameter: &Parameter<'_>| -> u64 {
+        parameter.parts.iter().map(|tensor| length(checkpoint, tensor)).sum()
+    };
+    let bytes_total = parameters.iter().map(bytes).sum();
     let mut bytes_done = 0;
     let mut arrays = BTreeMap::new();
-    for (module, _, tensor) in owned() {
-        let name = tensor.sources[0].rsplit('.').next().unwrap_or_default();
-        let array = read(checkpoint, tensor)?;
-        arrays.insert(format!("{}.{name}", module.path), array);
-        bytes_done += length(checkpoint, tensor);
+    for parameter in parameters {
+        bytes_done += bytes(&parameter);
+        let array = read(checkpoint, &parameter.parts)?;
+        arrays.insert(parameter.key, array);
         progress(LoadProgress { bytes_done, bytes_total });
     }
-    Ok(Weights { arrays, packings })
+    let joints: BTreeMap<_, _> = joints.into_iter().map(|(k, rows)| (k.to_owned(), rows)).collect();
+    for module in selection.modules {
+        let joint = module.joint.as_ref().filter(|joint| joints.contains_key(*joint));
+        if let (Some(joint), Some(&packing)) = (joint, packings.get(&module.path)) {
+            packings.insert(joint.clone(), packing);
+        }
+    }
+    Ok(Weights { arrays, packings, joints })
+}
+
+/// Joint matrices all of whose parts have the same tensors, packed and typed alike; with the rows of each part.
+fn fitting_joints<'a>(
+    checkpoint: &Checkpoint,
+    wanted: &'a [Listed<'a>],
+    packings: &BTreeMap<String, Packing>,
+) -> BTreeMap<&'a str, Vec<i32>> {
+    let mut forms: BTreeMap<&str, BTreeMap<&str, Vec<_>>> = BTreeMap::new();
+    let mut rows: BTreeMap<&str, Vec<i32>> = BTreeMap::new();
+    for (module, _, tensor) in wanted.iter().filter(|(_, owned, _)| *owned) {
+        let Some(joint) = module.joint.as_deref() else { continue };
+        let dtype = checkpoint.entry(&tensor.sources[0]).map(|entry| entry.dtype);
+        let form = (tensor.name(), dtype, packings.get(&module.path).copied());
+        forms.entry(joint).or_default().entry(&module.path).or_default().push(form);
+        if tensor.name() == "weight" {
+            rows.entry(joint).or_default().push(tensor.own_shape()[0]);
+        }
+    }
+    let alike = |joint: &str| {
+        let mut parts = forms.get(joint).into_iter().flat_map(BTreeMap::values);
+        let first = parts.next();
+        parts.all(|part| Some(part) == first)
+    };
+    rows.retain(|&joint, _| alike(joint));
+    rows
+}
+
+/// What this rank reads, in the order of the modules.
+fn parameters<'a>(
+    wanted: &'a [Listed<'a>],
+    joints: &BTreeMap<&str, Vec<i32>>,
+) -> Vec<Parameter<'a>> {
+    let mut list: Vec<Parameter<'a>> = Vec::new();
+    let mut places: BTreeMap<String, usize> = BTreeMap::new();
+    for (module, _, tensor) in wanted.iter().filter(|(_, owned, _)| *owned) {
+        let joint = module.joint.as_deref().filter(|joint| joints.contains_key(joint));
+        let key = format!("{}.{}", joint.unwrap_or(&module.path), tensor.name());
+        match places.get(&key) {
+            Some(&place) => list[place].parts.push(tensor),
+            None => {
+                places.insert(key.clone(), list.len());
+                list.push(Parameter { key, parts: vec![tensor] });
+            }
+        }
+    }
+    list
 }
 
 /// How a module is packed, if the checkpoint has it packed. Without a setting of its own the tensors' shapes tell, as
@@ -119,19 +187,30 @@ fn length(checkpoint: &Checkpoint, tensor: &Wanted) -> u64 {
     }
 }
 
-fn read(checkpoint: &Checkpoint, tensor: &Wanted) -> Result<Array, LoadError> {
-    let mut bytes = Vec::with_capacity(length(checkpoint, tensor) as usize);
-    for source in &tensor.sources {
-        checkpoint.read(source, tensor.region.as_ref(), &mut bytes)?;
+/// One array of `parts`, which differ in their number of rows alone.
+fn read(checkpoint: &Checkpoint, parts: &[&Wanted]) -> Result<Array, LoadError> {
+    let bytes_total: u64 = parts.iter().map(|tensor| length(checkpoint, tensor)).sum();
+    let mut bytes = Vec::with_capacity(bytes_total as usize);
+    let mut shape = parts[0].own_shape();
+    shape[0] = parts.iter().map(|tensor| tensor.own_shape()[0]).sum();
+    for tensor in parts {
+        for source in &tensor.sources {
+            checkpoint.read(source, tensor.region.as_ref(), &mut bytes)?;
+        }
     }
-    let dtype = checkpoint.entry(&tensor.sources[0]).map(|entry| entry.dtype);
+    let dtype = checkpoint.entry(&parts[0].sources[0]).map(|entry| entry.dtype);
     // safetensors is little-endian, and so is every machine that MLX runs on.
-    Ok(from_bytes(&bytes, &tensor.own_shape(), dtype.expect("it was read from there")))
+    let array = from_bytes(&bytes, &shape, dtype.expect("it was read from there"));
+    drop(bytes);
+    on_device(array).map_err(|e| LoadError::Device {
+        tensor: parts[0].sources[0].clone(),
+        reason: crate::mlx::reason(e.what()).to_owned(),
+    })
 }
 
 fn check(
     checkpoint: &Checkpoint,
-    wanted: &[(&Module, bool, Wanted)],
+    wanted: &[Listed<'_>],
     ignored: &dyn Fn(&str) -> bool,
 ) -> Result<(), LoadError> {
     let mut mismatch = Mismatch::default();
@@ -203,6 +282,14 @@ impl Weights {
         }
     }
 
+    /// The projections `parts` of the joint matrix `path`, as one where they could be joined.
+    pub(crate) fn joint(&mut self, path: &str, parts: &[String]) -> Joint {
+        match self.joints.remove(path) {
+            Some(rows) => Joint::one(self.linear(path), &rows),
+            None => Joint::Apart(parts.iter().map(|part| self.linear(part)).collect()),
+        }
+    }
+
     pub(crate) fn embedding(&mut self, path: &str) -> Embedding {
         let weight = self.take(path, "weight");
         match self.packed(path, weight) {
@@ -223,5 +310,94 @@ impl Weights {
     pub(crate) fn finish(self) {
         let left: Vec<&String> = self.arrays.keys().collect();
         assert!(left.is_empty(), "read but not used: {left:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// A checkpoint of three matrices of two columns, filled with numbers from 0 on; `other` is the type of the last.
+    fn checkpoint(rows: [i32; 3], other: &str) -> (tempfile::TempDir, Checkpoint) {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+        for (name, rows) in ["a", "b", "c"].into_iter().zip(rows) {
+            let (start, dtype) = (data.len(), if name == "c" { other } else { "F32" });
+            for _ in 0..rows * 2 {
+                let number = data.len() as f32;
+                let bytes = number.to_le_bytes();
+                data.extend_from_slice(if dtype == "F32" { &bytes } else { &bytes[..2] });
+            }
+            let offsets = [start, data.len()];
+            let entry =
+                serde_json::json!({"dtype": dtype, "shape": [rows, 2], "data_offsets": offsets});
+            header.insert(format!("{name}.weight"), entry);
+        }
+        let header = serde_json::to_vec(&header).unwrap();
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header);
+        file.extend(data);
+        fs::write(dir.path().join("model.safetensors"), file).unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        (dir, checkpoint)
+    }
+
+    fn load_joint(rows: [i32; 3], other: &str, share: Share) -> Joint {
+        let (_dir, checkpoint) = checkpoint(rows, other);
+        let module = |(name, output): (&str, i32)| Module {
+            joint: Some("all".to_owned()),
+            ..Module::new(
+                name.to_owned(),
+                Kind::Linear { input: 2, output, bias: false },
+                Home::Layer(0),
+                Split::output(output, "rows"),
+            )
+        };
+        let parts = ["a", "b", "c"];
+        let modules: Vec<Module> = parts.into_iter().zip(rows).map(module).collect();
+        let selection = Selection {
+            modules: &modules,
+            quantization: None,
+            ignored: &|_| false,
+            owns: &|_| true,
+            share,
+        };
+        let mut weights = load(&checkpoint, &selection, &mut |_| {}).unwrap();
+        let joint = weights.joint("all", &parts.map(str::to_owned));
+        weights.finish();
+        joint
+    }
+
+    fn rows_of(joint: &Joint) -> [Vec<f32>; 3] {
+        let first_column = Array::from_slice(&[1.0_f32, 0.0], &[1, 1, 2]);
+        let parts: [Array; 3] = joint.forward(&first_column).unwrap();
+        parts.map(|part| {
+            part.as_dtype(mlx_rs::Dtype::Float32)
+                .unwrap()
+                .contiguous()
+                .unwrap()
+                .to_vec_exact()
+                .unwrap()
+        })
+    }
+
+    #[test]
+    fn matrices_that_are_alike_are_joined() {
+        let joint = load_joint([1, 2, 1], "F32", Share::WHOLE);
+        assert!(matches!(&joint, Joint::One { ends, .. } if *ends == [1, 3, 4]));
+        assert_eq!(rows_of(&joint), [vec![0.0], vec![8.0, 16.0], vec![24.0]]);
+        // Each rank joins its own rows of each.
+        let joint = load_joint([2, 4, 2], "F32", Share { rank: 1, size: 2 });
+        assert!(matches!(&joint, Joint::One { ends, .. } if *ends == [1, 3, 4]));
+        assert_eq!(rows_of(&joint), [vec![8.0], vec![32.0, 40.0], vec![56.0]]);
+    }
+
+    #[test]
+    fn matrices_of_several_types_stay_apart() {
+        let joint = load_joint([1, 2, 1], "BF16", Share::WHOLE);
+        assert!(matches!(&joint, Joint::Apart(parts) if parts.len() == 3));
+        assert_eq!(rows_of(&joint)[..2], [vec![0.0], vec![8.0, 16.0]]);
     }
 }

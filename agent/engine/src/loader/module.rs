@@ -64,11 +64,13 @@ pub(crate) struct Module {
     pub(crate) split: Split,
     /// Paths of a stack's matrices where the checkpoint has each on its own; empty where it has the stack.
     pub(crate) pieces: Vec<String>,
+    /// The matrix of which this one becomes a run of rows, if the others that belong to it are packed and typed alike.
+    pub(crate) joint: Option<String>,
 }
 
 impl Module {
     pub(crate) fn new(path: String, kind: Kind, home: Home, split: Split) -> Self {
-        Self { path, kind, home, split, pieces: Vec::new() }
+        Self { path, kind, home, split, pieces: Vec::new(), joint: None }
     }
 
     /// Where the checkpoint has the tensors.
@@ -246,6 +248,11 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
+    /// The last part of its name: "weight", "bias", …
+    pub(super) fn name(&self) -> &str {
+        self.sources[0].rsplit('.').next().unwrap_or_default()
+    }
+
     /// Of the parameter as this rank holds it.
     pub(super) fn own_shape(&self) -> Vec<i32> {
         let shape = self.region.as_ref().map_or(self.shape.clone(), |r| r.shape(&self.shape));

@@ -1,7 +1,10 @@
 //! Arrays from bytes and slices with exact bounds. mlx-rs's own have limits (31 bits of size) and add reshapes, which
 //! cost a graph node each.
 
+use std::sync::OnceLock;
+
 use mlx_rs::error::Exception;
+use mlx_rs::ops::full_like;
 use mlx_rs::{Array, Dtype, Stream};
 
 use super::take_error;
@@ -18,6 +21,31 @@ pub(crate) fn from_bytes(bytes: &[u8], shape: &[i32], dtype: Dtype) -> Array {
     assert_eq!(elements * dtype_size(dtype), bytes.len(), "bytes for {shape:?} of {dtype:?}");
     // SAFETY: the bytes are as many as MLX reads, and every bit pattern is a value of these types.
     unsafe { Array::from_raw_data(bytes.as_ptr().cast(), shape, dtype) }
+}
+
+/// The same values in the device's own memory. On CUDA arrays made by the host lie in memory that the driver moves
+/// page by page; elsewhere there is nothing to do.
+pub(crate) fn on_device(array: Array) -> Result<Array, Exception> {
+    if !is_cuda() {
+        return Ok(array);
+    }
+    // `array` is still held here, so that MLX can't hand out the same memory again.
+    let copy = full_like(&array, &array, array.dtype())?;
+    copy.eval()?;
+    drop(array);
+    // Or the next copy would get the memory that was just given up.
+    mlx_rs::memory::clear_cache()?;
+    Ok(copy)
+}
+
+pub(super) fn is_cuda() -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        let mut found = false;
+        // SAFETY: MLX writes to a live place.
+        let status = unsafe { mlx_sys::mlx_cuda_is_available(&mut found) };
+        status == 0 && found
+    })
 }
 
 fn dtype_size(dtype: Dtype) -> usize {

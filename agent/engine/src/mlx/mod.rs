@@ -1,12 +1,16 @@
 //! The boundary to MLX's C interface: the only place with `unsafe`. Owns what mlx-rs lacks (process groups, exact
-//! slices, packed matrices) and error capture for it; never holds model or sequence state.
+//! slices, packed matrices, fused functions) and error capture for it; never holds model or sequence state.
 #![allow(unsafe_code)]
 
 mod array;
+mod compiled;
 pub mod distributed;
+mod peers;
 mod quantized;
+mod self_test;
 
-pub(crate) use array::{from_bytes, slice, slice_update};
+pub(crate) use array::{from_bytes, on_device, slice, slice_update};
+pub(crate) use compiled::gated;
 pub(crate) use quantized::Quantized;
 
 use std::cell::RefCell;

@@ -2,17 +2,18 @@
 
 use mlx_rs::Array;
 use mlx_rs::error::Exception;
-use mlx_rs::fast::{ScaledDotProductAttentionMask, rms_norm, scaled_dot_product_attention};
+use mlx_rs::fast::{rms_norm, scaled_dot_product_attention};
 
 use super::LayerModules;
 use super::common::Common;
-use crate::cache::KvCache;
+use crate::batch::LayerCache;
 use crate::config::ConfigError;
 use crate::loader::{Kind, Split, Weights};
-use crate::nn::{Linear, Rope, last};
+use crate::mlx::slice;
+use crate::nn::{Joint, Linear, Rope, last};
 use crate::tensor::Team;
 
-use super::fields::{Fields, bad};
+use super::fields::{Fields, bad, product};
 
 /// What attention needs to know of a configuration.
 #[derive(Clone, Debug)]
@@ -36,7 +37,9 @@ impl AttentionArgs {
         if heads % kv_heads != 0 {
             return Err(bad("num_key_value_heads", format!("{kv_heads} does not divide {heads}")));
         }
-        let head_dim = config.size_or("head_dim", common.width / heads)?;
+        // More heads than features leave none for each.
+        let head_dim = config.size_or("head_dim", (common.width / heads).max(1))?;
+        product("head_dim", [heads, head_dim])?;
         let rope_traditional = config.flag_or("rope_traditional", false)?;
         Ok(Self {
             heads,
@@ -53,13 +56,14 @@ impl AttentionArgs {
         let Self { heads, kv_heads, head_dim, .. } = *self;
         let queries = Split::output(heads, "attention heads");
         let keys = Split::Output { units: kv_heads, what: "key and value heads", repeat: true };
-        for (name, heads, split) in
-            [("q_proj", heads, queries), ("k_proj", kv_heads, keys), ("v_proj", kv_heads, keys)]
-        {
-            let output = heads * head_dim;
-            let kind = Kind::Linear { input: width, output, bias: self.input_bias };
-            out.add(&format!("self_attn.{name}"), kind, split);
-        }
+        let linear =
+            |heads| Kind::Linear { input: width, output: heads * head_dim, bias: self.input_bias };
+        let parts = [
+            ("self_attn.q_proj", linear(heads), queries),
+            ("self_attn.k_proj", linear(kv_heads), keys),
+            ("self_attn.v_proj", linear(kv_heads), keys),
+        ];
+        out.add_joint("self_attn.qkv_proj", &parts);
         let kind = Kind::Linear { input: heads * head_dim, output: width, bias: self.output_bias };
         out.add("self_attn.o_proj", kind, Split::input(heads, "attention heads"));
         if self.head_norms {
@@ -71,9 +75,8 @@ impl AttentionArgs {
 }
 
 pub(super) struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
+    /// `q_proj`, `k_proj` and `v_proj`.
+    qkv_proj: Joint,
     o_proj: Linear,
     /// `q_norm` and `k_norm`.
     norms: Option<(Array, Array)>,
@@ -101,9 +104,7 @@ impl Attention {
         let norms =
             args.head_norms.then(|| (weights.norm(&path("q_norm")), weights.norm(&path("k_norm"))));
         Self {
-            q_proj: weights.linear(&path("q_proj")),
-            k_proj: weights.linear(&path("k_proj")),
-            v_proj: weights.linear(&path("v_proj")),
+            qkv_proj: weights.joint(&path("qkv_proj"), &["q_proj", "k_proj", "v_proj"].map(path)),
             o_proj: weights.linear(&path("o_proj")),
             norms,
             heads: own(args.heads, false),
@@ -115,35 +116,88 @@ impl Attention {
         }
     }
 
-    /// `x` `[1, positions, width]` to outputs of the last `wanted` positions; keys and values are kept of all.
+    /// `x` `[1, positions, width]` to outputs of the last `wanted` positions; keys and values are kept of all. Where
+    /// several sequences are fed, each has one of the positions.
     pub(super) fn forward(
         &self,
         x: &Array,
         wanted: i32,
-        cache: &mut KvCache,
+        cache: &mut LayerCache<'_>,
     ) -> Result<Array, Exception> {
-        let split = |projected: Array, heads: i32, norm: Option<&Array>| {
-            let shape = [1, projected.dim(1), heads, self.head_dim];
-            let mut projected = projected.reshape(&shape)?;
-            if let Some(norm) = norm {
-                projected = rms_norm(&projected, Some(norm), self.eps)?;
-            }
-            projected.transpose_axes(&[0, 2, 1, 3])
+        // Where several sequences are fed, `[rows, 1, width]`.
+        let rows = cache.rows();
+        let by_row = match rows {
+            1 => None,
+            _ => Some(x.reshape(&[rows, x.dim(1) / rows, x.dim(2)])?),
         };
-        let (q_norm, k_norm) = self.norms.as_ref().map(|(q, k)| (q, k)).unzip();
-        let queries = split(self.q_proj.forward(&last(x, wanted)?)?, self.heads, q_norm)?;
-        let keys = split(self.k_proj.forward(x)?, self.kv_heads, k_norm)?;
-        let values = split(self.v_proj.forward(x)?, self.kv_heads, None)?;
-
-        let offset = cache.len();
-        let queries = self.rope.forward(&queries, offset + x.dim(1) - wanted)?;
-        let keys = self.rope.forward(&keys, offset)?;
-        let (keys, values) = cache.extend(&keys, &values)?;
-
+        let inputs = self.project(by_row.as_ref().unwrap_or(x), wanted / rows, cache)?;
         let scale = (self.head_dim as f32).powf(-0.5);
-        let mask = (wanted > 1).then_some(ScaledDotProductAttentionMask::Causal);
-        let output = scaled_dot_product_attention(&queries, &keys, &values, scale, mask, None)?;
-        let output = output.transpose_axes(&[0, 2, 1, 3])?.reshape(&[1, wanted, -1])?;
+        let output = cache.each(inputs, |[queries, keys, values], part| {
+            let (keys, values) = part.extend(&keys, &values)?;
+            let mask = part.mask(queries.dim(2));
+            scaled_dot_product_attention(&queries, &keys, &values, scale, mask, None)
+        })?;
+        let mut output = self.join_heads(&output)?;
+        if rows > 1 {
+            output = output.reshape(&[1, wanted, -1])?;
+        }
         self.o_proj.forward_summed(&output, &self.team)
     }
+
+    /// Rotated queries of the last `wanted` positions, rotated keys and values of all: `[rows, heads, positions,
+    /// head_dim]` each.
+    fn project(
+        &self,
+        x: &Array,
+        wanted: i32,
+        cache: &LayerCache<'_>,
+    ) -> Result<[Array; 3], Exception> {
+        let positions = x.dim(1);
+        let (heads, both) = (self.heads, self.heads + self.kv_heads);
+        if let (Joint::One { linear, .. }, None) = (&self.qkv_proj, &self.norms)
+            && wanted == positions
+        {
+            let all = self.split_heads(&linear.forward(x)?, both + self.kv_heads)?;
+            let rotated = self.rope.forward(&heads_of(&all, 0, both)?, &cache.offset(0))?;
+            return Ok([
+                heads_of(&rotated, 0, heads)?,
+                heads_of(&rotated, heads, both)?,
+                heads_of(&all, both, both + self.kv_heads)?,
+            ]);
+        }
+        let [queries, keys, values] = self.qkv_proj.forward(x)?;
+        let mut queries = self.split_heads(&last(&queries, wanted)?, heads)?;
+        let mut keys = self.split_heads(&keys, self.kv_heads)?;
+        if let Some((q_norm, k_norm)) = &self.norms {
+            queries = rms_norm(&queries, Some(q_norm), self.eps)?;
+            keys = rms_norm(&keys, Some(k_norm), self.eps)?;
+        }
+        let queries = self.rope.forward(&queries, &cache.offset(positions - wanted))?;
+        let keys = self.rope.forward(&keys, &cache.offset(0))?;
+        Ok([queries, keys, self.split_heads(&values, self.kv_heads)?])
+    }
+
+    /// `[batch, positions, heads · head_dim]` to `[batch, heads, positions, head_dim]`.
+    fn split_heads(&self, x: &Array, heads: i32) -> Result<Array, Exception> {
+        let (batch, positions) = (x.dim(0), x.dim(1));
+        if positions == 1 {
+            return x.reshape(&[batch, heads, 1, self.head_dim]);
+        }
+        x.reshape(&[batch, positions, heads, self.head_dim])?.transpose_axes(&[0, 2, 1, 3])
+    }
+
+    /// The other way.
+    fn join_heads(&self, x: &Array) -> Result<Array, Exception> {
+        let (batch, heads, positions) = (x.dim(0), x.dim(1), x.dim(2));
+        let shape = [batch, positions, heads * self.head_dim];
+        if positions == 1 {
+            return x.reshape(&shape);
+        }
+        x.transpose_axes(&[0, 2, 1, 3])?.reshape(&shape)
+    }
+}
+
+/// `start..end` of the heads of `[batch, heads, positions, head_dim]`.
+fn heads_of(x: &Array, start: i32, end: i32) -> Result<Array, Exception> {
+    slice(x, &[0, start, 0, 0], &[x.dim(0), end, x.dim(2), x.dim(3)])
 }

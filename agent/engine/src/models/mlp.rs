@@ -3,25 +3,21 @@
 use mlx_rs::Array;
 use mlx_rs::error::Exception;
 use mlx_rs::ops::indexing::take_along_axis;
-use mlx_rs::ops::{argpartition_axis, argsort_axis, multiply, sigmoid, softmax_axis};
+use mlx_rs::ops::{argpartition_axis, argsort_axis, softmax_axis};
 
 use super::LayerModules;
 use super::deepseek_v3;
 use crate::loader::{Kind, Split, Weights};
-use crate::mlx::slice;
-use crate::nn::{Linear, Stack};
+use crate::mlx::{gated, slice};
+use crate::nn::{Joint, Linear, Stack};
 use crate::tensor::Team;
 
 /// From this many (token, expert) pairs on, sorting them by expert pays: each expert's weights are then read once.
 const SORT_FROM: i32 = 64;
 
-fn gated(gate: &Array, up: &Array) -> Result<Array, Exception> {
-    multiply(multiply(gate, sigmoid(gate)?)?, up)
-}
-
 pub(super) struct Mlp {
-    gate_proj: Linear,
-    up_proj: Linear,
+    /// `gate_proj` and `up_proj`.
+    gate_up_proj: Joint,
     down_proj: Linear,
 }
 
@@ -35,23 +31,25 @@ impl Mlp {
     ) {
         let what = "inner features of the MLP";
         let outward = Kind::Linear { input: width, output: inner, bias };
-        out.add(&format!("{name}.gate_proj"), outward, Split::output(inner, what));
-        out.add(&format!("{name}.up_proj"), outward, Split::output(inner, what));
+        let split = Split::output(inner, what);
+        let (gate, up) = (format!("{name}.gate_proj"), format!("{name}.up_proj"));
+        let parts = [(gate.as_str(), outward, split), (up.as_str(), outward, split)];
+        out.add_joint(&format!("{name}.gate_up_proj"), &parts);
         let back = Kind::Linear { input: inner, output: width, bias };
         out.add(&format!("{name}.down_proj"), back, Split::input(inner, what));
     }
 
     pub(super) fn build(path: &str, weights: &mut Weights) -> Self {
-        let mut linear = |name: &str| weights.linear(&format!("{path}.{name}"));
+        let parts = ["gate_proj", "up_proj"].map(|name| format!("{path}.{name}"));
         Self {
-            gate_proj: linear("gate_proj"),
-            up_proj: linear("up_proj"),
-            down_proj: linear("down_proj"),
+            gate_up_proj: weights.joint(&format!("{path}.gate_up_proj"), &parts),
+            down_proj: weights.linear(&format!("{path}.down_proj")),
         }
     }
 
     fn inner(&self, x: &Array) -> Result<Array, Exception> {
-        gated(&self.gate_proj.forward(x)?, &self.up_proj.forward(x)?)
+        let [gate, up] = self.gate_up_proj.forward(x)?;
+        gated(&gate, &up)
     }
 
     fn forward(&self, x: &Array, team: &Team) -> Result<Array, Exception> {

@@ -33,7 +33,7 @@ use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use serde::Serialize;
 
 use self::verdict::{End, Verdict};
-use crate::{NodeState, Placing, memory_needed, place};
+use crate::{NodeState, Placing, Share, memory_needed, place};
 
 /// A first failure is often a neighbour's: try again soon, then ever more slowly.
 const FIRST_DELAY_S: i64 = 1;
@@ -412,7 +412,7 @@ impl Planner<'_> {
 }
 
 /// Nodes with the memory that is left when every shard holds what it will need.
-fn node_states(observed: &Observed<'_>) -> Vec<NodeState> {
+pub(crate) fn node_states(observed: &Observed<'_>) -> Vec<NodeState> {
     let mut states: Vec<NodeState> =
         observed.nodes.iter().map(|node| NodeState::observe(node, 0)).collect();
     for shard in observed.shards {
@@ -422,8 +422,13 @@ fn node_states(observed: &Observed<'_>) -> Vec<NodeState> {
         let Some(model) = observed.models.get(&shard.spec.model.name) else {
             continue;
         };
-        let layers = shard.spec.layers.range();
-        let needed = memory_needed(&model.spec, shard.spec.context_length, &layers);
+        let share = Share {
+            sharding: shard.spec.sharding,
+            rank: shard.spec.rank,
+            world_size: shard.spec.world_size,
+            layers: shard.spec.layers.range(),
+        };
+        let needed = memory_needed(&model.spec, shard.spec.context_length, &share);
         let held = shard.status.as_ref().and_then(|status| status.memory_bytes).unwrap_or(0);
         promise(&mut states, &shard.spec.node, needed.saturating_sub(held));
     }
