@@ -5,6 +5,7 @@ CARGO ?= cargo
 PYTHON ?= python3
 PROFILE_DIR := target/release
 BINARIES := -p exo -p exoctl -p exo-runner
+FEATURES := --features exo/etcd
 
 ifeq ($(shell uname -s),Darwin)
 # JACCL is compiled in only from this deployment target on.
@@ -14,7 +15,7 @@ endif
 # nextest runs tests side by side; plain cargo test does too, more slowly.
 TEST_RUNNER := $(shell command -v cargo-nextest >/dev/null 2>&1 && echo "nextest run" || echo "test")
 
-.PHONY: help setup build run demo test test-setup verify fix bench cuda-package clean
+.PHONY: help setup build run demo test test-setup parity verify fix bench bench-store cuda-package clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -23,7 +24,7 @@ setup: ## get MLX and write .cargo/config.toml (every target does this when need
 	@deploy/mlx/setup.sh
 
 build: setup ## build all binaries, optimised, into target/release
-	$(CARGO) build --release --locked $(BINARIES)
+	$(CARGO) build --release --locked $(BINARIES) $(FEATURES)
 
 run: build ## start a two-shard cluster with the built-in tiny model, in the foreground
 	@$(PYTHON) deploy/demo.py run --bin $(PROFILE_DIR)
@@ -36,13 +37,17 @@ test-setup: setup
 	@tests/setup.sh
 
 test: test-setup ## run all tests
-	$(CARGO) build --locked $(BINARIES)
-	$(CARGO) $(TEST_RUNNER) --workspace --locked
+	$(CARGO) build --locked $(BINARIES) $(FEATURES)
+	$(CARGO) $(TEST_RUNNER) --workspace --locked $(FEATURES)
 	.venv/bin/python -m pytest -q tests/parity
+
+parity: test-setup ## compare with mlx-lm in full: every architecture, packed form and split on three seeds (an hour or two)
+	$(CARGO) build --locked -p exo-runner
+	.venv/bin/python -m pytest -q tests/parity --full
 
 verify: test-setup ## format, lints, docs and tests; writes nothing
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) clippy --workspace --all-targets --locked $(FEATURES) -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked
 	$(MAKE) test
 
@@ -57,6 +62,10 @@ bench: build test-setup ## measure speed beside mlx-lm's, and memory, on this ma
 
 cuda-package: build ## pack what a Linux machine with an NVIDIA GPU needs into target/cuda
 	@deploy/mlx/cuda-package.sh $(PROFILE_DIR) target/cuda
+
+bench-store: build ## measure three voters against three members of etcd (needs etcd on the path)
+	$(CARGO) bench --locked -p exo-store --features etcd --bench store
+	EXO_BIN_DIR=$(CURDIR)/$(PROFILE_DIR) $(CARGO) bench --locked -p exo-tests --bench scale
 
 clean: ## remove everything that was built or fetched
 	rm -rf target .venv .mlx .cargo

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what only the tests need (mlx-lm, the openai client, pytest) into .venv.
+# Installs what only the tests need (mlx-lm, the openai and kubernetes clients, pytest) into .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -6,6 +6,8 @@
 //! again with the tokens already received in `generated`: the seed and the draw number make the
 //! continuation the same as if nothing had happened.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -55,21 +57,61 @@ pub enum Prompt {
     Tokens(Vec<u32>),
 }
 
-/// How tokens are drawn.
+/// How tokens are drawn. Bias and penalties come first, then the temperature; `top_k`, `top_p` and
+/// `min_p` leave out tokens in this order, each among those that the one before has left.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SamplingParams {
     /// 0 is greedy.
     pub temperature: f32,
+    /// Draws among so many of the likeliest tokens; 0 among all.
+    #[serde(skip_serializing_if = "is_default")]
+    pub top_k: u32,
     /// Smallest set of tokens with at least this probability; 1 keeps all.
     pub top_p: f32,
+    /// Keeps tokens that are at least this share as likely as the likeliest; 0 keeps all.
+    #[serde(skip_serializing_if = "is_default")]
+    pub min_p: f32,
+    /// Divides the positive logits of tokens of prompt and answer, multiplies their negative ones;
+    /// 1 for none.
+    #[serde(skip_serializing_if = "is_one")]
+    pub repetition_penalty: f32,
+    /// Taken from the logits of the tokens of the answer.
+    #[serde(skip_serializing_if = "is_default")]
+    pub presence_penalty: f32,
+    /// Taken from the logit of a token of the answer as often as it occurs there.
+    #[serde(skip_serializing_if = "is_default")]
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub logit_bias: BTreeMap<u32, f32>,
     /// The gateway always sends one, so that a resumed request draws the same.
     pub seed: u64,
 }
 
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+#[expect(clippy::float_cmp, reason = "the value that means none is set, not computed")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_one(value: &f32) -> bool {
+    *value == 1.0
+}
+
 impl Default for SamplingParams {
     fn default() -> Self {
-        Self { temperature: 1.0, top_p: 1.0, seed: 0 }
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: BTreeMap::new(),
+            seed: 0,
+        }
     }
 }
 

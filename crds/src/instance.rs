@@ -27,6 +27,11 @@ use serde::{Deserialize, Serialize};
     printcolumn(name = "Model", type_ = "string", json_path = ".spec.model"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.ready"),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].reason"
+    ),
     printcolumn(name = "Nodes", type_ = "string", json_path = ".status.nodes"),
     printcolumn(
         name = "Message",
@@ -74,9 +79,10 @@ fn one() -> u32 {
     1
 }
 
-// Enough to keep two pipeline stages busy without holding many caches in memory.
+// A decode step reads the weights once for all of them: up to about this many cost little more than
+// one. How many caches fit is looked after by the runner.
 fn default_concurrency() -> u32 {
-    4
+    16
 }
 
 fn yes() -> bool {
@@ -105,6 +111,11 @@ pub enum Transport {
 /// Which nodes may be used, and how many for one replica.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "!has(self.min) || !has(self.max) || self.min <= self.max",
+    "message": "min must not be above max",
+    "fieldPath": ".min",
+}]))]
 pub struct NodeRequirements {
     /// At least this many; 1 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -2,9 +2,10 @@
 //! between control plane and agent.
 //!
 //! Owns: the Rust types from which the CRDs are generated, their validation beyond the schema,
-//! quantities, YAML reading. Never: IO, clocks, randomness, policy.
+//! quantities, the form of events, YAML reading. Never: IO, clocks, randomness, policy.
 
 mod condition;
+pub mod event;
 pub mod generate;
 mod instance;
 mod model;
@@ -23,8 +24,8 @@ pub use instance::{
     NodeRequirements, ReplicaStatus, Sharding, Transport,
 };
 pub use model::{
-    Architecture, Model, ModelSource, ModelSpec, ModelStatus, Quantization, ShardingKind,
-    WeightBytes,
+    Architecture, MODEL_TYPES, Model, ModelSource, ModelSpec, ModelStatus, Quantization,
+    ShardingKind, WeightBytes,
 };
 pub use node::{Compute, MemoryStatus, Node, NodeAddress, NodeSpec, NodeStatus, NodeVersions};
 pub use quantity::{ParseQuantityError, Quantity};

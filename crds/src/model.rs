@@ -7,6 +7,10 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+/// Values of `model_type` that runners have an engine for, in order.
+pub const MODEL_TYPES: [&str; 8] =
+    ["deepseek_v3", "kimi_k2", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"];
+
 /// A model that instances can run.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
@@ -43,12 +47,16 @@ pub struct ModelSpec {
 }
 
 fn default_shardings() -> Vec<ShardingKind> {
-    vec![ShardingKind::Pipeline]
+    vec![ShardingKind::Pipeline, ShardingKind::Tensor]
 }
 
 /// Where weights come from: exactly one of `path` and `repo`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "has(self.path) != has(self.repo)",
+    "message": "exactly one of path and repo is needed",
+}]))]
 pub struct ModelSource {
     /// A folder in Hugging Face layout: absolute, or relative to one of the node's model folders.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -66,6 +74,7 @@ pub struct ModelSource {
 #[serde(rename_all = "camelCase")]
 pub struct Architecture {
     /// `model_type` of `config.json`.
+    #[schemars(extend("enum" = MODEL_TYPES))]
     pub model_type: String,
     #[schemars(range(min = 1, max = 10_000))]
     pub layers: u32,
@@ -82,6 +91,15 @@ pub struct Architecture {
     /// Longest sequence, in tokens.
     #[schemars(range(min = 1))]
     pub context_length: u32,
+    /// Inner features of the MLP. Placement checks that tensor sharding divides them; where they are
+    /// not given, the runners do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub intermediate_size: Option<u32>,
+    /// Inner features of one expert; as above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub moe_intermediate_size: Option<u32>,
 }
 
 /// Size of the weights by part, in bytes.

@@ -25,6 +25,7 @@ use crate::{Quantity, TransportKind};
         type_ = "string",
         json_path = ".status.conditions[?(@.type==\"Ready\")].status"
     ),
+    printcolumn(name = "Cordoned", type_ = "boolean", json_path = ".spec.unschedulable"),
     printcolumn(name = "Chip", type_ = "string", json_path = ".status.chip"),
     printcolumn(name = "Memory", type_ = "string", json_path = ".status.memory.total"),
     printcolumn(name = "Free", type_ = "string", json_path = ".status.memory.free"),

@@ -12,7 +12,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LayerRange, ShardPhase, TransportKind};
+use crate::{LayerRange, ShardPhase, ShardingKind, TransportKind};
 
 /// Exit status of a runner that was asked to stop.
 pub const EXIT_STOPPED: i32 = 0;
@@ -27,6 +27,10 @@ pub const REASON_PEER_LOST: &str = "PeerLost";
 /// A runner that says nothing for this long before it is `Ready` is taken for hung and killed. The
 /// runner's own deadlines are shorter, so that it can say which step hangs.
 pub const SILENCE_LIMIT_S: u64 = 120;
+
+/// Usual [`RunnerConfig::step_limit_s`]: a chunk of a prompt through a large model on slow links
+/// stays well below.
+pub const STEP_LIMIT_S: u32 = 60;
 
 /// Everything that one rank must know.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,7 +53,10 @@ pub struct RunnerConfig {
     pub model_type: String,
     /// Layers that the whole model must have.
     pub total_layers: u32,
-    /// Layers of this rank, inclusive in text (`0-39`).
+    /// How the ranks share the model.
+    #[serde(default = "pipeline")]
+    pub sharding: ShardingKind,
+    /// Layers of this rank, inclusive in text (`0-39`); all of them with tensor sharding.
     pub layers: LayerRange,
     /// With `world_size` 1 no group is formed and this says nothing.
     pub transport: TransportKind,
@@ -64,7 +71,18 @@ pub struct RunnerConfig {
     pub context_length: u32,
     /// Sequences that run at the same time.
     pub max_concurrency: u32,
+    /// A step that takes longer means that a rank is stuck or cut off.
+    #[serde(default = "step_limit_s")]
+    pub step_limit_s: u32,
     pub tls: RunnerTls,
+}
+
+fn pipeline() -> ShardingKind {
+    ShardingKind::Pipeline
+}
+
+fn step_limit_s() -> u32 {
+    STEP_LIMIT_S
 }
 
 /// PEM files for mutual TLS; absolute paths.
@@ -154,6 +172,7 @@ mod tests {
             "model_dir": "/models/tiny",
             "model_type": "llama",
             "total_layers": 8,
+            "sharding": "Tensor",
             "layers": "0-3",
             "transport": "ring",
             "control": "127.0.0.1:7001",
@@ -161,11 +180,18 @@ mod tests {
             "seed": 42,
             "context_length": 512,
             "max_concurrency": 4,
+            "step_limit_s": 60,
             "tls": {"ca": "/c/ca.pem", "cert": "/c/node.pem", "key": "/c/node.key"},
         });
         let config: RunnerConfig = serde_json::from_value(wire.clone()).unwrap();
         assert_eq!(config.layers.range(), 0..4);
         assert_eq!(serde_json::to_value(&config).unwrap(), wire);
+        let mut short = wire.clone();
+        for field in ["sharding", "step_limit_s"] {
+            short.as_object_mut().unwrap().remove(field);
+        }
+        let config: RunnerConfig = serde_json::from_value(short).unwrap();
+        assert_eq!((config.sharding, config.step_limit_s), (ShardingKind::Pipeline, 60));
         let mut misspelled = wire;
         misspelled["world-size"] = json!(2);
         assert!(serde_json::from_value::<RunnerConfig>(misspelled).is_err());

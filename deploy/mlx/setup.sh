@@ -4,6 +4,7 @@
 # Linux: a virtual environment with MLX's wheel (.venv), mlx-c as a static library with Rust bindings (.mlx),
 # and .cargo/config.toml, which tells Cargo to use them in place of mlx-sys's own build script.
 # macOS: mlx-sys builds MLX itself; the tools that it needs are checked.
+# Both: protoc, which the client of etcd is built with, from a wheel; .cargo/config.toml names it.
 # --parity adds mlx-lm to the virtual environment. A run with nothing to do takes milliseconds.
 set -euo pipefail
 
@@ -37,8 +38,14 @@ setup_macos() {
     fail "the Metal compiler is missing. Install Xcode, then: xcodebuild -downloadComponent MetalToolchain"
   need cmake "Install it: brew install cmake"
   need cargo "Install Rust: https://rustup.rs"
+  make_venv
+  if [ ! -x "$out/bin/protoc" ]; then
+    "$venv/bin/pip" install --quiet --disable-pip-version-check "$(grep '^grpcio-tools==' "$here/requirements.txt")" ||
+      fail "pip could not install grpcio-tools (network or package index unreachable?)"
+    write_protoc
+  fi
+  write_config ""
   if [ "$parity" = 1 ]; then
-    make_venv
     install_requirements "$here/requirements-parity.txt"
   fi
 }
@@ -106,17 +113,35 @@ write_bindings() { # write_bindings MLX_C_SOURCE
   fi
 }
 
-write_config() {
-  local host new
+# protoc as the wheel has it: inside a Python module.
+write_protoc() {
+  mkdir -p "$out/bin"
+  printf '#!/bin/sh\nexec "%s" -m grpc_tools.protoc "$@"\n' "$venv/bin/python" >"$out/bin/protoc"
+  chmod +x "$out/bin/protoc"
+}
+
+mlx_override() {
+  local host
   host=$(rustc -vV | sed -n 's/^host: //p')
-  mkdir -p "$(dirname "$config")"
-  new=$(cat <<CONFIG
-# Written by deploy/mlx/setup.sh. Takes the place of mlx-sys's build script.
+  cat <<CONFIG
+# Takes the place of mlx-sys's build script.
 [target.$host.mlx]
 rustc-link-search = ["native=$out/lib", "native=$out/mlx/lib"]
 rustc-link-lib = ["static=mlxc", "mlx", "stdc++"]
 rustc-env = { OUT_DIR = "$out/bindings" }
 lib_dir = "$out/mlx/lib"
+
+CONFIG
+}
+
+write_config() { # write_config TABLES
+  local new
+  mkdir -p "$(dirname "$config")"
+  new=$(cat <<CONFIG
+# Written by deploy/mlx/setup.sh.
+$1
+[env]
+PROTOC = "$out/bin/protoc"
 CONFIG
   )
   if [ -e "$config" ] && ! grep -q 'Written by deploy/mlx/setup.sh' "$config"; then
@@ -140,7 +165,8 @@ setup_linux() {
   [ -n "$source" ] || fail "Cargo.lock names no mlx-sys"
   build_mlx_c "$source/src/mlx-c"
   write_bindings "$source/src/mlx-c"
-  write_config
+  write_protoc
+  write_config "$(mlx_override)"
 }
 
 # What the result depends on: these files, the crate's version, the place, the compiler's choice.
@@ -150,12 +176,12 @@ inputs() {
   echo "$root ${CC:-} ${CXX:-} ${PYTHON:-}"
 }
 
+mkdir -p "$out"
 if [ "$(uname -s)" = Darwin ]; then
   setup_macos
   exit 0
 fi
 
-mkdir -p "$out"
 # Two runs at once: the second waits, then finds the work done.
 exec 9>"$out/lock"
 command -v flock >/dev/null 2>&1 && flock 9
@@ -163,7 +189,7 @@ command -v flock >/dev/null 2>&1 && flock 9
 want=$(inputs | cksum)
 if [ "$force" = 1 ] || [ "$(cat "$out/stamp" 2>/dev/null)" != "$want" ] ||
   [ ! -e "$out/mlx/lib/libmlx.so" ] || [ ! -e "$out/lib/libmlxc.a" ] ||
-  [ ! -e "$out/bindings/bindings.rs" ] || [ ! -e "$config" ]; then
+  [ ! -e "$out/bindings/bindings.rs" ] || [ ! -e "$config" ] || [ ! -x "$out/bin/protoc" ]; then
   rm -f "$out/stamp"
   setup_linux
   printf '%s\n' "$want" >"$out/stamp"

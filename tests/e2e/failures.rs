@@ -27,6 +27,11 @@ fn kill(pid: u32) {
 const COUNT: &str = "Count from 1 to 99.";
 
 fn counting(cluster: &Cluster) -> Command {
+    counting_at(cluster.first.gateway().unwrap())
+}
+
+/// curl, which asks a gateway for a long answer.
+pub(crate) fn counting_at(gateway: &str) -> Command {
     let body = json!({
         "model": "tiny", "stream": true, "temperature": 0,
         "messages": [{"role": "user", "content": COUNT}],
@@ -34,13 +39,13 @@ fn counting(cluster: &Cluster) -> Command {
     let mut curl = Command::new("curl");
     curl.args(["-sN", "--max-time", "120", "-H", "Content-Type: application/json", "-d"])
         .arg(body.to_string())
-        .arg(format!("{}/chat/completions", cluster.first.gateway().unwrap()))
+        .arg(format!("{gateway}/chat/completions"))
         .stdout(Stdio::piped());
     curl
 }
 
 /// Text of a whole stream, which must end well exactly once.
-fn text_of(lines: impl Iterator<Item = std::io::Result<String>>) -> String {
+pub(crate) fn text_of(lines: impl Iterator<Item = std::io::Result<String>>) -> String {
     let (mut text, mut finishes, mut done) = (String::new(), 0, false);
     for line in lines {
         let line = line.unwrap();

@@ -2,8 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod etcd;
 mod failures;
+mod operations;
+mod partitions;
 mod resources;
 mod samples;
 mod serving;
+mod voters;
 mod weights;

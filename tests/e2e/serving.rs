@@ -45,6 +45,52 @@ fn two_shards_answer_the_official_openai_client() {
     kubectl_shows_the_shards(&cluster);
 }
 
+/// Both ranks hold a part of every layer; together they say what the model says.
+#[test]
+fn a_tensor_parallel_instance_answers() {
+    let cluster = Cluster::start().unwrap();
+    let sample = std::fs::read_to_string(root().join("manifests/samples/tiny.yaml")).unwrap();
+    let tensor = sample.replace("  nodes:\n    min: 2", "  sharding: Tensor\n  nodes:\n    min: 2");
+    assert_ne!(tensor, sample);
+    let applied = cluster.apply(&tensor, true).unwrap();
+    assert!(
+        applied.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&applied.stderr),
+        cluster.logs()
+    );
+    for shard in cluster.shards().unwrap() {
+        assert_eq!(
+            (&shard["spec"]["sharding"], &shard["spec"]["layers"]),
+            (&json!("Tensor"), &json!("0-7"))
+        );
+        assert_eq!(shard["spec"]["worldSize"], 2);
+    }
+
+    let questions = std::fs::read(root().join("tests/tiny-model/questions.json")).unwrap();
+    let questions: Vec<Value> = serde_json::from_slice(&questions).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let url = format!("{}/chat/completions", cluster.first.gateway().unwrap());
+    for question in questions.iter().filter(|q| q.get("tools").is_none()).step_by(12).take(8) {
+        let body = json!({"model": "tiny", "temperature": 0, "messages": question["messages"]});
+        let answer: Value = runtime.block_on(async {
+            http().post(&url).json(&body).send().await.unwrap().json().await.unwrap()
+        });
+        let text = &answer["choices"][0]["message"]["content"];
+        assert_eq!(text, &question["answer"], "{}", question["id"]);
+    }
+
+    // Three nodes would have to share eight heads.
+    let three = tensor.replace("min: 2", "min: 3");
+    let refused = cluster.apply(&three, false).unwrap();
+    assert!(refused.status.success());
+    wait_for("the instance to say what it lacks", || {
+        let shown = cluster.exoctl_ok(&["describe", "instance", "tiny"])?;
+        Ok(shown.contains("3 node(s) wanted, 2 usable").then_some(()))
+    })
+    .unwrap();
+}
+
 fn unknown_models_are_not_found(cluster: &Cluster) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let url = format!("{}/chat/completions", cluster.first.gateway().unwrap());

@@ -1,6 +1,10 @@
 //! Starts real exo processes for the end-to-end tests: binaries of the same build, own data
 //! directories, free ports, stopped when dropped.
 
+pub mod linear;
+pub mod net;
+mod trio;
+
 use std::{
     fs::{self, File},
     io::{BufRead as _, BufReader},
@@ -13,6 +17,7 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
+pub use trio::{Admin, Trio, members};
 
 /// Longest wait for anything in these tests. Generous: CI machines are small and shared.
 pub const DEADLINE: Duration = Duration::from_secs(90);
@@ -91,17 +96,12 @@ impl Cluster {
     /// The same; `peers` makes the second agent's `--peers` from the address of the first.
     pub fn start_with_peers(peers: impl Fn(&str) -> String) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("exo-e2e-").tempdir()?;
-        let models = dir.path().join("models");
-        fs::create_dir(&models)?;
-        for entry in fs::read_dir(root().join("manifests/models"))? {
-            let entry = entry?;
-            std::os::unix::fs::symlink(entry.path(), models.join(entry.file_name()))?;
-        }
-        let args = ["--port", "0", "--api-port", "0"].map(str::to_owned).to_vec();
-        let first = Exo::start(dir.path(), "mac-1", &models, args)?;
+        let models = models_in(dir.path())?;
+        let place = Place::loopback(dir.path(), &models);
+        let first = Exo::start(&place, "mac-1", &["--port", "0", "--api-port", "0"])?;
         let peer = first.api()?.trim_start_matches("https://").to_owned();
-        let args = ["--no-control-plane", "--peers", &peers(&peer)].map(str::to_owned).to_vec();
-        let second = Exo::start(dir.path(), "mac-2", &models, args)?;
+        let args = ["--no-control-plane", "--peers", &peers(&peer)];
+        let second = Exo::start(&place, "mac-2", &args)?;
         let cluster = Self { first, second, models, dir };
         cluster.wait_for_nodes()?;
         Ok(cluster)
@@ -184,47 +184,93 @@ impl Cluster {
     }
 }
 
+/// A folder with links to the built-in models, to which a test may add its own.
+fn models_in(dir: &Path) -> anyhow::Result<PathBuf> {
+    let models = dir.join("models");
+    fs::create_dir(&models)?;
+    for entry in fs::read_dir(root().join("manifests/models"))? {
+        let entry = entry?;
+        std::os::unix::fs::symlink(entry.path(), models.join(entry.file_name()))?;
+    }
+    Ok(models)
+}
+
+/// Where processes run.
+#[derive(Clone)]
+pub struct Place {
+    /// Holds data directories and logs.
+    pub dir: PathBuf,
+    pub models: PathBuf,
+    /// Address to listen on.
+    pub listen: String,
+    /// Network namespace, if not this process's own.
+    pub space: Option<String>,
+}
+
+impl Place {
+    pub fn loopback(dir: &Path, models: &Path) -> Self {
+        let (dir, models) = (dir.to_owned(), models.to_owned());
+        Self { dir, models, listen: "127.0.0.1".to_owned(), space: None }
+    }
+}
+
 /// One running `exo`.
 pub struct Exo {
     pub data_dir: PathBuf,
-    name: String,
+    pub name: String,
     args: Vec<String>,
-    models: PathBuf,
+    place: Place,
     log: PathBuf,
     endpoints: Vec<(String, String)>,
     child: Child,
 }
 
 impl Exo {
-    fn start(dir: &Path, name: &str, models: &Path, args: Vec<String>) -> anyhow::Result<Self> {
-        let (data_dir, log) = (dir.join(name), dir.join(format!("{name}.log")));
-        let child = Self::spawn(name, &data_dir, models, &log, &args)?;
-        let mut exo = Self {
+    /// Starts a process, and waits until it has said where it is.
+    pub fn start(place: &Place, name: &str, args: &[&str]) -> anyhow::Result<Self> {
+        let mut exo = Self::launch(place, name, args)?;
+        exo.read_banner()?;
+        Ok(exo)
+    }
+
+    /// Starts a process that is not waited for.
+    pub fn launch(place: &Place, name: &str, args: &[&str]) -> anyhow::Result<Self> {
+        let (data_dir, log) = (place.dir.join(name), place.dir.join(format!("{name}.log")));
+        let args: Vec<_> = args.iter().map(|arg| (*arg).to_owned()).collect();
+        let child = Self::spawn(name, &data_dir, place, &log, &args)?;
+        Ok(Self {
             data_dir,
             name: name.to_owned(),
             args,
-            models: models.to_owned(),
+            place: place.clone(),
             log,
             endpoints: Vec::new(),
             child,
-        };
-        exo.read_banner()?;
-        Ok(exo)
+        })
     }
 
     fn spawn(
         name: &str,
         data_dir: &Path,
-        models: &Path,
+        place: &Place,
         log: &Path,
         args: &[String],
     ) -> anyhow::Result<Child> {
         let log = File::options().create(true).append(true).open(log)?;
-        Ok(Command::new(binary("exo")?)
-            .args(["--name", name, "--listen", "127.0.0.1", "--data-dir"])
+        let mut command = match &place.space {
+            // It becomes the command: same process, same id.
+            Some(space) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", space]).arg(binary("exo")?);
+                command
+            }
+            None => Command::new(binary("exo")?),
+        };
+        Ok(command
+            .args(["--name", name, "--listen", &place.listen, "--data-dir"])
             .arg(data_dir)
             .args(args)
-            .env("EXO_MODEL_PATH", models)
+            .env("EXO_MODEL_PATH", &place.models)
             .env_remove("EXO_HOME")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -233,7 +279,7 @@ impl Exo {
     }
 
     /// `  name   value` lines up to `join`; an agent alone prints none and is not waited for.
-    fn read_banner(&mut self) -> anyhow::Result<()> {
+    pub fn read_banner(&mut self) -> anyhow::Result<()> {
         if self.args.iter().any(|arg| arg == "--no-control-plane") {
             return Ok(());
         }
@@ -282,6 +328,11 @@ impl Exo {
         self.endpoint("cluster API")
     }
 
+    /// The end of the process, if it has ended by itself.
+    pub fn exit_code(&mut self) -> anyhow::Result<Option<i32>> {
+        Ok(self.child.try_wait()?.and_then(|status| status.code()))
+    }
+
     /// The whole log so far.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
@@ -298,15 +349,24 @@ impl Exo {
         Ok(())
     }
 
-    /// Starts again on the same data directory and the same ports.
+    /// Starts again on the same data directory and the same ports, by its data: without peers.
     pub fn restart(&mut self) -> anyhow::Result<()> {
         let port = |url: &str| url.rsplit(':').next().map(|p| p.trim_end_matches("/v1").to_owned());
         if !self.endpoints.is_empty() {
             let gateway = port(self.gateway()?).context("the gateway has a port")?;
             let api = port(self.api()?).context("the API has a port")?;
-            self.args = ["--port", &gateway, "--api-port", &api].map(str::to_owned).to_vec();
+            let mut args = ["--port", &gateway, "--api-port", &api].map(str::to_owned).to_vec();
+            let mut old = self.args.iter();
+            while let Some(arg) = old.next() {
+                if ["--port", "--api-port", "--peers"].contains(&arg.as_str()) {
+                    old.next();
+                } else {
+                    args.push(arg.clone());
+                }
+            }
+            self.args = args;
         }
-        self.child = Self::spawn(&self.name, &self.data_dir, &self.models, &self.log, &self.args)?;
+        self.child = Self::spawn(&self.name, &self.data_dir, &self.place, &self.log, &self.args)?;
         self.read_banner()
     }
 

@@ -98,7 +98,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("exo-apiserver", &["exo-crds", "exo-store", "exo-trust"]),
         ("exo-controllers", &["exo-crds", "exo-plan"]),
         ("exo-gateway", &["exo-crds", "exo-trust"]),
-        ("exoctl", &["exo-crds"]),
+        ("exoctl", &["exo-crds", "exo-plan"]),
         ("exo-agent", &["exo-crds", "exo-plan", "exo-trust"]),
         ("exo-engine", &[]),
         ("exo-runner", &["exo-crds", "exo-engine", "exo-trust"]),
@@ -177,4 +177,14 @@ fn no_unfinished_marks() {
             assert!(!text.contains(mark.as_str()), "{}: {mark}", file.display());
         }
     }
+}
+
+/// The control plane refuses models that no runner could load, so both must mean the same.
+#[test]
+fn accepted_model_types_are_those_of_the_engine() {
+    let text = fs::read_to_string(root().join("agent/engine/src/models/mod.rs")).unwrap();
+    let (_, list) = text.split_once("SUPPORTED: &[&str] =").unwrap();
+    let (list, _) = list.split_once(';').unwrap();
+    let engine: Vec<&str> = list.split('"').skip(1).step_by(2).collect();
+    assert_eq!(engine, exo_crds::MODEL_TYPES);
 }

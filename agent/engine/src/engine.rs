@@ -1,7 +1,9 @@
 //! One rank of a model: loads its part and runs steps that it is given. Owns weights and the caches of open
 //! sequences; decides neither what to run next nor when a sequence is over.
 
-use std::collections::BTreeMap;
+mod run;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::PathBuf;
 
@@ -10,13 +12,15 @@ use mlx_rs::error::Exception;
 use mlx_rs::transforms::{async_eval, eval};
 use serde::{Deserialize, Serialize};
 
-use crate::cache::KvCache;
+use self::run::{Ahead, Batch};
+use crate::batch::{RowId, Segments};
 use crate::config::{Config, ConfigError};
 use crate::distributed::{Group, GroupError};
+use crate::history::History;
 use crate::loader::{self, Checkpoint, LoadError, LoadProgress, Selection};
 use crate::models::{Args, Facts, Model, Part};
 use crate::pipeline::{self, Pipeline};
-use crate::sample::{self, Draw, Sampling, StepOutput};
+use crate::sample::{Sampling, StepOutput};
 use crate::tensor::Team;
 use crate::timing;
 
@@ -75,6 +79,14 @@ pub enum Step {
     Decode { seq: SeqId, token: u32, draw: u64 },
 }
 
+/// One row of a decode step: `token`, the last one drawn, is fed to `seq`, and the next is drawn as draw number `draw`.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Feed {
+    pub seq: SeqId,
+    pub token: u32,
+    pub draw: u64,
+}
+
 impl Step {
     pub fn seq(&self) -> SeqId {
         match self {
@@ -97,6 +109,8 @@ pub enum EngineError {
     Mlx(#[from] Exception),
     #[error("sequence {0} is not open")]
     UnknownSequence(SeqId),
+    #[error("sequence {0} is fed twice in one step")]
+    FedTwice(SeqId),
     #[error("no tokens to feed")]
     NoTokens,
     #[error("token {token} is not in the vocabulary of {vocab_size}")]
@@ -113,7 +127,7 @@ impl EngineError {
             Self::Config(_) | Self::Layers(_) => true,
             Self::Load(error) => error.is_permanent(),
             Self::Group(_) | Self::Mlx(_) => false,
-            Self::UnknownSequence(_) | Self::NoTokens => true,
+            Self::UnknownSequence(_) | Self::FedTwice(_) | Self::NoTokens => true,
             Self::Token { .. } | Self::ContextFull { .. } => true,
         }
     }
@@ -121,21 +135,18 @@ impl EngineError {
 
 struct Sequence {
     sampling: Sampling,
-    /// One per layer of this rank.
-    caches: Vec<KvCache>,
-    /// Tokens fed by steps. The caches hold one more while a lookahead is under way.
+    /// Its place in the caches.
+    row: RowId,
+    /// Tokens fed by steps. The caches hold one more while a step is begun ahead.
     position: usize,
-    lookahead: Option<Lookahead>,
-}
-
-/// The next decode step, begun before it was asked for: it feeds `token` as draw number `draw`.
-struct Lookahead {
-    token: u32,
-    draw: u64,
-    drawn: Draw,
+    /// Present if penalties ask for it.
+    history: Option<History>,
+    /// As [`Sampling::bias`], on the rank that draws.
+    bias: Option<Array>,
 }
 
 /// Whom this rank works with.
+#[derive(Clone)]
 enum Ranks {
     Alone,
     Pipeline(Pipeline),
@@ -149,6 +160,10 @@ pub struct Engine {
     layers: usize,
     ranks: Ranks,
     sequences: BTreeMap<SeqId, Sequence>,
+    segments: Segments,
+    next_row: RowId,
+    /// What was begun before it was asked for; on a rank of its own only.
+    ahead: Vec<Ahead>,
     decoded: u64,
 }
 
@@ -202,23 +217,62 @@ impl Engine {
             weight_bytes,
         };
         let layers = part.layers.len();
-        Ok(Self { model, info, layers, ranks, sequences: BTreeMap::new(), decoded: 0 })
+        Ok(Self {
+            model,
+            info,
+            layers,
+            ranks,
+            sequences: BTreeMap::new(),
+            segments: Segments::default(),
+            next_row: 0,
+            ahead: Vec::new(),
+            decoded: 0,
+        })
     }
 
     pub fn info(&self) -> &ModelInfo {
         &self.info
     }
 
-    /// Makes room for a sequence. One that is open under the same name is dropped.
+    /// Makes room for a sequence. One that is open under the same name is dropped. For penalties, what is fed by
+    /// [`Step::Prefill`] is the prompt.
     pub fn open(&mut self, seq: SeqId, sampling: &Sampling) {
-        let caches = (0..self.layers).map(|_| KvCache::default()).collect();
-        let sampling = sampling.clone();
-        self.sequences.insert(seq, Sequence { sampling, caches, position: 0, lookahead: None });
+        self.open_with(seq, sampling, History::default());
     }
 
-    /// Frees a sequence's memory; nothing happens if it is not open.
+    /// As [`Engine::open`] for a request that has drawn tokens before: only the first `prompt` tokens that are fed
+    /// count as prompt.
+    pub fn resume(&mut self, seq: SeqId, sampling: &Sampling, prompt: usize) {
+        self.open_with(seq, sampling, History::resumed(prompt));
+    }
+
+    fn open_with(&mut self, seq: SeqId, sampling: &Sampling, history: History) {
+        self.close(seq);
+        let row = self.next_row;
+        self.next_row += 1;
+        self.segments.open(row, self.layers);
+        let draws = match &self.ranks {
+            Ranks::Alone => true,
+            Ranks::Pipeline(pipeline) => pipeline.is_last(),
+            Ranks::Team(team) => team.is_first(),
+        };
+        let vocab = self.info.vocab_size as i32;
+        let sequence = Sequence {
+            row,
+            position: 0,
+            history: (draws && sampling.has_penalties()).then_some(history),
+            bias: if draws { sampling.bias(vocab) } else { None },
+            sampling: sampling.clone(),
+        };
+        self.sequences.insert(seq, sequence);
+    }
+
+    /// Frees a sequence's memory, at the latest with the next step; nothing happens if it is not open.
     pub fn close(&mut self, seq: SeqId) {
-        self.sequences.remove(&seq);
+        if let Some(sequence) = self.sequences.remove(&seq) {
+            self.segments.close(sequence.row);
+            self.ahead.retain_mut(|ahead| ahead.forget(sequence.row));
+        }
     }
 
     /// Runs one step on this rank. The first rank gets what was drawn; the others, and steps that draw nothing, none.
@@ -230,29 +284,83 @@ impl Engine {
     /// # Errors
     /// The step is refused, or MLX or a peer failed; after the latter the engine is not fit for use.
     pub fn step(&mut self, step: &Step) -> Result<Option<StepOutput>, EngineError> {
-        let (seq, tokens, draw) = match step {
+        match step {
             Step::Prefill { seq, tokens, sample, draw } => {
-                (*seq, tokens.as_slice(), sample.then_some(*draw))
+                self.prefill(*seq, tokens, sample.then_some(*draw))
             }
-            Step::Decode { seq, token, draw } => (*seq, std::slice::from_ref(token), Some(*draw)),
-        };
-        // Taken out while it runs: a failed step leaves no half-fed sequence behind.
-        let mut sequence = self.sequences.remove(&seq).ok_or(EngineError::UnknownSequence(seq))?;
-        if let Err(refusal) = self.admit(&sequence, tokens) {
-            self.sequences.insert(seq, sequence);
-            return Err(refusal);
+            &Step::Decode { seq, token, draw } => {
+                Ok(self.decode(&[Feed { seq, token, draw }])?.pop())
+            }
         }
-        let output = match &self.ranks {
-            Ranks::Alone => self.step_alone(&mut sequence, tokens, draw)?,
-            Ranks::Pipeline(pipeline) => {
-                self.step_in_pipeline(pipeline, &mut sequence, tokens, draw)?
+    }
+
+    /// Runs one decode step for several sequences together, which reads the weights once for all of them. The first
+    /// rank gets what was drawn, in the order of `feeds`; the others get nothing.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn decode(&mut self, feeds: &[Feed]) -> Result<Vec<StepOutput>, EngineError> {
+        let mut seen = BTreeSet::new();
+        for feed in feeds {
+            self.admit(feed.seq, &[feed.token])?;
+            if !seen.insert(feed.seq) {
+                return Err(EngineError::FedTwice(feed.seq));
             }
-            Ranks::Team(team) => self.step_in_team(team, &mut sequence, tokens, draw)?,
+        }
+        if feeds.is_empty() {
+            return Err(EngineError::NoTokens);
+        }
+        let outputs = match self.ranks.clone() {
+            Ranks::Alone => self.decode_alone(feeds)?,
+            ranks @ (Ranks::Pipeline(_) | Ranks::Team(_)) => {
+                self.note(feeds);
+                let batch = self.gather(feeds)?;
+                let outputs = self.run_with(&ranks, &batch)?;
+                let order = batch.rows.iter().map(|fed| fed.seq);
+                let mut by_seq: BTreeMap<SeqId, StepOutput> = order.zip(outputs).collect();
+                feeds.iter().filter_map(|feed| by_seq.remove(&feed.seq)).collect()
+            }
         };
-        sequence.position += tokens.len();
-        self.sequences.insert(seq, sequence);
-        self.clean_up(step)?;
+        self.decoded += 1;
+        if self.decoded.is_multiple_of(STEPS_PER_CLEANUP) {
+            mlx_rs::memory::clear_cache()?;
+        }
+        Ok(outputs)
+    }
+
+    fn prefill(
+        &mut self,
+        seq: SeqId,
+        tokens: &[u32],
+        draw: Option<u64>,
+    ) -> Result<Option<StepOutput>, EngineError> {
+        self.admit(seq, tokens)?;
+        self.take_back_ahead(seq)?;
+        let feed = Feed { seq, token: 0, draw: draw.unwrap_or(0) };
+        // Makes sure that no other row lies beside this one.
+        let rows = self.gather(&[feed])?.rows;
+        if let Some(sequence) = self.sequences.get_mut(&seq) {
+            sequence.position += tokens.len();
+            sequence.history.iter_mut().for_each(|history| history.feed_prompt(tokens));
+        }
+        let batch = Batch { rows, tokens: tokens.to_vec(), draws: draw.is_some() };
+        let output = match self.ranks.clone() {
+            Ranks::Alone => self.prefill_alone(&batch)?,
+            ranks @ (Ranks::Pipeline(_) | Ranks::Team(_)) => self.run_with(&ranks, &batch)?.pop(),
+        };
+        // A chunk's temporary memory is much larger than a decode step's.
+        if tokens.len() > 1 {
+            mlx_rs::memory::clear_cache()?;
+        }
         Ok(output)
+    }
+
+    fn run_with(&mut self, ranks: &Ranks, batch: &Batch) -> Result<Vec<StepOutput>, EngineError> {
+        match ranks {
+            Ranks::Alone => unreachable!("a rank of its own begins steps ahead"),
+            Ranks::Pipeline(pipeline) => self.run_in_pipeline(pipeline, batch),
+            Ranks::Team(team) => self.run_in_team(team, batch),
+        }
     }
 
     /// Bytes that MLX holds for weights, caches and work in progress.
@@ -265,8 +373,9 @@ impl Engine {
         mlx_rs::memory::peak_memory().unwrap_or(0) as u64
     }
 
-    fn admit(&self, sequence: &Sequence, tokens: &[u32]) -> Result<(), EngineError> {
+    fn admit(&self, seq: SeqId, tokens: &[u32]) -> Result<(), EngineError> {
         let (vocab_size, max_context) = (self.info.vocab_size, self.info.max_context);
+        let sequence = self.sequences.get(&seq).ok_or(EngineError::UnknownSequence(seq))?;
         if tokens.is_empty() {
             return Err(EngineError::NoTokens);
         }
@@ -276,136 +385,6 @@ impl Engine {
         let wanted = sequence.position + tokens.len();
         if wanted > max_context {
             return Err(EngineError::ContextFull { wanted, max_context });
-        }
-        Ok(())
-    }
-
-    /// While the caller handles a token, the device already works on the next one.
-    fn step_alone(
-        &self,
-        sequence: &mut Sequence,
-        tokens: &[u32],
-        draw: Option<u64>,
-    ) -> Result<Option<StepOutput>, EngineError> {
-        let ready = sequence.lookahead.take();
-        let drawn = match (ready, draw) {
-            (Some(ready), Some(draw)) if tokens == [ready.token] && draw == ready.draw => {
-                ready.drawn
-            }
-            (ready, draw) => {
-                if ready.is_some() {
-                    sequence.caches.iter_mut().for_each(|cache| cache.truncate(1));
-                }
-                let hidden = self.model.embed(&ids(tokens))?;
-                let hidden = self.model.forward(hidden, 1, &mut sequence.caches)?;
-                let Some(draw) = draw else {
-                    eval(sequence.caches.iter().flat_map(KvCache::arrays))?;
-                    return Ok(None);
-                };
-                let drawn = self.draw(&hidden, &sequence.sampling, draw)?;
-                timing::submit(|| async_eval([&drawn.token, &drawn.report]))?;
-                drawn
-            }
-        };
-        let next = draw.map_or(0, |draw| draw + 1);
-        let begun = if sequence.position + tokens.len() < self.info.max_context {
-            let hidden = self.model.embed(&drawn.token.reshape(&[1, 1])?)?;
-            let hidden = self.model.forward(hidden, 1, &mut sequence.caches)?;
-            let begun = self.draw(&hidden, &sequence.sampling, next)?;
-            timing::submit(|| async_eval([&begun.token, &begun.report]))?;
-            Some(begun)
-        } else {
-            None
-        };
-        let output = read_report(&drawn.report)?;
-        sequence.lookahead =
-            begun.map(|drawn| Lookahead { token: output.token, draw: next, drawn });
-        Ok(Some(output))
-    }
-
-    fn step_in_pipeline(
-        &self,
-        pipeline: &Pipeline,
-        sequence: &mut Sequence,
-        tokens: &[u32],
-        draw: Option<u64>,
-    ) -> Result<Option<StepOutput>, EngineError> {
-        let hidden = if pipeline.is_first() {
-            self.model.embed(&ids(tokens))?
-        } else {
-            pipeline.receive_hidden(tokens.len() as i32)?
-        };
-        let wanted = if pipeline.is_last() { 1 } else { tokens.len() as i32 };
-        let hidden = self.model.forward(hidden, wanted, &mut sequence.caches)?;
-        if !pipeline.is_last() {
-            wait(&[&pipeline.send_hidden(&hidden)?], "send")?;
-        } else if let Some(draw) = draw {
-            let drawn = self.draw(&hidden, &sequence.sampling, draw)?;
-            wait(&[&pipeline.send_report(&drawn.report)?], "send")?;
-        }
-        if draw.is_none() {
-            // Nothing else may depend on the last layer's keys and values.
-            let caches: Vec<&Array> = sequence.caches.iter().flat_map(KvCache::arrays).collect();
-            wait(&caches, "recv")?;
-            return Ok(None);
-        }
-        if !pipeline.is_first() {
-            return Ok(None);
-        }
-        let len = sequence.sampling.report_len(self.info.vocab_size);
-        let report = pipeline.receive_report(len)?;
-        wait(&[&report], "recv")?;
-        Ok(Some(read_report(&report)?))
-    }
-
-    /// All ranks do the same work on their parts of each layer; the first alone has the head and draws. Nothing is
-    /// begun ahead: ranks whose steps went apart would wait for each other's sums for ever.
-    fn step_in_team(
-        &self,
-        team: &Team,
-        sequence: &mut Sequence,
-        tokens: &[u32],
-        draw: Option<u64>,
-    ) -> Result<Option<StepOutput>, EngineError> {
-        let hidden = self.model.embed(&ids(tokens))?;
-        let hidden = self.model.forward(hidden, 1, &mut sequence.caches)?;
-        // All ranks must evaluate the same sums: those behind the last layer's keys, or those behind its result.
-        match draw {
-            None => {
-                let caches: Vec<&Array> =
-                    sequence.caches.iter().flat_map(KvCache::arrays).collect();
-                wait(&caches, "all_sum")?;
-                Ok(None)
-            }
-            Some(draw) if team.is_first() => {
-                let drawn = self.draw(&hidden, &sequence.sampling, draw)?;
-                wait(&[&drawn.report], "all_sum")?;
-                Ok(Some(read_report(&drawn.report)?))
-            }
-            Some(_) => {
-                wait(&[&hidden], "all_sum")?;
-                Ok(None)
-            }
-        }
-    }
-
-    /// Draws from the hidden state of one position.
-    fn draw(&self, hidden: &Array, sampling: &Sampling, draw: u64) -> Result<Draw, Exception> {
-        let logits = self.model.head(hidden)?;
-        sample::draw(&logits.reshape(&[1, -1])?, sampling, draw)
-    }
-
-    fn clean_up(&mut self, step: &Step) -> Result<(), EngineError> {
-        let due = match step {
-            // A chunk's temporary memory is much larger than a decode step's.
-            Step::Prefill { tokens, .. } => tokens.len() > 1,
-            Step::Decode { .. } => {
-                self.decoded += 1;
-                self.decoded.is_multiple_of(STEPS_PER_CLEANUP)
-            }
-        };
-        if due {
-            mlx_rs::memory::clear_cache()?;
         }
         Ok(())
     }
@@ -475,9 +454,4 @@ fn wait(arrays: &[&Array], operation: &'static str) -> Result<(), GroupError> {
     timing::submit(|| async_eval(arrays()))
         .and_then(|()| timing::wait(|| eval(arrays())))
         .map_err(|e| GroupError::collective(operation, &e))
-}
-
-fn read_report(report: &Array) -> Result<StepOutput, Exception> {
-    timing::wait(|| report.eval())?;
-    Ok(StepOutput::parse(report.as_slice::<u32>()))
 }

@@ -1,9 +1,11 @@
 //! Model inference on MLX: one process is one rank. Owns loading, sharding, the KV cache, sampling and text handling;
 //! opens no sockets but MLX's own and decides nothing about requests.
 
+mod batch;
 mod cache;
 mod config;
 mod engine;
+mod history;
 mod loader;
 mod mlx;
 mod models;
@@ -15,8 +17,9 @@ mod tensor;
 pub mod text;
 mod timing;
 
+pub use batch::cache_positions;
 pub use config::ConfigError;
-pub use engine::{Engine, EngineError, LoadConfig, ModelInfo, SeqId, Sharding, Step};
+pub use engine::{Engine, EngineError, Feed, LoadConfig, ModelInfo, SeqId, Sharding, Step};
 pub use loader::{LoadError, LoadProgress, Mismatch, Misshaped};
 pub use mlx::{distributed, exit_now};
 pub use sample::{Sampling, StepOutput};

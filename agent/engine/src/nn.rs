@@ -3,10 +3,11 @@
 
 use std::ffi::CStr;
 
-use mlx_rs::Array;
 use mlx_rs::error::Exception;
 use mlx_rs::ops::{addmm, gather_mm, matmul, quantize};
+use mlx_rs::{Array, Dtype};
 
+use crate::batch::Offset;
 use crate::mlx::{Quantized, slice};
 use crate::tensor::Team;
 
@@ -290,8 +291,8 @@ pub(crate) enum Frequencies {
 }
 
 impl Rope {
-    /// Rotates `x` of shape `[batch, heads, positions, dims]`, whose first position is `offset`.
-    pub(crate) fn forward(&self, x: &Array, offset: i32) -> Result<Array, Exception> {
+    /// Rotates `x` of shape `[rows, heads, positions, dims]`, whose first position is `offset`.
+    pub(crate) fn forward(&self, x: &Array, offset: &Offset) -> Result<Array, Exception> {
         let (base, periods) = match &self.frequencies {
             Frequencies::Base(base) => (Some(*base), None),
             Frequencies::Periods(periods) => (None, Some(periods)),
@@ -302,13 +303,31 @@ impl Rope {
         )]
         let scaled = if self.magnitude == 1.0 { None } else { Some(times(x, self.magnitude)?) };
         let x = scaled.as_ref().unwrap_or(x);
-        mlx_rs::fast::rope(x, self.dims, self.traditional, base, self.scale, offset, periods)
+        let &Self { dims, traditional, scale, .. } = self;
+        match offset {
+            Offset::All(offset) => {
+                mlx_rs::fast::rope(x, dims, traditional, base, scale, *offset, periods)
+            }
+            Offset::ByRow(offsets) => {
+                mlx_rs::fast::rope_dynamic(x, dims, traditional, base, scale, offsets, periods)
+            }
+        }
     }
 }
 
 /// `x · factor` in the type of `x`.
 pub(crate) fn times(x: &Array, factor: f32) -> Result<Array, Exception> {
     x.multiply(Array::from_f32(factor).as_dtype(x.dtype())?)
+}
+
+/// The least number of a float type: what hides a score from softmax.
+pub(crate) fn least(dtype: Dtype) -> Result<Array, Exception> {
+    let least = match dtype {
+        Dtype::Float16 => -65_504.0,
+        Dtype::Bfloat16 => -3.389_531_4e38,
+        _ => f32::MIN,
+    };
+    Array::from_f32(least).as_dtype(dtype)
 }
 
 /// The last `wanted` positions of `[1, positions, features]`.

@@ -12,6 +12,7 @@ use crate::models::Part;
 /// Types that hidden states can have; a rank announces its place in this list.
 const WIRE_TYPES: [Dtype; 3] = [Dtype::Float32, Dtype::Float16, Dtype::Bfloat16];
 
+#[derive(Clone)]
 pub(crate) struct Pipeline {
     group: Group,
     hidden_size: i32,

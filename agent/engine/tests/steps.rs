@@ -24,7 +24,7 @@ fn engine() -> (TempDir, Engine) {
 }
 
 fn sampling(logprobs: Option<u32>) -> Sampling {
-    Sampling { temperature: 1.0, top_p: 0.95, seed: 5, logprobs }
+    Sampling { temperature: 1.0, top_p: 0.95, seed: 5, logprobs, ..Sampling::greedy() }
 }
 
 fn prefill(engine: &mut Engine, seq: u64, tokens: &[u32], draw: u64) -> StepOutput {

@@ -20,7 +20,10 @@ pub(crate) fn allow(request: &Attributes<'_>) -> Result<(), String> {
     let own = match request.resource {
         // An object that is not there yet is named by its body; one that exists is not overwritten.
         "nodes" => request.verb == "create" || (edits && request.name == node),
-        "events" => request.verb == "create",
+        "events" => {
+            request.verb == "create"
+                || (edits && request.object.is_some_and(|e| e["reportingInstance"] == node))
+        }
         "shards" => edits && request.object.is_some_and(|shard| shard["spec"]["node"] == node),
         _ => false,
     };
@@ -68,6 +71,10 @@ mod tests {
         assert!(check(node, "create", ("nodes", ""), None));
         assert!(check(node, "patch", ("nodes", "a"), None));
         assert!(check(node, "patch", ("shards", "x"), Some(&of_a)));
+        assert!(check(node, "create", ("events", ""), None));
+        let told = |by: &str| json!({"reportingInstance": by});
+        assert!(check(node, "patch", ("events", "e"), Some(&told("a"))));
+        assert!(!check(node, "patch", ("events", "e"), Some(&told("b"))));
         for (verb, target, object) in [
             ("patch", ("nodes", "b"), None),
             ("delete", ("nodes", "a"), None),

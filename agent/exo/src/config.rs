@@ -22,7 +22,7 @@ const MAX_NAME: usize = 63;
     name = "exo",
     version,
     about = "Run one model on all your machines. `exo` starts a cluster; a further machine joins \
-             it with `exo --no-control-plane --peers HOST:8443`.",
+             it with `exo --peers HOST:8443`.",
     args_conflicts_with_subcommands = true
 )]
 pub(crate) struct RawArgs {
@@ -46,7 +46,7 @@ pub(crate) struct RawArgs {
     /// Port of the Kubernetes-style API (TLS with client certificates)
     #[arg(long, default_value_t = DEFAULT_API_PORT)]
     api_port: u16,
-    /// API addresses of nodes to join, tried in turn
+    /// API addresses of a cluster's nodes: join it by the first one that lets this node in
     #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
     peers: Vec<String>,
     /// Serve the cluster, run no models on this machine
@@ -55,6 +55,24 @@ pub(crate) struct RawArgs {
     /// Run models only; the control plane is on the nodes named by --peers
     #[arg(long)]
     no_control_plane: bool,
+    /// Websites whose pages may use the OpenAI API, besides those of this machine; * for all
+    #[arg(long, value_name = "ORIGIN", value_delimiter = ',')]
+    allow_origin: Vec<String>,
+    /// Where the cluster's state is kept [default: on the nodes themselves]
+    #[arg(long, value_name = "etcd://HOST:PORT,…")]
+    store: Option<String>,
+    /// User of etcd; the password is taken from EXO_ETCD_PASSWORD
+    #[arg(long, value_name = "NAME", requires = "store")]
+    etcd_user: Option<String>,
+    /// Certificate of etcd's authority (PEM): calls etcd by TLS
+    #[arg(long, value_name = "FILE", requires = "store")]
+    etcd_ca: Option<PathBuf>,
+    /// Certificate to show to etcd (PEM)
+    #[arg(long, value_name = "FILE", requires_all = ["etcd_ca", "etcd_key"])]
+    etcd_cert: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, value_name = "FILE", requires = "etcd_cert")]
+    etcd_key: Option<PathBuf>,
     /// Form of the log on stderr; what is logged is set by EXO_LOG
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -85,15 +103,50 @@ pub(crate) struct Config {
     pub(crate) role: Role,
     /// Folders that hold models, from `EXO_MODEL_PATH`.
     pub(crate) model_dirs: Vec<PathBuf>,
-    pub(crate) log_format: LogFormat,
+    /// Origins whose web pages may use the gateway.
+    pub(crate) allowed_origins: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Role {
-    /// Control plane, and an agent unless told otherwise.
-    ControlPlane { gateway: SocketAddr, api: SocketAddr, agent: bool },
+    /// Control plane, and an agent unless told otherwise. Without peers it founds its cluster, if
+    /// its data directory knows none.
+    ControlPlane {
+        gateway: SocketAddr,
+        api: SocketAddr,
+        agent: bool,
+        peers: Vec<String>,
+        store: StoreChoice,
+    },
     /// Agent alone, in the cluster of the first peer that answers.
     Agent { peers: Vec<String> },
+}
+
+/// Where the cluster's state is kept.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum StoreChoice {
+    Raft,
+    Etcd(Box<Etcd>),
+}
+
+/// An etcd cluster and how to be let in.
+#[derive(Clone, PartialEq)]
+pub(crate) struct Etcd {
+    /// `http://host:port` or `https://…`, each.
+    pub(crate) endpoints: Vec<String>,
+    /// Name and password.
+    pub(crate) user: Option<(String, String)>,
+    /// PEM files.
+    pub(crate) ca: Option<PathBuf>,
+    /// Certificate and key, PEM files.
+    pub(crate) identity: Option<(PathBuf, PathBuf)>,
+}
+
+impl std::fmt::Debug for Etcd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The password is nobody's business.
+        f.debug_struct("Etcd").field("endpoints", &self.endpoints).finish_non_exhaustive()
+    }
 }
 
 /// What the process finds around it.
@@ -102,6 +155,7 @@ pub(crate) struct Surroundings {
     pub(crate) home: Option<PathBuf>,
     pub(crate) host_name: Option<String>,
     pub(crate) model_path: Option<std::ffi::OsString>,
+    pub(crate) etcd_password: Option<String>,
 }
 
 impl Surroundings {
@@ -110,12 +164,18 @@ impl Surroundings {
             home: std::env::home_dir(),
             host_name: hostname::get().ok().and_then(|name| name.into_string().ok()),
             model_path: std::env::var_os("EXO_MODEL_PATH"),
+            etcd_password: std::env::var("EXO_ETCD_PASSWORD").ok(),
         }
     }
 }
 
 impl RawArgs {
+    pub(crate) fn log_format(&self) -> LogFormat {
+        self.log_format
+    }
+
     pub(crate) fn check(self, around: &Surroundings) -> anyhow::Result<Config> {
+        let store = self.store_choice(around)?;
         let data_dir = match (self.data_dir, &around.home) {
             (Some(dir), _) => dir,
             (None, Some(home)) => home.join(".exo"),
@@ -130,31 +190,34 @@ impl RawArgs {
             (None, None) => bail!("this machine has no host name: add --name NODE"),
         };
         let cluster = checked_name(&self.cluster).context("--cluster")?;
+        for peer in &self.peers {
+            checked_peer(peer).context("--peers")?;
+        }
         let any = self.listen.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         let role = match (self.no_control_plane, self.no_agent) {
             (true, true) => bail!("--no-agent and --no-control-plane leave nothing to run"),
             (true, false) if self.peers.is_empty() => {
                 bail!("--no-control-plane needs a cluster to join: add --peers HOST:PORT")
             }
-            (true, false) => {
-                for peer in &self.peers {
-                    checked_peer(peer)?;
-                }
-                Role::Agent { peers: self.peers.clone() }
+            (true, false) if store != StoreChoice::Raft => {
+                bail!("--store is for nodes with a control plane: leave out --no-control-plane")
             }
-            (false, _) if !self.peers.is_empty() => {
-                bail!("--peers joins a cluster as an agent: add --no-control-plane")
-            }
+            (true, false) => Role::Agent { peers: self.peers.clone() },
             (false, no_agent) => Role::ControlPlane {
                 gateway: SocketAddr::new(any, self.port),
                 api: SocketAddr::new(any, self.api_port),
                 agent: !no_agent,
+                peers: self.peers.clone(),
+                store,
             },
         };
         let address = match self.listen {
             Some(ip) if !ip.is_unspecified() => ip,
             _ => own_address(self.peers.first().map(String::as_str)),
         };
+        for origin in &self.allow_origin {
+            checked_origin(origin)?;
+        }
         let model_dirs = around.model_path.as_deref().map(std::env::split_paths);
         Ok(Config {
             node_name,
@@ -164,8 +227,39 @@ impl RawArgs {
             metrics: SocketAddr::new(any, self.api_port),
             role,
             model_dirs: model_dirs.into_iter().flatten().filter(|p| p.is_absolute()).collect(),
-            log_format: self.log_format,
+            allowed_origins: self.allow_origin,
         })
+    }
+}
+
+impl RawArgs {
+    fn store_choice(&self, around: &Surroundings) -> anyhow::Result<StoreChoice> {
+        let Some(text) = self.store.as_deref() else {
+            return Ok(StoreChoice::Raft);
+        };
+        let Some(hosts) = text.strip_prefix("etcd://") else {
+            bail!("--store: `{text}` is not etcd://HOST:PORT[,HOST:PORT…]");
+        };
+        if !cfg!(feature = "etcd") {
+            bail!(
+                "--store: this exo was built without etcd. Build it with `make build`, or with \
+                 `cargo build -p exo --features etcd`, which needs protoc"
+            );
+        }
+        let scheme = if self.etcd_ca.is_some() { "https" } else { "http" };
+        let endpoints = hosts
+            .split(',')
+            .map(|host| checked_peer(host).map(|()| format!("{scheme}://{host}")))
+            .collect::<anyhow::Result<_>>()
+            .context("--store")?;
+        let user = match (&self.etcd_user, &around.etcd_password) {
+            (Some(name), Some(password)) => Some((name.clone(), password.clone())),
+            (Some(_), None) => bail!("--etcd-user needs a password: set EXO_ETCD_PASSWORD"),
+            (None, _) => None,
+        };
+        let identity = self.etcd_cert.clone().zip(self.etcd_key.clone());
+        let etcd = Etcd { endpoints, user, ca: self.etcd_ca.clone(), identity };
+        Ok(StoreChoice::Etcd(Box::new(etcd)))
     }
 }
 
@@ -174,7 +268,21 @@ fn checked_peer(peer: &str) -> anyhow::Result<()> {
         .rsplit_once(':')
         .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
     if !well_formed {
-        bail!("--peers: `{peer}` is not HOST:PORT");
+        bail!("`{peer}` is not HOST:PORT");
+    }
+    Ok(())
+}
+
+/// `SCHEME://HOST[:PORT]` as browsers send it, or `*`. Anything else would never match.
+fn checked_origin(origin: &str) -> anyhow::Result<()> {
+    let well_formed = origin.split_once("://").is_some_and(|(scheme, host)| {
+        !scheme.is_empty() && !host.is_empty() && !host.contains('/')
+    });
+    if origin != "*" && !well_formed {
+        bail!(
+            "--allow-origin: `{origin}` is not an origin such as https://chat.example.org \
+             (no path, no / at the end)"
+        );
     }
     Ok(())
 }
@@ -258,7 +366,7 @@ pub(crate) fn banner(addresses: &Addresses, kubeconfig: &str) -> String {
     let _ = writeln!(text, "exo is ready");
     let _ = writeln!(text, "  OpenAI API   http://{}/v1", host(gateway));
     let _ = writeln!(text, "  cluster API  https://{}   KUBECONFIG={kubeconfig}", host(api));
-    let _ = writeln!(text, "  join         exo --no-control-plane --peers {join}");
+    let _ = writeln!(text, "  join         exo --peers {join}");
     text
 }
 
@@ -271,6 +379,7 @@ mod tests {
             home: Some("/home/anna".into()),
             host_name: Some("Annas-Mac_Studio.local".to_owned()),
             model_path: Some("/models:relative:/more".into()),
+            etcd_password: Some("secret".to_owned()),
         };
         RawArgs::try_parse_from([&["exo"], args].concat())?.check(&around)
     }
@@ -286,6 +395,8 @@ mod tests {
                 gateway: "127.0.0.1:8080".parse().unwrap(),
                 api: "127.0.0.1:8443".parse().unwrap(),
                 agent: true,
+                peers: Vec::new(),
+                store: StoreChoice::Raft,
             }
         );
     }
@@ -295,10 +406,14 @@ mod tests {
         for (args, needle) in [
             (&["--no-control-plane"][..], "--peers HOST:PORT"),
             (&["--no-control-plane", "--no-agent"], "nothing to run"),
-            (&["--peers", "a:1"], "add --no-control-plane"),
             (&["--no-control-plane", "--peers", "a"], "`a` is not HOST:PORT"),
+            (&["--peers", "a:1,b"], "`b` is not HOST:PORT"),
+            (&["--store", "postgres://x"], "is not etcd://HOST:PORT"),
+            (&["--etcd-user", "anna"], "--store"),
             (&["--name", "Bad_Name"], "--name"),
             (&["--cluster=-x"], "--cluster"),
+            (&["--allow-origin", "chat.example.org"], "`chat.example.org`"),
+            (&["--allow-origin", "https://a,https://b/"], "`https://b/`"),
         ] {
             let error = format!("{:#}", parse(args).unwrap_err());
             assert!(error.contains(needle), "{args:?}: {error}");
@@ -316,6 +431,32 @@ mod tests {
         assert!(text.contains("http://localhost:8080/v1"), "{text}");
         assert!(text.contains("https://localhost:8443"), "{text}");
         assert!(text.contains("--peers 192.168.1.7:8443"), "{text}");
+    }
+
+    #[test]
+    fn origins_are_a_list() {
+        let config = parse(&["--allow-origin", "https://a.example:1,app://desk"]).unwrap();
+        assert_eq!(config.allowed_origins, ["https://a.example:1", "app://desk"]);
+        assert_eq!(parse(&["--allow-origin", "*"]).unwrap().allowed_origins, ["*"]);
+    }
+
+    #[test]
+    fn a_store_in_etcd_is_built_in_or_refused() {
+        let parsed = parse(&["--store", "etcd://a:2379,b:2379", "--etcd-user", "anna"]);
+        if !cfg!(feature = "etcd") {
+            let error = format!("{:#}", parsed.unwrap_err());
+            assert!(error.contains("make build"), "{error}");
+            return;
+        }
+        let config = parsed.unwrap();
+        assert!(!format!("{config:?}").contains("secret"));
+        let Role::ControlPlane { store: StoreChoice::Etcd(etcd), .. } = config.role else {
+            panic!("a control plane with etcd");
+        };
+        assert_eq!(etcd.endpoints, ["http://a:2379", "http://b:2379"]);
+        assert_eq!(etcd.user, Some(("anna".to_owned(), "secret".to_owned())));
+        let error = parse(&["--store", "etcd://a"]).unwrap_err();
+        assert!(format!("{error:#}").contains("`a` is not HOST:PORT"), "{error:#}");
     }
 
     #[test]

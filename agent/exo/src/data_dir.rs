@@ -5,6 +5,8 @@
 //! kubeconfig      for people and exoctl, mode 0600
 //! pki/            ca.crt node.crt node.key, and ca.key where the control plane runs
 //! raft/           the replicated store
+//! joining         while this node is not yet a member of a cluster's control plane: whom it asks
+//! members         API addresses of the control plane, for a node that runs models only
 //! shards/         one folder per shard that runs here
 //! ```
 
@@ -18,8 +20,8 @@ use std::{
 use anyhow::{Context as _, bail};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use exo_trust::{
-    Authority, GROUP_ADMINS, GROUP_NODES, Issued, Subject, TlsPaths, certificate_expired,
-    certificate_renewal_due, reqwest_client, write_private,
+    Authority, GROUP_ADMINS, GROUP_CONTROL_PLANE, GROUP_NODES, Issued, Subject, TlsPaths,
+    certificate_expired, certificate_renewal_due, reqwest_client, write_private,
 };
 use serde_json::json;
 
@@ -29,6 +31,20 @@ pub(crate) const NODE_USER_PREFIX: &str = "system:node:";
 /// The subject of a node's certificate.
 pub(crate) fn node_subject(node_name: &str) -> Subject {
     Subject { name: format!("{NODE_USER_PREFIX}{node_name}"), groups: vec![GROUP_NODES.to_owned()] }
+}
+
+/// What a data directory holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Standing {
+    Nothing,
+    /// A control plane: the one that was founded here, or a part of one.
+    ControlPlane,
+    /// A cluster's authority without a store: somebody removed it, or it was never made.
+    Authority,
+    /// Half of that: this node is not a member yet, and asked these peers.
+    Joining(Vec<String>),
+    /// The certificate of a node that runs models only.
+    Agent,
 }
 
 /// An open data directory; locked until dropped.
@@ -51,6 +67,9 @@ impl DataDir {
             std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
             builder.create(dir).with_context(|| format!("making {}", dir.display()))
         };
+        if path.exists() && !path.is_dir() {
+            bail!("--data-dir: {} is a file, and a folder is needed", path.display());
+        }
         make(path)?;
         make(&path.join("pki"))?;
         let lock_path = path.join("lock");
@@ -76,12 +95,70 @@ impl DataDir {
         self.path.join("raft")
     }
 
+    pub(crate) fn pki(&self) -> PathBuf {
+        self.path.join("pki")
+    }
+
     pub(crate) fn tls(&self) -> TlsPaths {
         TlsPaths::in_dir(&self.path.join("pki"))
     }
 
     pub(crate) fn kubeconfig(&self) -> PathBuf {
         self.path.join("kubeconfig")
+    }
+
+    pub(crate) fn standing(&self) -> Standing {
+        if let Ok(peers) = fs::read_to_string(self.path.join("joining")) {
+            return Standing::Joining(peers.lines().map(str::to_owned).collect());
+        }
+        let has = |file: &str| self.path.join(file).exists();
+        if has("raft/store.redb") {
+            Standing::ControlPlane
+        } else if has("pki/ca.key") {
+            Standing::Authority
+        } else if has("pki/ca.crt") {
+            Standing::Agent
+        } else {
+            Standing::Nothing
+        }
+    }
+
+    /// Remembers that this node is on its way into a control plane: until it is a member, it must
+    /// not found a cluster of its own with what it was given.
+    pub(crate) fn begin_joining(&self, peers: &[String]) -> anyhow::Result<()> {
+        Ok(write_private(&self.path.join("joining"), peers.join("\n").as_bytes())?)
+    }
+
+    pub(crate) fn end_joining(&self) -> anyhow::Result<()> {
+        let path = self.path.join("joining");
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| path.display().to_string())
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// The certificate of the cluster's authority, PEM.
+    pub(crate) fn authority_pem(&self) -> anyhow::Result<String> {
+        let path = self.tls().ca;
+        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+    }
+
+    /// Takes over the cluster's authority; its certificate came with this node's own.
+    pub(crate) fn adopt_authority(&self, key_pem: &str) -> anyhow::Result<()> {
+        Authority::adopt(&self.path.join("pki"), key_pem)
+            .context("taking over the cluster's certificate authority")
+    }
+
+    /// API addresses that a node without a control plane was told, newest last time.
+    pub(crate) fn known_members(&self) -> Vec<String> {
+        let text = fs::read_to_string(self.path.join("members")).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    pub(crate) fn save_members(&self, addresses: &[String]) -> anyhow::Result<()> {
+        Ok(write_private(&self.path.join("members"), addresses.join("\n").as_bytes())?)
     }
 
     /// Whether this node has joined a cluster before and its certificate is not about to end.
@@ -120,43 +197,53 @@ impl DataDir {
     pub(crate) fn authority(&self, node_name: &str, ip: IpAddr) -> anyhow::Result<Authority> {
         let authority = Authority::open_or_create(&self.path.join("pki"), now_s())
             .context("opening the cluster's certificate authority")?;
-        let issued =
-            authority.issue(&node_subject(node_name), Some(&certificate_addresses(ip)), now_s())?;
+        let mut subject = node_subject(node_name);
+        subject.groups = vec![GROUP_CONTROL_PLANE.to_owned()];
+        let issued = authority.issue(&subject, Some(&certificate_addresses(ip)), now_s())?;
         self.write_identity(authority.certificate_pem(), &issued)?;
         Ok(authority)
     }
 
-    /// Writes the admin's kubeconfig, with a fresh client certificate. Any Kubernetes client can
-    /// use it.
+    /// Writes the admin's kubeconfig; see [`write_kubeconfig`].
     pub(crate) fn write_kubeconfig(
         &self,
         authority: &Authority,
         api: SocketAddr,
     ) -> anyhow::Result<()> {
-        let admin = Subject { name: "exo-admin".to_owned(), groups: vec![GROUP_ADMINS.to_owned()] };
-        let issued = authority.issue(&admin, None, now_s())?;
-        let host = match api.ip() {
-            ip if ip.is_unspecified() => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), api.port()),
-            _ => api,
-        };
-        let encode = |text: &str| BASE64_STANDARD.encode(text);
-        let config = json!({
-            "apiVersion": "v1",
-            "kind": "Config",
-            "clusters": [{"name": "exo", "cluster": {
-                "server": format!("https://{host}"),
-                "certificate-authority-data": encode(authority.certificate_pem()),
-            }}],
-            "users": [{"name": "exo-admin", "user": {
-                "client-certificate-data": encode(&issued.certificate_pem),
-                "client-key-data": encode(&issued.key_pem),
-            }}],
-            "contexts": [{"name": "exo", "context": {"cluster": "exo", "user": "exo-admin"}}],
-            "current-context": "exo",
-        });
-        let text = exo_crds::yaml::to_string(&config).context("writing the kubeconfig")?;
-        Ok(write_private(&self.kubeconfig(), text.as_bytes())?)
+        write_kubeconfig(&self.kubeconfig(), authority, api, now_s())
     }
+}
+
+/// Writes the admin's kubeconfig, with a fresh client certificate. Any Kubernetes client can use it.
+pub(crate) fn write_kubeconfig(
+    path: &Path,
+    authority: &Authority,
+    api: SocketAddr,
+    now_s: u64,
+) -> anyhow::Result<()> {
+    let admin = Subject { name: "exo-admin".to_owned(), groups: vec![GROUP_ADMINS.to_owned()] };
+    let issued = authority.issue(&admin, None, now_s)?;
+    let host = match api.ip() {
+        ip if ip.is_unspecified() => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), api.port()),
+        _ => api,
+    };
+    let encode = |text: &str| BASE64_STANDARD.encode(text);
+    let config = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "exo", "cluster": {
+            "server": format!("https://{host}"),
+            "certificate-authority-data": encode(authority.certificate_pem()),
+        }}],
+        "users": [{"name": "exo-admin", "user": {
+            "client-certificate-data": encode(&issued.certificate_pem),
+            "client-key-data": encode(&issued.key_pem),
+        }}],
+        "contexts": [{"name": "exo", "context": {"cluster": "exo", "user": "exo-admin"}}],
+        "current-context": "exo",
+    });
+    let text = exo_crds::yaml::to_string(&config).context("writing the kubeconfig")?;
+    Ok(write_private(path, text.as_bytes())?)
 }
 
 /// Addresses that a node's certificate names: its own and loopback.
@@ -180,6 +267,41 @@ mod tests {
         assert!(error.contains("--data-dir"), "{error}");
         drop(first);
         DataDir::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_file_is_no_data_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "x").unwrap();
+        let error = DataDir::open(&file).unwrap_err().to_string();
+        assert!(error.contains("is a file"), "{error}");
+        assert_eq!(fs::read_to_string(&file).unwrap(), "x");
+    }
+
+    #[test]
+    fn a_folder_says_what_it_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = DataDir::open(dir.path()).unwrap();
+        assert_eq!(data.standing(), Standing::Nothing);
+        let founder = tempfile::tempdir().unwrap();
+        let founder = DataDir::open(founder.path()).unwrap();
+        let authority = founder.authority("a", Ipv4Addr::LOCALHOST.into()).unwrap();
+        assert_eq!(founder.standing(), Standing::Authority);
+        fs::create_dir(founder.path().join("raft")).unwrap();
+        fs::write(founder.path().join("raft/store.redb"), "").unwrap();
+        assert_eq!(founder.standing(), Standing::ControlPlane);
+
+        let own = node_subject("b");
+        let issued = authority.issue(&own, Some(&[]), now_s()).unwrap();
+        data.write_identity(authority.certificate_pem(), &issued).unwrap();
+        assert_eq!(data.standing(), Standing::Agent);
+        let peers = vec!["a:1".to_owned(), "b:2".to_owned()];
+        data.begin_joining(&peers).unwrap();
+        data.adopt_authority(authority.key_pem()).unwrap();
+        assert_eq!(data.standing(), Standing::Joining(peers));
+        data.end_joining().unwrap();
+        assert_eq!(data.standing(), Standing::Authority);
     }
 
     #[cfg(unix)]

@@ -1,5 +1,5 @@
-//! How a node gets its certificate: `POST /exo/v1/join` on the API port, the one route that needs
-//! no client certificate.
+//! How a node gets its certificate: `POST /exo/v1/join` on the API port, which needs no client
+//! certificate. What a node of the control plane is given on top is the matter of `control.rs`.
 //!
 //! Without a join token everybody on the network may join, as the log says at start. The new node
 //! trusts the first answer; from then on it trusts that cluster's authority alone. A name that
@@ -16,6 +16,7 @@ use axum::{
     routing::post,
 };
 use exo_crds::Node;
+use exo_store::Store;
 use exo_trust::{Authority, Issued, Peer, Request, TlsPaths, bootstrap_client, reqwest_client};
 use kube::{Api, Client};
 use serde::{Deserialize, Serialize};
@@ -57,6 +58,7 @@ pub(crate) struct Host {
     /// The node that answers; its name is never given away.
     pub(crate) own_name: String,
     pub(crate) client: Client,
+    pub(crate) store: Store,
 }
 
 /// The route, for the API port.
@@ -88,9 +90,10 @@ async fn join(
         return Err(Refusal(StatusCode::CONFLICT, text));
     }
     let subject = node_subject(&name);
-    let is_itself = peer.certificate.as_ref() == Some(&subject);
+    let is_itself = peer.certificate.as_ref().is_some_and(|shown| shown.name == subject.name);
     let taken = name == host.own_name
-        || (!is_itself && is_alive(&host.client, &name).await.map_err(internal)?);
+        || (!is_itself && is_alive(&host.client, &name).await.map_err(internal)?)
+        || (!is_itself && is_member_there(&host, &name).await);
     if taken {
         let text = format!("a node named `{name}` is already there: choose another --name");
         return Err(Refusal(StatusCode::CONFLICT, text));
@@ -114,6 +117,18 @@ async fn is_alive(client: &Client, name: &str) -> Result<bool, kube::Error> {
     let node = Api::<Node>::all(client.clone()).get_opt(name).await?;
     let conditions = node.and_then(|node| node.status).unwrap_or_default().conditions;
     Ok(conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
+}
+
+/// A member of the control plane may run no agent, and has no Node then: it is asked itself.
+async fn is_member_there(host: &Host, name: &str) -> bool {
+    let Some(member) = host.store.members().into_iter().find(|m| m.name == name) else {
+        return false;
+    };
+    let Ok(client) = bootstrap_client() else {
+        return false;
+    };
+    let url = format!("https://{}/livez", member.address);
+    client.get(url).timeout(PROBE_LIMIT).send().await.is_ok()
 }
 
 /// The first peer that answers a member; the first of all when none does, for it may come back.
@@ -157,9 +172,39 @@ async fn join_one(data: &DataDir, peer: &str, (name, cluster): (&str, &str)) -> 
     // A member that renews shows who it is; a newcomer has nothing to show.
     let client =
         if data.has_usable_identity() { reqwest_client(&data.tls())? } else { bootstrap_client()? };
+    let answer = ask(&client, peer, &body).await?;
+    let issued = Issued { certificate_pem: answer.certificate, key_pem: request.key_pem };
+    data.write_identity(&answer.ca, &issued)
+}
+
+/// A new certificate (PEM) for a member's key (PEM), from the first peer that gives one.
+pub(crate) async fn renew(
+    tls: &TlsPaths,
+    peers: &[String],
+    (name, cluster): (&str, &str),
+    key_pem: String,
+) -> anyhow::Result<String> {
+    let client = reqwest_client(tls)?;
+    let csr = Request::of_key(key_pem)?.csr_pem;
+    let body = JoinRequest { name: name.to_owned(), cluster: cluster.to_owned(), csr };
+    let mut failures = Vec::new();
+    for peer in peers {
+        match ask(&client, peer, &body).await {
+            Ok(answer) => return Ok(answer.certificate),
+            Err(error) => failures.push(format!("{peer}: {error:#}")),
+        }
+    }
+    bail!("{}", failures.join("; "))
+}
+
+async fn ask(
+    client: &reqwest::Client,
+    peer: &str,
+    body: &JoinRequest,
+) -> anyhow::Result<JoinResponse> {
     let response = client
         .post(format!("https://{peer}{PATH}"))
-        .json(&body)
+        .json(body)
         .send()
         .await
         .context("can't be reached (is exo running there, and the port right?)")?;
@@ -171,7 +216,5 @@ async fn join_one(data: &DataDir, peer: &str, (name, cluster): (&str, &str)) -> 
             None => bail!("answered {status}: not an exo API port?"),
         }
     }
-    let answer: JoinResponse = response.json().await.context("sent an unreadable answer")?;
-    let issued = Issued { certificate_pem: answer.certificate, key_pem: request.key_pem };
-    data.write_identity(&answer.ca, &issued)
+    response.json().await.context("sent an unreadable answer")
 }

@@ -3,24 +3,36 @@
 
 mod access;
 mod config;
+mod control;
 mod data_dir;
+mod dial;
 mod join;
+mod log;
+mod membership;
+mod open;
+mod remote;
+mod renew;
 mod run;
 
-use std::{io::IsTerminal as _, process::ExitCode};
+use std::process::ExitCode;
 
 use clap::Parser as _;
-use config::{Command, LogFormat, RawArgs, Surroundings};
-use tracing_subscriber::EnvFilter;
+use config::{Command, RawArgs, Surroundings};
 
-/// State changes of our own; libraries only when something is odd.
-const DEFAULT_LOG: &str = "info,openraft=warn,kube=warn,tower=warn,hyper=warn";
+/// As for mistakes on the command line.
+const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let args = RawArgs::parse();
     if let Some(Command::Version) = args.command {
         print_line(&format!("exo {}", env!("CARGO_PKG_VERSION")));
         return ExitCode::SUCCESS;
+    }
+    let log_format = args.log_format();
+    let log = std::env::var("EXO_LOG").ok();
+    if let Err(error) = log::start(log.as_deref(), log_format) {
+        eprintln!("exo: {error:#}");
+        return ExitCode::from(USAGE);
     }
     match start(args) {
         Ok(()) => ExitCode::SUCCESS,
@@ -33,22 +45,9 @@ fn main() -> ExitCode {
 
 fn start(args: RawArgs) -> anyhow::Result<()> {
     let config = args.check(&Surroundings::observe())?;
-    start_log(config.log_format);
     exo_trust::install_crypto();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(run::run(config))
-}
-
-fn start_log(format: LogFormat) {
-    let filter = EnvFilter::try_from_env("EXO_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
-    match format {
-        LogFormat::Text => log.with_target(false).init(),
-        LogFormat::Json => log.json().init(),
-    }
 }
 
 /// Prints to stdout; a reader that has gone away is no error.

@@ -1,16 +1,11 @@
 //! Starts and stops the parts, in the right order.
 //!
-//! Start: data directory, sockets, store, API server, then its clients. Stop: first the gateway
+//! Start: data directory, sockets, store, API server; a node that joins is made a member now; then
+//! the API's clients. Stop: first the gateway
 //! lets answers end, then the agent stops its runners and says so, then the controllers, the store
 //! with its watches, last the API server. Each part has a limit, after which it is dropped.
 
-use std::{
-    future::{Future, IntoFuture as _},
-    net::SocketAddr,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{future::Future, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, anyhow};
 use axum::{
@@ -25,9 +20,9 @@ use axum::{
 use exo_agent::AgentConfig;
 use exo_apiserver::{ApiServer, Identity, collect_garbage, in_process};
 use exo_gateway::Gateway;
-use exo_store::{RaftConfig, Store};
+use exo_store::Store;
 use exo_trust::{
-    ClientAuth, GROUP_ADMINS, NODE_DNS_NAME, Peer, TlsListener, TlsPaths, reqwest_client,
+    ClientAuth, GROUP_ADMINS, Peer, ServeLimits, TlsListener, TlsPaths, reqwest_client, serve,
     server_config,
 };
 use kube::Client;
@@ -42,15 +37,20 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     access,
-    config::{Addresses, Config, Role, banner},
+    config::{Addresses, Config, Role, StoreChoice, banner},
+    control::{self, Start},
     data_dir::DataDir,
-    join, print_line,
+    join, membership, open, print_line,
+    remote::Servers,
+    renew::{Issuer, Renewal, keep_current},
 };
 
 /// Answers on their way get this long to end when exo is asked to stop.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 /// Runners are given three seconds; then the agent reports.
 const AGENT_LIMIT: Duration = Duration::from_secs(8);
+/// Between two looks whether a store that starts has a leader.
+const READY_AGAIN: Duration = Duration::from_millis(200);
 /// What is left by then are idle connections.
 const SERVER_LIMIT: Duration = Duration::from_millis(500);
 
@@ -60,10 +60,26 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let signal = CancellationToken::new();
     tokio::spawn(cancel_on_signal(signal.clone()));
     match config.role.clone() {
-        Role::ControlPlane { gateway, api, agent } => {
+        Role::ControlPlane { gateway, api, agent, peers, store } => {
+            if agent {
+                // Before joining, so that a cluster never hears of a node that can do nothing.
+                runner_path()?;
+            }
+            let start = control::start(data.standing(), &peers)?;
             let sockets = Sockets::bind(gateway, api).await?;
-            let plane = ControlPlane::start(&config, &data, sockets).await?;
-            plane.run(&config, &data, agent, signal).await
+            match &start {
+                Start::Join(peers) => {
+                    let name = (config.node_name.as_str(), config.cluster.as_str());
+                    control::adopt(&data, peers, name).await?;
+                }
+                Start::Resume => {
+                    control::check_same_cluster(&data.authority_pem()?, &peers).await?;
+                }
+                Start::Found => {}
+            }
+            let plane =
+                Box::pin(ControlPlane::start(&config, &data, sockets, (&start, &store))).await?;
+            Box::pin(plane.run(&config, &data, (start, agent), signal)).await
         }
         Role::Agent { peers } => run_agent_alone(&config, &data, &peers, signal).await,
     }
@@ -157,19 +173,32 @@ struct ControlPlane {
     gateway_address: SocketAddr,
     api_address: SocketAddr,
     join_address: SocketAddr,
+    /// Of this node among those that hold the store, where nodes hold it.
+    node_id: Option<u64>,
     server: Part,
 }
 
 impl ControlPlane {
     /// Opens the store and serves the API.
-    async fn start(config: &Config, data: &DataDir, sockets: Sockets) -> anyhow::Result<Self> {
+    async fn start(
+        config: &Config,
+        data: &DataDir,
+        sockets: Sockets,
+        (start, choice): (&Start, &StoreChoice),
+    ) -> anyhow::Result<Self> {
         let authority = data.authority(&config.node_name, config.address)?;
         let api_address = sockets.api.local_addr()?;
         let gateway_address = sockets.gateway.local_addr()?;
         data.write_kubeconfig(&authority, api_address)?;
         // Others are told this node's own address, not the one that was bound.
         let join_address = SocketAddr::new(config.address, api_address.port());
-        let store = open_store(data, join_address).await?;
+        let (store, node_id) = match choice {
+            StoreChoice::Raft => {
+                let (store, id) = open::raft(config, data, start, join_address).await?;
+                (store, Some(id))
+            }
+            StoreChoice::Etcd(etcd) => (open::etcd(etcd, join_address).await?, None),
+        };
         let registry = Registry::new();
         store.register_metrics(&registry)?;
         let server = ApiServer::new(store.clone(), &exo_crds::all(), &registry)?
@@ -177,8 +206,10 @@ impl ControlPlane {
         let router = exo_apiserver::app(server.clone());
         let own = Identity { name: "system:exo".to_owned(), groups: vec![GROUP_ADMINS.to_owned()] };
         let client = Client::new(in_process(router.clone(), own), "default");
+        let control = control::Host::new(store.clone(), &config.cluster, &authority);
         let host = join::Host {
             authority,
+            store: store.clone(),
             cluster: config.cluster.clone(),
             own_name: config.node_name.clone(),
             client: client.clone(),
@@ -186,15 +217,15 @@ impl ControlPlane {
         let app = metrics_route(registry.clone())
             .merge(router)
             .merge(join::routes(host))
+            .merge(control::routes(control))
             .layer(middleware::from_fn(identify));
         let tls = server_config(&data.tls(), ClientAuth::Optional)?;
         let listener = TlsListener::new(sockets.api, tls)?;
         let server = Part::start("API server", |stop| async move {
             let collecting = collect_garbage(server, stop.clone().cancelled_owned());
-            let serving = axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
-                .with_graceful_shutdown(stop.cancelled_owned());
-            let (served, ()) = tokio::join!(serving.into_future(), collecting);
-            Ok(served?)
+            let serving = serve(listener, app, ServeLimits::default(), stop.cancelled_owned());
+            tokio::join!(serving, collecting);
+            Ok(())
         });
         warn!("no join token is set: whoever reaches {join_address} may join this cluster");
         Ok(Self {
@@ -205,8 +236,30 @@ impl ControlPlane {
             gateway_address,
             api_address,
             join_address,
+            node_id,
             server,
         })
+    }
+
+    /// Makes this node a member of its cluster, and waits until the store answers.
+    async fn enter(&self, data: &DataDir, start: &Start) -> anyhow::Result<()> {
+        match (start, self.node_id) {
+            (Start::Join(peers), Some(id)) => {
+                let address = self.join_address.to_string();
+                control::become_member(data, peers, (id, &address)).await?;
+            }
+            (Start::Join(_), None) => data.end_joining()?,
+            (Start::Found | Start::Resume, _) => {}
+        }
+        let mut complained = false;
+        while let Err(error) = self.store.current_revision().await {
+            if !complained {
+                warn!(%error, "waiting for a majority of the control plane's nodes");
+            }
+            complained = true;
+            tokio::time::sleep(READY_AGAIN).await;
+        }
+        Ok(())
     }
 
     /// Starts the clients of the API, says so, and keeps everything running.
@@ -214,17 +267,37 @@ impl ControlPlane {
         self,
         config: &Config,
         data: &DataDir,
-        with_agent: bool,
+        (start, with_agent): (Start, bool),
         signal: CancellationToken,
     ) -> anyhow::Result<()> {
+        let mut members = start_membership(&self.store, self.node_id, &self.client, data)?;
+        // Cancel-safe: joining may be repeated, and waiting for a token or for a task loses nothing.
+        let entered = tokio::select! {
+            () = signal.cancelled() => Ok(false),
+            error = members.failure() => Err(error),
+            entered = self.enter(data, &start) => entered.map(|()| true),
+        };
         let Self { store, client, registry, gateway_socket, mut server, .. } = self;
+        if !matches!(entered, Ok(true)) {
+            store.shutdown().await;
+            server.stop(SERVER_LIMIT).await;
+            return entered.map(|_| ());
+        }
         let mut controllers = start_controllers(client.clone(), &store);
-        let mut gateway = start_gateway(&client, gateway_socket, &registry, &data.tls())?;
+        let origins = config.allowed_origins.clone();
+        let mut gateway = start_gateway(&client, gateway_socket, &registry, &data.tls(), origins)?;
         let mut agent = if with_agent {
             Some(start_agent(config, data, client.clone(), &registry)?)
         } else {
             None
         };
+        let issuer = Issuer::Here {
+            pki: data.pki(),
+            address: config.address,
+            kubeconfig: data.kubeconfig(),
+            api: self.api_address,
+        };
+        let renewal = start_renewal(config, data, issuer);
         let kubeconfig = data.kubeconfig().display().to_string();
         let addresses = Addresses {
             gateway: self.gateway_address,
@@ -236,6 +309,7 @@ impl ControlPlane {
         let failure = tokio::select! {
             () = signal.cancelled() => None,
             error = server.failure() => Some(error),
+            error = members.failure() => Some(error),
             error = controllers.failure() => Some(error),
             error = gateway.failure() => Some(error),
             error = failure_of(&mut agent) => Some(error),
@@ -245,11 +319,21 @@ impl ControlPlane {
             agent.stop(AGENT_LIMIT).await;
         }
         controllers.stop(SERVER_LIMIT).await;
+        members.stop(SERVER_LIMIT).await;
+        renewal.stop(SERVER_LIMIT).await;
         // Ends the watches, which would otherwise keep the server's connections open.
         store.shutdown().await;
         server.stop(SERVER_LIMIT).await;
         failure.map_or(Ok(()), Err)
     }
+}
+
+fn start_renewal(config: &Config, data: &DataDir, issuer: Issuer) -> Part {
+    let renewal = Renewal { tls: data.tls(), node_name: config.node_name.clone(), issuer };
+    Part::start("certificate renewal", |stop| async move {
+        keep_current(renewal, stop).await;
+        Ok(())
+    })
 }
 
 fn start_controllers(client: Client, store: &Store) -> Part {
@@ -264,16 +348,21 @@ fn start_gateway(
     socket: TcpListener,
     registry: &Registry,
     tls: &TlsPaths,
+    allowed_origins: Vec<String>,
 ) -> anyhow::Result<Part> {
-    let limits = exo_gateway::Limits::default();
+    let limits = exo_gateway::Limits { allowed_origins, ..exo_gateway::Limits::default() };
     let gateway = Gateway::new(client.clone(), reqwest_client(tls)?, registry, limits)?;
     let app = exo_gateway::app(gateway.clone());
     Ok(Part::start("gateway", |stop| async move {
         // Cancel-safe: `run` keeps nothing between its awaits that is not in the index.
         tokio::select! {
             () = gateway.run() => Ok(()),
-            served = axum::serve(socket.tap_io(set_nodelay), app)
-                .with_graceful_shutdown(stop.cancelled_owned()) => Ok(served?),
+            () = serve(
+                socket.tap_io(set_nodelay),
+                app,
+                ServeLimits::default(),
+                stop.cancelled_owned(),
+            ) => Ok(()),
         }
     }))
 }
@@ -292,9 +381,33 @@ async fn failure_of(part: &mut Option<Part>) -> anyhow::Error {
     }
 }
 
-async fn open_store(data: &DataDir, api: SocketAddr) -> anyhow::Result<Store> {
-    let config = RaftConfig { dir: data.raft(), node_id: 1, address: api.to_string() };
-    Store::raft(config).await.context("opening the store")
+/// Members come, vote and go; ends when this node can't go on as one.
+fn start_membership(
+    store: &Store,
+    node_id: Option<u64>,
+    client: &Client,
+    data: &DataDir,
+) -> anyhow::Result<Part> {
+    let (store, client, peers) = (store.clone(), client.clone(), reqwest_client(&data.tls())?);
+    let raft = data.raft();
+    Ok(Part::start("store", |stop| async move {
+        let gone = async {
+            match node_id {
+                Some(id) => membership::removed(store.clone(), id, peers).await,
+                None => std::future::pending().await,
+            }
+        };
+        // Cancel-safe: each step of each is complete in itself, and is looked at anew after a start.
+        tokio::select! {
+            () = membership::run(store.clone(), client, stop) => Ok(()),
+            () = async { store.keep_voters().await; std::future::pending().await } => Ok(()),
+            why = store.stopped() => Err(anyhow!(why)),
+            () = gone => Err(anyhow!(
+                "this node was taken out of the cluster. To join it again, remove {} and start \
+                 with --peers", raft.display()
+            )),
+        }
+    }))
 }
 
 /// Turns the connection's certificate into the identity that the API server asks for.
@@ -360,6 +473,7 @@ async fn run_agent_alone(
 ) -> anyhow::Result<()> {
     // Before joining, so that a cluster never hears of a node that can do nothing.
     runner_path()?;
+    control::check_agent(&data.standing())?;
     let peer = if data.has_current_identity() {
         join::first_member(&data.tls(), peers).await
     } else {
@@ -368,16 +482,27 @@ async fn run_agent_alone(
     };
     let registry = Registry::new();
     let mut metrics = serve_metrics(config, data, &registry).await?;
-    let client = remote_client(&data.tls(), peer)?;
-    let mut agent = start_agent(config, data, client, &registry)?;
+    // First the one that answered, then what people said, then what was heard of last time.
+    let mut addresses = vec![peer.to_owned()];
+    for address in peers.iter().cloned().chain(data.known_members()) {
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    let servers = Servers::new(&data.tls(), &addresses)?;
+    let mut agent = start_agent(config, data, servers.client(), &registry)?;
+    let issuer = Issuer::Peers { peers: addresses, cluster: config.cluster.clone() };
+    let renewal = start_renewal(config, data, issuer);
     print_line(&format!("exo runs models for the cluster at {peer}"));
     // Cancel-safe: as above.
     let failure = tokio::select! {
         () = signal.cancelled() => None,
         error = agent.failure() => Some(error),
         error = metrics.failure() => Some(error),
+        () = servers.learn(data, signal.clone()) => None,
     };
     agent.stop(AGENT_LIMIT).await;
+    renewal.stop(SERVER_LIMIT).await;
     metrics.stop(SERVER_LIMIT).await;
     failure.map_or(Ok(()), Err)
 }
@@ -398,19 +523,7 @@ async fn serve_metrics(
     let listener = TlsListener::new(socket, server_config(&data.tls(), ClientAuth::Required)?)?;
     let app = metrics_route(registry.clone()).layer(middleware::from_fn(identify));
     Ok(Part::start("metrics server", |stop| async move {
-        axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
-            .with_graceful_shutdown(stop.cancelled_owned())
-            .await?;
+        serve(listener, app, ServeLimits::default(), stop.cancelled_owned()).await;
         Ok(())
     }))
-}
-
-/// A Kubernetes client of the peer's API server, with this node's certificate.
-fn remote_client(tls: &TlsPaths, peer: &str) -> anyhow::Result<Client> {
-    let mut config = kube::Config::new(format!("https://{peer}").parse().context("--peers")?);
-    config.root_cert_file = Some(tls.ca.clone());
-    config.tls_server_name = Some(NODE_DNS_NAME.to_owned());
-    config.auth_info.client_certificate = Some(tls.cert.display().to_string());
-    config.auth_info.client_key = Some(tls.key.display().to_string());
-    Ok(Client::try_from(config)?)
 }

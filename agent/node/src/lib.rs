@@ -9,6 +9,7 @@
 //! - No two runners of one replica of an instance live here at the same time.
 //! - Runners end with the agent, and those of an earlier agent are ended at start.
 
+mod events;
 mod lines;
 mod metrics;
 mod node;
@@ -101,7 +102,8 @@ pub async fn run(
         },
     };
     let disk = machine.models.disk().to_owned();
-    let host = Arc::new(Host::new(client.clone(), machine));
+    let (events, telling) = events::queue(client.clone(), &config.node_name);
+    let host = Arc::new(Host::new(client.clone(), machine, events.clone()));
     let (recovered, recoveries) = watch::channel(0);
     let (listed, is_listed) = watch::channel(false);
     let source = supervisor::Source {
@@ -116,8 +118,15 @@ pub async fn run(
         supervisor::Signals { recovered: recoveries, listed },
         shutdown.clone(),
     );
-    let signals = node::Signals { recovered, listed: is_listed };
-    tokio::join!(supervising, node::run(client, config, disk, metrics, signals, shutdown));
+    let signals = node::Signals { recovered, listed: is_listed, events };
+    let work = async {
+        tokio::join!(supervising, node::run(client, config, disk, metrics, signals, shutdown))
+    };
+    tokio::select! {
+        _ = work => {}
+        // Cancel-safe: it never ends by itself, and events on their way are a courtesy.
+        () = telling => {}
+    }
     Ok(())
 }
 

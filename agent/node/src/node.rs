@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use exo_crds::{
     MemoryStatus, Node, NodeAddress, NodeSpec, NodeStatus, NodeVersions, Quantity, TransportKind,
-    condition, set_condition,
+    condition, event::Occurrence, set_condition,
 };
 use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{MicroTime, Time},
@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     AgentConfig,
+    events::Events,
     metrics::Metrics,
     probe::{self, Facts},
 };
@@ -44,6 +45,7 @@ pub(crate) struct Signals {
     pub(crate) recovered: watch::Sender<u64>,
     /// Set once all shards of this node have been listed.
     pub(crate) listed: watch::Receiver<bool>,
+    pub(crate) events: Events,
 }
 
 /// Sends heartbeats until `shutdown`, then says that the agent has stopped.
@@ -73,8 +75,10 @@ pub(crate) async fn run(
         memory,
         disk_free,
         listed: signals.listed,
+        events: signals.events,
         metrics,
         registered: false,
+        node: None,
         last: NodeStatus::default(),
     };
     let mut beats = interval(HEARTBEAT);
@@ -95,6 +99,7 @@ pub(crate) async fn run(
             Ok(Ok(())) => {
                 if failing {
                     tracing::info!("the control plane answers again");
+                    reporter.tell_reconnected();
                     signals.recovered.send_modify(|count| *count += 1);
                 }
                 failing = false;
@@ -131,8 +136,11 @@ struct Reporter {
     memory: watch::Receiver<Option<MemoryStatus>>,
     disk_free: watch::Receiver<Option<u64>>,
     listed: watch::Receiver<bool>,
+    events: Events,
     metrics: Metrics,
     registered: bool,
+    /// As it was registered: what events refer to.
+    node: Option<Node>,
     /// As the API returned it last: conditions of others stay in it.
     last: NodeStatus,
 }
@@ -153,6 +161,13 @@ impl Reporter {
         status.memory = memory;
         status.disk_free = disk_free.map(|bytes| Quantity::from_bytes(bytes).rounded());
         self.write(status).await
+    }
+
+    fn tell_reconnected(&self) {
+        if let Some(node) = &self.node {
+            let note = "heartbeats arrive again after they had failed";
+            self.events.tell(node, Occurrence::warning("Reconnected", note));
+        }
     }
 
     async fn farewell(&mut self) -> Result<(), kube::Error> {
@@ -183,7 +198,10 @@ impl Reporter {
             }
         };
         tracing::info!(node = name, "registered");
-        self.last = node.status.unwrap_or_default();
+        let note = concat!("the agent of exo ", env!("CARGO_PKG_VERSION"), " is running");
+        self.events.tell(&node, Occurrence::normal("AgentStarted", note));
+        self.last = node.status.clone().unwrap_or_default();
+        self.node = Some(node);
         self.registered = true;
         Ok(())
     }

@@ -119,7 +119,7 @@ impl Runner for Process {
             Ok(status) => status.ok(),
             Err(_) => {
                 let pid = self.child.id();
-                tracing::warn!(?pid, "the runner did not stop when asked: killing it");
+                tracing::warn!(pid, "the runner did not stop when asked: killing it");
                 // Both fail only when it has ended already.
                 let _ = self.child.start_kill();
                 self.child.wait().await.ok()

@@ -249,7 +249,7 @@ mod tests {
         response::{IntoResponse as _, Response},
         routing::get,
     };
-    use exo_crds::{ModelSource, ShardFailure, ShardListen};
+    use exo_crds::{ModelSource, ShardFailure, ShardListen, event::Occurrence};
     use prometheus::Registry;
     use serde_json::{Value, json};
     use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
@@ -319,6 +319,8 @@ mod tests {
             let _ = self.written.send(patch);
             Ok(())
         }
+
+        fn tell(&self, _: &Shard, _: Occurrence) {}
     }
 
     /// An API server that answers lists, or not, and whose watches stay silent.

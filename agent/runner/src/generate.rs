@@ -5,14 +5,17 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use clap::ValueEnum;
+use exo_crds::generate::SamplingParams;
 use exo_engine::distributed::Group;
 use exo_engine::text::{ChatInput, ChatTemplate, Detokenizer, Tokenizer};
 use exo_engine::{Engine, LoadConfig, Sampling, SeqId, Step, StepOutput};
 use serde::Serialize;
+
+use crate::{guard, sampling};
 
 /// Prompt tokens fed at a time: enough to fill any device, few enough to bound temporary memory.
 const PREFILL_CHUNK: usize = 2048;
@@ -29,11 +32,8 @@ pub(crate) struct Args {
     /// Most tokens to generate.
     #[arg(long, default_value_t = 256, value_name = "N")]
     max_tokens: usize,
-    /// 0 takes the likeliest token always.
-    #[arg(long, default_value_t = 0.0, value_name = "T")]
-    temperature: f32,
-    #[arg(long, default_value_t = 0, value_name = "S")]
-    seed: u64,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     /// How ranks share the model.
     #[arg(long, value_enum, default_value_t = Sharding::Pipeline)]
     sharding: Sharding,
@@ -46,6 +46,9 @@ pub(crate) struct Args {
     /// Print one JSON object at the end instead of text as it comes.
     #[arg(long)]
     json: bool,
+    /// With several ranks: give up when a step, or meeting the others, takes longer.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    stall_limit: u32,
 }
 
 #[derive(clap::Args)]
@@ -60,6 +63,62 @@ struct Prompt {
     /// A user's message to answer.
     #[arg(long, value_name = "TEXT")]
     chat: Option<String>,
+}
+
+#[derive(clap::Args)]
+struct SamplingArgs {
+    /// 0 takes the likeliest token always.
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    temperature: f32,
+    /// Draw among so many of the likeliest tokens; 0 for all.
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    top_k: u32,
+    /// Draw among the likeliest tokens that have this probability together.
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    top_p: f32,
+    /// Draw among tokens at least this share as likely as the likeliest.
+    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    min_p: f32,
+    /// Divides the logits of tokens that occurred; 1 for none.
+    #[arg(long, default_value_t = 1.0, value_name = "X")]
+    repetition_penalty: f32,
+    /// Taken from the logits of tokens of the answer.
+    #[arg(long, default_value_t = 0.0, value_name = "X", allow_negative_numbers = true)]
+    presence_penalty: f32,
+    /// Taken from the logits of tokens of the answer for each time they occurred.
+    #[arg(long, default_value_t = 0.0, value_name = "X", allow_negative_numbers = true)]
+    frequency_penalty: f32,
+    /// Added to a token's logit; may be given several times.
+    #[arg(long, value_name = "ID=X", value_parser = parse_bias)]
+    logit_bias: Vec<(u32, f32)>,
+    #[arg(long, default_value_t = 0, value_name = "S")]
+    seed: u64,
+}
+
+impl SamplingArgs {
+    /// The checked sampling for a vocabulary of this size.
+    fn read(&self, logprobs: Option<u32>, vocab_size: usize) -> anyhow::Result<Sampling> {
+        let params = SamplingParams {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: self.logit_bias.iter().copied().collect(),
+            seed: self.seed,
+        };
+        let sampling = sampling::check(params, vocab_size).map_err(|refusal| {
+            anyhow!("--{}: {}", refusal.field.replace('_', "-"), refusal.reason)
+        })?;
+        Ok(Sampling { logprobs, ..sampling })
+    }
+}
+
+fn parse_bias(text: &str) -> Result<(u32, f32), String> {
+    let pair = text.split_once('=').and_then(|(id, x)| Some((id.parse().ok()?, x.parse().ok()?)));
+    pair.ok_or_else(|| "expected ID=X, as in 13=-5".to_owned())
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -107,7 +166,12 @@ struct Logprob {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     ensure!(args.max_tokens > 0, "--max-tokens must be at least 1");
+    guard::start(Duration::from_secs(args.stall_limit.into()))?;
+    guard::watch("forming the group of ranks");
     let group = Group::from_env()?;
+    if let Some(group) = &group {
+        group.self_test()?;
+    }
     let (rank, size) = group.as_ref().map_or((0, 1), |g| (g.rank(), g.size()));
     let (layers, sharding) =
         share_of(&args.model, args.sharding, args.layers.as_ref(), rank, size)?;
@@ -123,7 +187,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         group: group.clone(),
         context_length: 0,
     };
-    let mut engine = Engine::load(&config, &mut |_| {})?;
+    guard::watch_loading();
+    let mut engine = Engine::load(&config, &mut |_| guard::watch_loading())?;
     let output = Output { tokenizer: tokenizer.as_ref(), silent: rank != 0, json: args.json };
     let report = generate(args, &mut engine, group.as_ref(), &prompt, &output)?;
     output.finish(&report)?;
@@ -198,12 +263,7 @@ fn generate(
     prompt: &[u32],
     output: &Output<'_>,
 ) -> anyhow::Result<Report> {
-    let sampling = Sampling {
-        temperature: args.temperature,
-        top_p: 1.0,
-        seed: args.seed,
-        logprobs: args.logprobs,
-    };
+    let sampling = args.sampling.read(args.logprobs, engine.info().vocab_size)?;
     let eos = engine.info().eos_token_ids.clone();
     let room = engine.info().max_context.saturating_sub(prompt.len());
     ensure!(room > 0, "the prompt of {} tokens fills the context", prompt.len());
@@ -235,6 +295,7 @@ fn generate(
         if tokens.len() == max_tokens {
             break;
         }
+        guard::watch("a step");
         drawn = engine.step(&Step::Decode { seq: SEQUENCE, token, draw: draws })?;
     }
     if let Some(tokenizer) = output.tokenizer {
@@ -263,6 +324,7 @@ pub(crate) fn prefill(engine: &mut Engine, prompt: &[u32]) -> anyhow::Result<Opt
         left = rest;
         let sample = rest.is_empty();
         let tokens = chunk.to_vec();
+        guard::watch("a part of the prompt");
         drawn = engine.step(&Step::Prefill { seq: SEQUENCE, tokens, sample, draw: 0 })?;
     }
     Ok(drawn)

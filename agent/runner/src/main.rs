@@ -2,6 +2,8 @@
 
 mod bench;
 mod generate;
+mod guard;
+mod sampling;
 mod serve;
 
 use std::process::ExitCode;

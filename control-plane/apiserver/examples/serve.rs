@@ -16,7 +16,13 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         None => Store::memory(),
         Some(dir) => {
             let dir = PathBuf::from(dir);
-            Store::raft(RaftConfig { dir, node_id: 1, address: address.to_string() }).await?
+            Store::raft(RaftConfig {
+                dir,
+                node_id: 1,
+                name: "serve".to_owned(),
+                address: address.to_string(),
+            })
+            .await?
         }
     };
     let server = ApiServer::new(store, &exo_crds::all(), &prometheus::Registry::new())?;

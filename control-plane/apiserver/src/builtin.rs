@@ -9,6 +9,7 @@ use crate::{
     error::Cause,
     object,
     resource::{Access, DefinitionError, Resource},
+    schema,
 };
 
 pub(crate) const NAMESPACE: &str = "Namespace";
@@ -223,10 +224,11 @@ fn event_fields() -> Map<String, Value> {
 }
 
 fn event_version(fields: &Map<String, Value>) -> Value {
-    let (about, note, last) = if fields.contains_key("note") {
-        ("regarding", "note", "deprecatedLastTimestamp")
+    let (about, note, last, count, source) = if fields.contains_key("note") {
+        let source = ".reportingController";
+        ("regarding", "note", "deprecatedLastTimestamp", "deprecatedCount", source)
     } else {
-        ("involvedObject", "message", "lastTimestamp")
+        ("involvedObject", "message", "lastTimestamp", "count", ".reportingComponent")
     };
     let mut selectable: Vec<Value> =
         ["kind", "namespace", "name", "uid", "apiVersion", "resourceVersion", "fieldPath"]
@@ -247,6 +249,8 @@ fn event_version(fields: &Map<String, Value>) -> Value {
             {"name": "Reason", "type": "string", "jsonPath": ".reason"},
             {"name": "Object", "type": "string", "jsonPath": format!(".{about}")},
             {"name": "Message", "type": "string", "jsonPath": format!(".{note}")},
+            {"name": "Source", "type": "string", "jsonPath": source, "priority": 1},
+            {"name": "Count", "type": "integer", "jsonPath": format!(".{count}"), "priority": 1},
         ],
     })
 }
@@ -300,6 +304,8 @@ pub(crate) fn prepare(resource: &Resource, object: &mut Value) -> Vec<Cause> {
     if !resource.builtin {
         return Vec::new();
     }
+    // Kubernetes' own decoder makes nothing of nulls.
+    schema::drop_nulls(None, object);
     match resource.kind.as_str() {
         NAMESPACE => {
             let name = json!(object::name(object));

@@ -18,6 +18,18 @@ pub(crate) fn parse(text: &str) -> Option<OffsetDateTime> {
     OffsetDateTime::parse(text, &Rfc3339).ok()
 }
 
+/// The time so long after the Unix epoch; microseconds are left out where they are 0. `None` for one
+/// that can't be written.
+pub(crate) fn from_unix(seconds: i64, micros: i64) -> Option<String> {
+    let time = OffsetDateTime::from_unix_timestamp(seconds).ok()?;
+    let text = time.format(&Rfc3339).ok()?;
+    match micros {
+        0 => Some(text),
+        1..1_000_000 => Some(format!("{}.{micros:06}Z", text.trim_end_matches('Z'))),
+        _ => None,
+    }
+}
+
 /// An age as kubectl prints it: `45s`, `3m`, `5m12s`, `2d4h`.
 pub(crate) fn age(from: OffsetDateTime, now: OffsetDateTime) -> String {
     let seconds = (now - from).whole_seconds();
@@ -71,5 +83,8 @@ mod tests {
         }
         assert_eq!(format(now), "2026-11-22T12:00:00Z");
         assert_eq!(parse("yesterday"), None);
+        assert_eq!(from_unix(0, 7).unwrap(), "1970-01-01T00:00:00.000007Z");
+        assert_eq!(from_unix(i64::MAX, 0), None);
+        assert_eq!(from_unix(0, -1), None);
     }
 }

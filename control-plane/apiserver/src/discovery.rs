@@ -37,6 +37,19 @@ pub(crate) async fn version() -> Response {
     )
 }
 
+/// Where there is something to ask for.
+pub(crate) async fn paths(State(server): State<ApiServer>) -> Response {
+    let mut paths = vec!["/api".to_owned(), "/api/v1".to_owned(), "/apis".to_owned()];
+    for group in group_names(&server) {
+        paths.push(format!("/apis/{group}"));
+        paths.extend(versions(&server, group).iter().map(|v| format!("/apis/{group}/{v}")));
+    }
+    let fixed =
+        ["/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/readyz", "/version"];
+    paths.extend(fixed.map(str::to_owned));
+    json_response(StatusCode::OK, &json!({"paths": paths}))
+}
+
 /// A definition as an object, established.
 pub(crate) fn definition(crd: &CustomResourceDefinition) -> Value {
     let mut object = serde_json::to_value(crd).unwrap_or_default();

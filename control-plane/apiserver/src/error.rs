@@ -84,6 +84,8 @@ pub(crate) enum ApiError {
     UnsupportedMediaType(&'static str),
     #[error("Request entity too large: limit is {0} bytes")]
     TooLarge(usize),
+    #[error("the list has more than {0} bytes: ask for it in parts, with a limit")]
+    ListTooLarge(usize),
     #[error("{0}")]
     Expired(String),
     #[error("{0}")]
@@ -148,7 +150,7 @@ impl ApiError {
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotAcceptable(_) => StatusCode::NOT_ACCEPTABLE,
             Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::TooLarge(_) | Self::ListTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Expired(_) => StatusCode::GONE,
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
@@ -170,7 +172,7 @@ impl ApiError {
             Self::MethodNotAllowed => "MethodNotAllowed",
             Self::NotAcceptable(_) => "NotAcceptable",
             Self::UnsupportedMediaType(_) => "UnsupportedMediaType",
-            Self::TooLarge(_) => "RequestEntityTooLarge",
+            Self::TooLarge(_) | Self::ListTooLarge(_) => "RequestEntityTooLarge",
             Self::Expired(_) => "Expired",
             Self::Unavailable(_) => "ServiceUnavailable",
             Self::Internal(_) => "InternalError",
@@ -258,6 +260,7 @@ impl From<StoreError> for ApiError {
             StoreError::NotLeader { .. }
             | StoreError::Unknown(_)
             | StoreError::Unavailable(_)
+            | StoreError::Full(_)
             | StoreError::Closed => Self::Unavailable(error.to_string()),
         }
     }

@@ -5,6 +5,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use prometheus::IntGauge;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::ApiError;
@@ -16,13 +17,16 @@ pub struct Limits {
     pub in_flight: usize,
     /// Running watches of one identity.
     pub watches_per_client: usize,
+    /// Of the objects in one answer, as they are stored. With `limit` a page ends there, without it
+    /// the list is refused.
+    pub list_bytes: usize,
 }
 
 impl Default for Limits {
     /// In flight as Kubernetes has it; watches for a gateway or an agent with every kind in each of
-    /// many namespaces.
+    /// many namespaces; a list of tens of thousands of objects.
     fn default() -> Self {
-        Self { in_flight: 400, watches_per_client: 2_000 }
+        Self { in_flight: 400, watches_per_client: 2_000, list_bytes: 128 << 20 }
     }
 }
 
@@ -43,11 +47,17 @@ impl Flow {
         }
     }
 
-    /// A place among the requests in flight, until it is dropped.
-    pub(crate) fn request(&self) -> Result<OwnedSemaphorePermit, ApiError> {
-        Arc::clone(&self.in_flight)
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// A place among the requests in flight, counted by `gauge` until it is dropped.
+    pub(crate) fn request(&self, gauge: &IntGauge) -> Result<RequestPlace, ApiError> {
+        let permit = Arc::clone(&self.in_flight)
             .try_acquire_owned()
-            .map_err(|_| ApiError::TooManyRequests("too many requests, please try again later"))
+            .map_err(|_| ApiError::TooManyRequests("too many requests, please try again later"))?;
+        gauge.inc();
+        Ok(RequestPlace { gauge: gauge.clone(), _permit: permit })
     }
 
     /// A place among the client's watches, until it is dropped.
@@ -59,6 +69,19 @@ impl Flow {
         }
         *count += 1;
         Ok(WatchPlace { client: client.to_owned(), watches: Arc::clone(&self.watches) })
+    }
+}
+
+/// One request that is being answered.
+#[derive(Debug)]
+pub(crate) struct RequestPlace {
+    gauge: IntGauge,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for RequestPlace {
+    fn drop(&mut self) {
+        self.gauge.dec();
     }
 }
 

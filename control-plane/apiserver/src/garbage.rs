@@ -457,6 +457,37 @@ mod tests {
         assert_eq!(apply("f", Some(object("8", &[]))), ["g"]);
     }
 
+    #[tokio::test]
+    async fn events_expire_and_are_bounded() {
+        let store = exo_store::Store::memory();
+        let registry = prometheus::Registry::new();
+        let server = ApiServer::new(store.clone(), &exo_crds::all(), &registry).unwrap();
+        let now = clock::parse("2026-11-22T12:00:00Z").unwrap();
+        let put = async |name: &str, minutes: i64| {
+            let time = clock::format(now - time::Duration::minutes(minutes));
+            let event =
+                json!({"metadata": {"name": name, "namespace": "n"}, "lastTimestamp": time});
+            let key = format!("{PREFIX}core/events/n/{name}");
+            store.txn(Txn::create(key, event.to_string())).await.unwrap();
+        };
+        put("old", 61).await;
+        put("young", 59).await;
+        let names = async || {
+            let query = ListQuery { prefix: format!("{PREFIX}core/"), ..ListQuery::default() };
+            let entries = store.list(&query).await.unwrap().entries;
+            entries.iter().map(|e| e.key.rsplit('/').next().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        expire_once(&server, now).await.unwrap();
+        assert_eq!(names().await, ["young"]);
+        for n in 0..MAX_EVENTS {
+            put(&format!("e{n}"), 1).await;
+        }
+        expire_once(&server, now).await.unwrap();
+        let left = names().await;
+        assert_eq!(left.len(), MAX_EVENTS);
+        assert!(!left.contains(&"young".to_owned()), "the oldest goes first");
+    }
+
     #[test]
     fn owners_wait_for_their_dependents_or_let_them_go() {
         let mut graph = Graph::default();

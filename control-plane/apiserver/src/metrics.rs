@@ -3,7 +3,9 @@
 use std::time::Instant;
 
 use axum::http::StatusCode;
-use prometheus::{HistogramOpts, HistogramVec, IntGaugeVec, Opts, Registry};
+use prometheus::{
+    HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+};
 
 use crate::request::Verb;
 
@@ -12,6 +14,12 @@ pub(crate) struct Metrics {
     durations: HistogramVec,
     /// Running watches, by resource.
     pub(crate) watches: IntGaugeVec,
+    /// Events sent to watches, by resource.
+    pub(crate) watch_events: IntCounterVec,
+    /// Requests being answered, watches not counted.
+    pub(crate) in_flight: IntGauge,
+    /// Requests refused for a limit, by limit.
+    pub(crate) rejected: IntCounterVec,
 }
 
 /// From a read of memory to a write that waits for a slow disk.
@@ -30,9 +38,24 @@ impl Metrics {
         )?;
         let watches =
             IntGaugeVec::new(Opts::new("apiserver_watches", "Running watches"), &["resource"])?;
+        let watch_events = IntCounterVec::new(
+            Opts::new("apiserver_watch_events_total", "Events sent to watches"),
+            &["resource"],
+        )?;
+        let in_flight = IntGauge::new(
+            "apiserver_current_inflight_requests",
+            "Requests being answered, watches not counted",
+        )?;
+        let rejected = IntCounterVec::new(
+            Opts::new("apiserver_rejected_requests_total", "Requests refused with status 429"),
+            &["limit"],
+        )?;
         registry.register(Box::new(durations.clone()))?;
         registry.register(Box::new(watches.clone()))?;
-        Ok(Self { durations, watches })
+        registry.register(Box::new(watch_events.clone()))?;
+        registry.register(Box::new(in_flight.clone()))?;
+        registry.register(Box::new(rejected.clone()))?;
+        Ok(Self { durations, watches, watch_events, in_flight, rejected })
     }
 
     pub(crate) fn start(&self, verb: Verb) -> Timer {

@@ -96,6 +96,24 @@ pub(crate) fn decode_at(entry: &Entry, revision: u64) -> Result<Value, ApiError>
     Ok(object)
 }
 
+/// How the stored form of an object begins, up to the metadata's fields.
+pub(crate) fn head(api_version: &str, kind: &str) -> String {
+    let (api_version, kind) = (Value::from(api_version), Value::from(kind));
+    format!("{{\"apiVersion\":{api_version},\"kind\":{kind},\"metadata\":{{")
+}
+
+/// The same object with what it is, and its metadata, before all else.
+fn ordered(object: Value) -> Value {
+    let Value::Object(mut fields) = object else {
+        return object;
+    };
+    let first = ["apiVersion", "kind", "metadata"];
+    let first = first.into_iter().filter_map(|name| fields.shift_remove_entry(name));
+    let mut ordered: Map<String, Value> = first.collect();
+    ordered.extend(fields);
+    Value::Object(ordered)
+}
+
 /// The stored form: its place in the store's history is its resource version.
 ///
 /// # Errors
@@ -104,7 +122,7 @@ pub(crate) fn encode(object: &Value, convert: impl Fn(&mut Value)) -> Result<Str
     let mut object = object.clone();
     convert(&mut object);
     set_metadata(&mut object, "resourceVersion", None);
-    let text = object.to_string();
+    let text = ordered(object).to_string();
     if text.len() > MAX_BODY_BYTES {
         return Err(ApiError::TooLarge(MAX_BODY_BYTES));
     }

@@ -1,5 +1,7 @@
-//! OpenAPI 3 documents, for clients that explain and validate by them; and an OpenAPI 2 document
-//! without definitions, for old clients that can't begin without one.
+//! OpenAPI 3 documents, for clients that explain and validate by them; and an OpenAPI 2 document for
+//! older ones.
+
+mod gnostic;
 
 use axum::{
     extract::{Path, State},
@@ -80,18 +82,19 @@ fn document_3(server: &ApiServer, group: &str, version: &str) -> Result<Response
 /// for it with an `@` that they themselves can't parse in an answer.
 const PROTOBUF_2: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
 
-/// The document of version 2. As a protocol buffer it defines nothing, which tells kubectl before
-/// 1.27 to leave validation to the server.
+/// The document of version 2: kubectl before 1.27 explains and validates by it, and looks there for
+/// what takes a dry run.
 pub(crate) async fn version_2(State(server): State<ApiServer>, headers: HeaderMap) -> Response {
-    let accept = header_text(&headers, header::ACCEPT).unwrap_or_default();
-    if accept.replace('@', ".").contains(PROTOBUF_2) {
-        let headers = [(header::CONTENT_TYPE, PROTOBUF_2)];
-        return (StatusCode::OK, headers, document_2_protobuf()).into_response();
-    }
     let resources: Vec<&Resource> = server.resources().iter().map(|r| &**r).collect();
     let mut definitions = Value::Object(schemas(&resources));
     make_version_2(&mut definitions);
     let paths = paths_2(&resources);
+    let accept = header_text(&headers, header::ACCEPT).unwrap_or_default();
+    if accept.replace('@', ".").contains(PROTOBUF_2) {
+        let headers = [(header::CONTENT_TYPE, PROTOBUF_2)];
+        let document = gnostic::document(TITLE, env!("CARGO_PKG_VERSION"), &paths, &definitions);
+        return (StatusCode::OK, headers, document).into_response();
+    }
     let document =
         json!({"swagger": "2.0", "info": info(), "paths": paths, "definitions": definitions});
     json_response(StatusCode::OK, &document)
@@ -135,27 +138,6 @@ fn paths_2(resources: &[&Resource]) -> Map<String, Value> {
         operation["responses"] = json!({"200": {"description": "OK", "schema": schema}});
     }
     paths
-}
-
-/// `Document` of gnostic's OpenAPIv2.proto: 1 is `swagger`, 2 is `info` (with 1 `title` and 2
-/// `version`), 8 is `paths`.
-fn document_2_protobuf() -> Vec<u8> {
-    let mut info = Vec::new();
-    put_bytes(&mut info, 1, TITLE.as_bytes());
-    put_bytes(&mut info, 2, env!("CARGO_PKG_VERSION").as_bytes());
-    let mut document = Vec::new();
-    put_bytes(&mut document, 1, b"2.0");
-    put_bytes(&mut document, 2, &info);
-    put_bytes(&mut document, 8, &[]);
-    document
-}
-
-/// A length-delimited field; number and length take one byte each here.
-fn put_bytes(out: &mut Vec<u8>, field: u8, bytes: &[u8]) {
-    let len = u8::try_from(bytes.len()).ok().filter(|len| *len < 0x80);
-    out.push(field << 3 | 2);
-    out.push(len.expect("title and version are short"));
-    out.extend_from_slice(bytes);
 }
 
 const TITLE: &str = "exo";

@@ -91,6 +91,8 @@ pub(crate) struct Resource {
     pub(crate) access: Access,
     /// Group in the keys; types of several groups can share it.
     pub(crate) storage_group: String,
+    /// How the text of each object begins, up to the metadata's fields.
+    head: String,
 }
 
 impl Resource {
@@ -112,6 +114,8 @@ impl Resource {
             .and_then(|s| s.open_api_v3_schema.as_ref())
             .ok_or(Problem::NoSchema)?;
         let schema = serde_json::to_value(schema).map_err(SchemaError::Json)?;
+        let api_version = api_version(&spec.group, &version.name);
+        let head = object::head(&api_version, &names.kind);
         let subresources = version.subresources.as_ref();
         Ok(Self {
             group: spec.group.clone(),
@@ -146,15 +150,12 @@ impl Resource {
             builtin: false,
             access: Access::Full,
             storage_group: spec.group.clone(),
+            head,
         })
     }
 
     pub(crate) fn api_version(&self) -> String {
-        if self.group.is_empty() {
-            self.version.clone()
-        } else {
-            format!("{}/{}", self.group, self.version)
-        }
+        api_version(&self.group, &self.version)
     }
 
     /// Key of one object in the store.
@@ -200,6 +201,15 @@ impl Resource {
         Ok(object)
     }
 
+    /// The same as text, without reading it: lists and watches of many objects would spend most of
+    /// their time on that. `None` where the stored form is not what clients see.
+    pub(crate) fn text_at(&self, entry: &Entry, revision: u64) -> Option<String> {
+        let rest = entry.value.strip_prefix(self.head.as_str())?;
+        let comma = if rest.starts_with('}') { "" } else { "," };
+        let head = &self.head;
+        Some(format!("{head}\"resourceVersion\":\"{revision}\"{comma}{rest}"))
+    }
+
     /// The stored form.
     ///
     /// # Errors
@@ -217,6 +227,10 @@ impl Resource {
 
 /// Everything of this server is below here.
 pub(crate) const PREFIX: &str = "/registry/";
+
+fn api_version(group: &str, version: &str) -> String {
+    if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") }
+}
 
 fn columns(version: &CustomResourceDefinitionVersion) -> Result<Vec<Column>, ParsePathError> {
     let Some(defined) = &version.additional_printer_columns else {

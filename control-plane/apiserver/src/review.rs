@@ -8,8 +8,9 @@ use crate::{
     auth::Identity,
     authorize::Attributes,
     error::ApiError,
-    object,
+    object, protobuf,
     server::{ApiServer, json_response},
+    verbs,
 };
 
 /// Group, kind and plural of each; all are of version `v1`.
@@ -21,82 +22,22 @@ pub(crate) const REVIEWS: [(&str, &str, &str); 3] = [
 const VERBS: [&str; 8] =
     ["get", "list", "watch", "create", "update", "patch", "delete", "deletecollection"];
 
-/// How Kubernetes' protocol buffers begin: kubectl asks with them whatever the server speaks.
-const PROTOBUF_MAGIC: &[u8] = b"k8s\0";
-/// Fields of `ResourceAttributes` by their number, from 1.
-const RESOURCE_ATTRIBUTES: [&str; 7] =
-    ["namespace", "verb", "group", "version", "resource", "subresource", "name"];
-
+/// Kubernetes' own clients ask with protocol buffers whatever the server speaks, and some of them
+/// without saying so.
 fn read(body: &[u8], kind: &str) -> Result<Value, ApiError> {
-    let review = match body.strip_prefix(PROTOBUF_MAGIC) {
-        Some(message) => read_protobuf(message)
-            .ok_or_else(|| ApiError::BadRequest("the body can't be read".to_owned()))?,
-        None => serde_json::from_slice(body)
-            .map_err(|error| ApiError::BadRequest(format!("the body is not JSON: {error}")))?,
+    let mut review = if protobuf::is_protobuf(body) {
+        protobuf::read(body)
+            .map_err(|error| ApiError::BadRequest(format!("the body can't be read: {error}")))?
+    } else {
+        serde_json::from_slice(body)
+            .map_err(|error| ApiError::BadRequest(format!("the body is not JSON: {error}")))?
     };
+    let (group, ..) = REVIEWS.iter().find(|(_, of, _)| *of == kind).expect("kinds are from there");
+    verbs::fill_type(&mut review, &format!("{group}/v1"), kind);
     if review.get("kind").and_then(Value::as_str) == Some(kind) {
         return Ok(review);
     }
     Err(ApiError::BadRequest(format!("a {kind} is expected here")))
-}
-
-/// The envelope (1 is the type, with 1 `apiVersion` and 2 `kind`; 2 is the review) and of the review
-/// 2 `spec` with 1 `resourceAttributes`: all that is asked for here.
-fn read_protobuf(message: &[u8]) -> Option<Value> {
-    let of_type = field(message, 1)?;
-    let text = |bytes| std::str::from_utf8(bytes).ok();
-    let mut review = json!({
-        "apiVersion": text(field(of_type, 1)?)?,
-        "kind": text(field(of_type, 2)?)?,
-        "metadata": {},
-        "spec": {},
-    });
-    let spec = field(message, 2).and_then(|review| field(review, 2)).unwrap_or_default();
-    if let Some(attributes) = field(spec, 1) {
-        for (number, name) in (1..).zip(RESOURCE_ATTRIBUTES) {
-            if let Some(value) = field(attributes, number).and_then(text) {
-                review["spec"]["resourceAttributes"][name] = json!(value);
-            }
-        }
-    }
-    Some(review)
-}
-
-/// The last length-delimited field of this number.
-fn field(message: &[u8], number: u64) -> Option<&[u8]> {
-    let mut rest = message;
-    let mut found = None;
-    while !rest.is_empty() {
-        let key = varint(&mut rest)?;
-        match key & 7 {
-            0 => {
-                varint(&mut rest)?;
-            }
-            2 => {
-                let len = usize::try_from(varint(&mut rest)?).ok()?;
-                let (value, tail) = rest.split_at_checked(len)?;
-                rest = tail;
-                if key >> 3 == number {
-                    found = Some(value);
-                }
-            }
-            _ => return None,
-        }
-    }
-    found
-}
-
-fn varint(rest: &mut &[u8]) -> Option<u64> {
-    let mut value = 0;
-    for shift in (0..64).step_by(7) {
-        let (byte, tail) = rest.split_first()?;
-        *rest = tail;
-        value |= u64::from(byte & 0x7f) << shift;
-        if byte & 0x80 == 0 {
-            return Some(value);
-        }
-    }
-    None
 }
 
 fn answer(mut review: Value, status: Value) -> Response {

@@ -6,7 +6,7 @@
 use jsonschema::{Draft, ValidationError, Validator, error::ValidationErrorKind};
 use serde_json::{Map, Value, json};
 
-use crate::{error::Cause, fields};
+use crate::{error::Cause, fields, rules::Rules};
 
 /// A schema that can't be compiled.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +15,8 @@ pub(crate) enum SchemaError {
     Json(#[source] serde_json::Error),
     #[error("the schema is invalid: {0}")]
     Invalid(String),
+    #[error("a rule is invalid: {0}")]
+    Rule(String),
 }
 
 #[derive(Debug)]
@@ -23,6 +25,7 @@ pub(crate) struct Schema {
     /// The same with the metadata's schema, as field management needs it.
     typed: Value,
     validator: Validator,
+    rules: Option<Rules>,
 }
 
 /// Fields of the root that every object has.
@@ -40,7 +43,8 @@ impl Schema {
             .map_err(|error| SchemaError::Invalid(error.to_string()))?;
         let mut typed = structural.clone();
         typed["properties"]["metadata"] = metadata_schema();
-        Ok(Self { structural, typed, validator })
+        let rules = Rules::compile(&structural)?;
+        Ok(Self { structural, typed, validator, rules })
     }
 
     /// The schema as the definition has it.
@@ -65,8 +69,9 @@ impl Schema {
         default(&self.structural, object);
     }
 
-    /// Everything that is wrong, in the order of the fields.
-    pub(crate) fn validate(&self, object: &Value) -> Vec<Cause> {
+    /// Everything that is wrong, in the order of the fields. Rules are asked about what is otherwise
+    /// right, those about changes if there is something `old`.
+    pub(crate) fn validate(&self, object: &Value, old: Option<&Value>) -> Vec<Cause> {
         let mut causes: Vec<Cause> = self
             .validator
             .iter_errors(object)
@@ -74,6 +79,9 @@ impl Schema {
             .map(|error| cause(&error))
             .collect();
         fields::duplicates(Some(&self.structural), object, "", &mut causes);
+        if let (true, Some(rules)) = (causes.is_empty(), &self.rules) {
+            causes = rules.broken(object, old);
+        }
         causes.sort_by(|a, b| a.field.cmp(&b.field));
         causes
     }
@@ -293,7 +301,7 @@ fn expected_types(message: &str) -> String {
 }
 
 /// A value within a message: whole if it is short, else its type.
-fn shown(value: &Value, type_only: bool) -> String {
+pub(crate) fn shown(value: &Value, type_only: bool) -> String {
     let kind = match value {
         Value::Null => "null",
         Value::Bool(_) => "\"boolean\"",
@@ -405,7 +413,7 @@ mod tests {
     #[test]
     fn each_fault_names_its_field() {
         let check = |spec: Value, expect: &[(&str, &str, &str)]| {
-            let causes = schema().validate(&json!({"spec": spec}));
+            let causes = schema().validate(&json!({"spec": spec}), None);
             let found: Vec<_> =
                 causes.iter().map(|c| (c.field.as_str(), c.reason, c.message.as_str())).collect();
             assert_eq!(found, expect);
@@ -444,7 +452,7 @@ mod tests {
             )],
         );
         let fields = |spec: Value| -> Vec<String> {
-            let causes = schema().validate(&json!({"spec": spec}));
+            let causes = schema().validate(&json!({"spec": spec}), None);
             causes.into_iter().map(|c| c.field).collect()
         };
         assert_eq!(fields(json!({"model": "m", "limit": 0})), ["spec.limit"]);

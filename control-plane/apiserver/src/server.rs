@@ -25,7 +25,7 @@ use crate::{
     flow::{Flow, Limits},
     health,
     metrics::Metrics,
-    namespace, openapi,
+    namespace, openapi, protobuf,
     request::{Query, Target, Verb},
     resource::{Access, DefinitionError, Resource},
     review,
@@ -164,7 +164,7 @@ pub fn app(server: ApiServer) -> Router {
         ("/apis/authentication.k8s.io/v1/selfsubjectreviews", post(review::identity)),
         ("/openapi/v3/apis/{group}/{version}", get(openapi::version_3)),
     ];
-    let mut router = Router::new();
+    let mut router = Router::new().route("/", get(discovery::paths));
     for (path, handler) in fixed {
         // Some clients end these with a slash.
         router = router.route(path, handler.clone()).route(&format!("{path}/"), handler);
@@ -179,6 +179,7 @@ pub fn app(server: ApiServer) -> Router {
 /// A request on a resource, all read.
 pub(crate) struct Call {
     pub(crate) server: ApiServer,
+    pub(crate) verb: Verb,
     pub(crate) resource: Arc<Resource>,
     pub(crate) namespace: Option<String>,
     /// Empty for a collection.
@@ -220,9 +221,12 @@ async fn resource_request(State(server): State<ApiServer>, request: Request) -> 
     // Watches have a limit of their own.
     let _place = match verb {
         Verb::Watch => None,
-        _ => match server.flow().request() {
+        _ => match server.flow().request(&server.metrics().in_flight) {
             Ok(place) => Some(place),
-            Err(error) => return error.into_response(),
+            Err(error) => {
+                server.metrics().rejected.with_label_values(&["in_flight"]).inc();
+                return error.into_response();
+            }
         },
     };
     let timer = server.metrics().start(verb);
@@ -279,6 +283,7 @@ async fn answer(
     let content_type = text(header::CONTENT_TYPE)
         .map(|t| t.split(';').next().unwrap_or(t).trim().to_ascii_lowercase());
     let call = Call {
+        verb,
         resource: Arc::clone(resource),
         namespace: target.namespace,
         name: target.name.unwrap_or_default(),
@@ -365,6 +370,12 @@ impl Call {
         match self.content_type.as_deref() {
             None | Some("application/json") => {}
             Some("application/yaml") => return self.yaml_object(),
+            // As in Kubernetes, for its own types only.
+            Some(protobuf::MEDIA_TYPE) if self.takes_protobuf() => {
+                return protobuf::read(&self.body).map_err(|error| {
+                    ApiError::BadRequest(format!("the body can't be read: {error}"))
+                });
+            }
             Some(_) => {
                 return Err(ApiError::UnsupportedMediaType("application/json, application/yaml"));
             }
@@ -372,6 +383,12 @@ impl Call {
         let value: Value = serde_json::from_slice(&self.body)
             .map_err(|error| ApiError::BadRequest(format!("the body is not JSON: {error}")))?;
         require_object(value)
+    }
+
+    /// Its own types, and what is not of the resource's type at all.
+    fn takes_protobuf(&self) -> bool {
+        let is_scale = self.subresource == Some(Subresource::Scale);
+        self.resource.builtin || is_scale || self.verb == Verb::Delete
     }
 
     /// An applied configuration: YAML, of which JSON is the usual part.
@@ -416,6 +433,10 @@ fn require_object(value: Value) -> Result<Value, ApiError> {
 }
 
 pub(crate) fn json_response(code: StatusCode, body: &Value) -> Response {
-    let headers = [(header::CONTENT_TYPE, "application/json")];
-    (code, headers, body.to_string()).into_response()
+    text_response(code, body.to_string())
+}
+
+/// The same for JSON that is text already.
+pub(crate) fn text_response(code: StatusCode, body: String) -> Response {
+    (code, [(header::CONTENT_TYPE, "application/json")], body).into_response()
 }

@@ -1,10 +1,12 @@
 //! Objects in the forms that a client can ask for: whole, as a Table, or metadata only.
 
+use std::fmt::Write as _;
+
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 
 use crate::{
-    clock,
+    builtin, clock,
     error::ApiError,
     object,
     resource::{Column, Resource},
@@ -128,29 +130,68 @@ impl Form {
         }
     }
 
-    /// A list with its own metadata.
-    pub(crate) fn list(
-        self,
-        resource: &Resource,
-        objects: &[Value],
-        metadata: &Value,
-        now: OffsetDateTime,
-    ) -> Value {
+    /// One object in a list.
+    pub(crate) fn item(self, resource: &Resource, object: Value, now: OffsetDateTime) -> Value {
         match self {
-            Self::Whole => json!({
-                "apiVersion": resource.api_version(),
-                "kind": resource.list_kind,
-                "metadata": metadata,
-                "items": objects,
-            }),
-            Self::MetadataOnly => json!({
-                "apiVersion": "meta.k8s.io/v1",
-                "kind": "PartialObjectMetadataList",
-                "metadata": metadata,
-                "items": objects.iter().map(partial).collect::<Vec<_>>(),
-            }),
-            Self::Table(row) => table(resource, objects, metadata, row, true, now),
+            Self::Whole => object,
+            Self::MetadataOnly => partial(&object),
+            Self::Table(kind) => row(resource, &object, kind, now),
         }
+    }
+
+    /// A list to which the items are added one by one.
+    pub(crate) fn begin_list(self, resource: &Resource) -> ListBody {
+        let (head, items) = match self {
+            Self::Whole => {
+                let (version, kind) = (resource.api_version(), &resource.list_kind);
+                (json!({"apiVersion": version, "kind": kind}), "items")
+            }
+            Self::MetadataOnly => (
+                json!({"apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadataList"}),
+                "items",
+            ),
+            Self::Table(_) => (
+                json!({
+                    "apiVersion": "meta.k8s.io/v1",
+                    "kind": "Table",
+                    "columnDefinitions": column_definitions(resource),
+                }),
+                "rows",
+            ),
+        };
+        let mut text = head.to_string();
+        text.pop();
+        ListBody { text: format!("{text},\"{items}\":["), is_empty: true }
+    }
+}
+
+/// A list as text, while it is being written.
+pub(crate) struct ListBody {
+    text: String,
+    is_empty: bool,
+}
+
+impl ListBody {
+    pub(crate) fn push(&mut self, item: &Value) {
+        self.separate();
+        // Writing into a text can't fail.
+        let _ = write!(self.text, "{item}");
+    }
+
+    /// The same for an item that is text already.
+    pub(crate) fn push_text(&mut self, item: &str) {
+        self.separate();
+        self.text.push_str(item);
+    }
+
+    fn separate(&mut self) {
+        if !std::mem::take(&mut self.is_empty) {
+            self.text.push(',');
+        }
+    }
+
+    pub(crate) fn end(self, metadata: &Value) -> String {
+        format!("{}],\"metadata\":{metadata}}}", self.text)
     }
 }
 
@@ -170,25 +211,8 @@ fn table(
     describe_columns: bool,
     now: OffsetDateTime,
 ) -> Value {
-    let rows: Vec<Value> = objects
-        .iter()
-        .map(|object| {
-            let mut cells = vec![json!(object::name(object))];
-            cells.extend(resource.columns.iter().map(|c| cell(c, object, now)));
-            let mut fields = Map::new();
-            fields.insert("cells".to_owned(), Value::Array(cells));
-            match row {
-                RowObject::None => {}
-                RowObject::Metadata => {
-                    fields.insert("object".to_owned(), partial(object));
-                }
-                RowObject::Whole => {
-                    fields.insert("object".to_owned(), object.clone());
-                }
-            }
-            Value::Object(fields)
-        })
-        .collect();
+    let rows: Vec<Value> =
+        objects.iter().map(|object| self::row(resource, object, row, now)).collect();
     let columns = if describe_columns { column_definitions(resource) } else { Vec::new() };
     json!({
         "apiVersion": "meta.k8s.io/v1",
@@ -199,9 +223,28 @@ fn table(
     })
 }
 
+fn row(resource: &Resource, object: &Value, kind: RowObject, now: OffsetDateTime) -> Value {
+    let mut cells = vec![json!(object::name(object))];
+    cells.extend(resource.columns.iter().map(|c| cell(c, object, now)));
+    let mut fields = Map::new();
+    fields.insert("cells".to_owned(), Value::Array(cells));
+    match kind {
+        RowObject::None => {}
+        RowObject::Metadata => {
+            fields.insert("object".to_owned(), partial(object));
+        }
+        RowObject::Whole => {
+            fields.insert("object".to_owned(), object.clone());
+        }
+    }
+    Value::Object(fields)
+}
+
 fn column_definitions(resource: &Resource) -> Vec<Value> {
+    // Nobody knows events by their names.
+    let priority = i32::from(resource.builtin && resource.kind == builtin::EVENT);
     let name = json!({
-        "name": "Name", "type": "string", "format": "name", "priority": 0,
+        "name": "Name", "type": "string", "format": "name", "priority": priority,
         "description": "Name of the object, unique within its namespace.",
     });
     let further = resource.columns.iter().map(|column| {

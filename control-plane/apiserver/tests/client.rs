@@ -1,6 +1,8 @@
 //! The server as kube-rs sees it.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "client/runtime.rs"]
+mod runtime;
 mod support;
 
 use exo_crds::{InferenceInstance, InferenceInstanceStatus, InstancePhase, Shard};

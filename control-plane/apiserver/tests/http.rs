@@ -137,7 +137,7 @@ async fn defaults_of_the_schema_are_stored() {
         created["spec"],
         json!({
             "model": "tiny", "replicas": 1, "sharding": "Auto", "transport": "Auto", "nodes": {},
-            "maxConcurrency": 4, "fastSynch": true
+            "maxConcurrency": 16, "fastSynch": true
         })
     );
     let (_, read) = server.get(&format!("{INSTANCES}/a")).await;
@@ -232,6 +232,12 @@ async fn media_types_and_sizes_are_checked() {
     let json_patch = "application/json-patch+json";
     let fails = r#"[{"op": "test", "path": "/spec/model", "value": "other"}]"#;
     assert_eq!(send(Method::PATCH, &a, json_patch, json, fails.into()).await, 422);
+    let absent = r#"[{"op": "test", "path": "/spec/seed", "value": null}]"#;
+    assert_eq!(send(Method::PATCH, &a, json_patch, json, absent.into()).await, 200);
+    let present = r#"[{"op": "test", "path": "/spec/model", "value": null}]"#;
+    assert_eq!(send(Method::PATCH, &a, json_patch, json, present.into()).await, 422);
+    let nowhere = r#"[{"op": "test", "path": "/other/seed", "value": null}]"#;
+    assert_eq!(send(Method::PATCH, &a, json_patch, json, nowhere.into()).await, 422);
     let destroys = r#"[{"op": "replace", "path": "", "value": 5}]"#;
     assert_eq!(send(Method::PATCH, &a, json_patch, json, destroys.into()).await, 422);
     let mut doubles = vec![json!({"op": "add", "path": "/spec/environment", "value": {"a": "x"}})];

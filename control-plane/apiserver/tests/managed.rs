@@ -196,7 +196,7 @@ async fn owners_go_last_or_leave_their_dependents() {
 #[tokio::test]
 async fn too_much_at_once_is_refused_and_versions_are_minded() {
     let registry = prometheus::Registry::new();
-    let limits = Limits { in_flight: 1, watches_per_client: 1 };
+    let limits = Limits { in_flight: 1, watches_per_client: 1, ..Limits::default() };
     let server =
         ApiServer::with_limits(Store::memory(), &exo_crds::all(), &registry, limits).unwrap();
     let identity = Identity { name: "test".into(), groups: Vec::new() };

@@ -13,9 +13,12 @@ use tempfile::TempDir;
 async fn objects_and_positions_outlive_a_restart() {
     let dir = TempDir::new().unwrap();
     let open = || {
-        let config =
-            RaftConfig { dir: dir.path().to_owned(), node_id: 1, address: "127.0.0.1:1".into() };
-        Store::raft(config)
+        Store::raft(RaftConfig {
+            dir: dir.path().to_owned(),
+            node_id: 1,
+            name: "a".into(),
+            address: "127.0.0.1:1".into(),
+        })
     };
     let server = support::start_on(open().await.unwrap());
     server.call(Method::POST, INSTANCES, Some(instance("a"))).await;

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use exo_crds::{InferenceInstance, Model, Node, Shard};
+use exo_crds::{InferenceInstance, Model, Node, Shard, event::Occurrence};
 use exo_plan::{Action as Do, Decision, Observed, create_refused, reconcile};
 use futures::StreamExt as _;
 use k8s_openapi::jiff::Timestamp;
@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    events::Events,
     trigger,
     write::{WriteError, carry_out},
 };
@@ -37,6 +38,7 @@ const RETRY_CONFLICT: Duration = Duration::from_millis(50);
 struct Context {
     client: Client,
     leadership: watch::Receiver<bool>,
+    events: Events,
 }
 
 impl Context {
@@ -48,6 +50,7 @@ impl Context {
 pub(crate) async fn run(
     client: Client,
     leadership: watch::Receiver<bool>,
+    events: Events,
     shutdown: CancellationToken,
 ) {
     let nodes = trigger::changes(Api::<Node>::all(client.clone()), |node| {
@@ -65,7 +68,8 @@ pub(crate) async fn run(
     });
     let models =
         trigger::changes(Api::<Model>::all(client.clone()), |model: &Model| model.spec.clone());
-    let context = Arc::new(Context { client: client.clone(), leadership: leadership.clone() });
+    let context =
+        Arc::new(Context { client: client.clone(), leadership: leadership.clone(), events });
     // One decision at a time: each must see the memory that the one before has promised away.
     Controller::new(Api::<InferenceInstance>::all(client.clone()), watcher::Config::default())
         .owns(Api::<Shard>::all(client), watcher::Config::default())
@@ -149,10 +153,16 @@ async fn act(
         let phase = |status: &exo_crds::InferenceInstanceStatus| status.phase;
         let before = instance.status.as_ref().and_then(phase);
         if before != decision.status.phase {
-            tracing::info!(instance = name, phase = ?decision.status.phase, "instance");
+            let phase = decision.status.phase.map(tracing::field::debug);
+            tracing::info!(instance = name, phase, "instance");
         }
         instance.status = Some(decision.status.clone());
         instance = replace_status(api, &instance).await?;
+    }
+    if context.leads() {
+        for occurrence in &decision.events {
+            context.events.tell(&instance, occurrence.clone());
+        }
     }
     let mut status = decision.status.clone();
     let mut refused = BTreeSet::new();
@@ -176,6 +186,8 @@ async fn act(
             (Some(shard), Some(why)) => {
                 tracing::warn!(instance = name, %error, why, "the server refused a shard");
                 create_refused(&mut status, shard, why, Timestamp::now());
+                let note = format!("the API server refused a shard: {why}");
+                context.events.tell(&instance, Occurrence::warning("ShardRefused", note));
                 refused.insert(shard.spec.replica);
             }
             _ => {

@@ -8,6 +8,7 @@
 //! - Everything is read anew from the API for each decision; watches only say when to look.
 //! - A status that says nothing new is not written.
 
+mod events;
 mod instance;
 mod node;
 mod trigger;
@@ -32,18 +33,27 @@ pub async fn run(
     leadership: watch::Receiver<bool>,
     shutdown: CancellationToken,
 ) -> Result<(), Ended> {
-    let instances = instance::run(client.clone(), leadership.clone(), shutdown.clone());
-    let nodes = node::run(client, leadership, shutdown.clone());
+    let (events, telling) = events::queue(client.clone(), leadership.clone());
+    let instances =
+        instance::run(client.clone(), leadership.clone(), events.clone(), shutdown.clone());
+    let nodes = node::run(client, leadership, events, shutdown.clone());
     let ended = |name| if shutdown.is_cancelled() { Ok(()) } else { Err(Ended(name)) };
-    tokio::try_join!(
-        async {
-            instances.await;
-            ended("instance")
-        },
-        async {
-            nodes.await;
-            ended("node")
-        },
-    )?;
-    Ok(())
+    // On the heap: it is large, and whoever runs this would have to hold it.
+    let work = Box::pin(async {
+        tokio::try_join!(
+            async {
+                instances.await;
+                ended("instance")
+            },
+            async {
+                nodes.await;
+                ended("node")
+            },
+        )
+    });
+    tokio::select! {
+        result = work => result.map(|_| ()),
+        // Cancel-safe: it never ends by itself, and events on their way are a courtesy.
+        () = telling => Ok(()),
+    }
 }

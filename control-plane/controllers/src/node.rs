@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use exo_crds::{Node, Shard};
+use exo_crds::{Node, Shard, event::Occurrence};
 use exo_plan::{Heartbeats, heartbeat_lost, release_lost};
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use kube::{
@@ -16,7 +16,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::write::{WriteError, carry_out};
+use crate::{
+    events::Events,
+    write::{WriteError, carry_out},
+};
 
 /// Short against the heartbeat limit, so that it alone decides how soon a loss is noticed.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -24,6 +27,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 pub(crate) async fn run(
     client: Client,
     leadership: watch::Receiver<bool>,
+    events: Events,
     shutdown: CancellationToken,
 ) {
     let start = Instant::now();
@@ -40,18 +44,21 @@ pub(crate) async fn run(
             heartbeats = Heartbeats::default();
             continue;
         }
-        look(&client, &leadership, &mut heartbeats, start.elapsed()).await;
+        for lost in look(&client, &leadership, &mut heartbeats, start.elapsed()).await {
+            let note = "no sign of life from its agent: its shards are placed elsewhere";
+            events.tell(&lost, Occurrence::warning("NodeLost", note));
+        }
     }
 }
 
-/// One round. A write that fails is the matter of its own node or shard: the next round tries it
+/// One round; returns the nodes that it found lost. A write that fails is the matter of its own node or shard: the next round tries it
 /// again, and the others are not held up.
 async fn look(
     client: &Client,
     leadership: &watch::Receiver<bool>,
     heartbeats: &mut Heartbeats,
     at: Duration,
-) {
+) -> Vec<Node> {
     let all = ListParams::default();
     let api: Api<Node> = Api::all(client.clone());
     let nodes = match api.list(&all).await {
@@ -61,21 +68,27 @@ async fn look(
             // node gets a full limit again.
             *heartbeats = Heartbeats::default();
             report(&WriteError::new("reading nodes", error));
-            return;
+            return Vec::new();
         }
     };
     let overdue = heartbeats.observe(&nodes, at);
+    let mut lost = Vec::new();
     for node in nodes.iter().filter(|node| overdue.contains(&node.name_any())) {
-        if *leadership.borrow()
-            && let Err(error) = mark_lost(&api, node).await
-        {
-            report(&error);
+        if *leadership.borrow() {
+            match mark_lost(&api, node).await {
+                Ok(true) => lost.push(node.clone()),
+                Ok(false) => {}
+                Err(error) => report(&error),
+            }
         }
     }
     let shards: Api<Shard> = Api::all(client.clone());
     let shards = match shards.list(&all).await {
         Ok(shards) => shards.items,
-        Err(error) => return report(&WriteError::new("reading shards", error)),
+        Err(error) => {
+            report(&WriteError::new("reading shards", error));
+            return lost;
+        }
     };
     for action in release_lost(&nodes, &shards) {
         if *leadership.borrow()
@@ -84,12 +97,13 @@ async fn look(
             report(&error);
         }
     }
+    lost
 }
 
-/// Writes that an overdue node is lost, unless it is known already.
-async fn mark_lost(api: &Api<Node>, node: &Node) -> Result<(), WriteError> {
+/// Writes that an overdue node is lost; `false` if that is known already.
+async fn mark_lost(api: &Api<Node>, node: &Node) -> Result<bool, WriteError> {
     let Some(conditions) = heartbeat_lost(node, &Time(Timestamp::now())) else {
-        return Ok(());
+        return Ok(false);
     };
     let name = node.name_any();
     let patch = json!({
@@ -100,7 +114,7 @@ async fn mark_lost(api: &Api<Node>, node: &Node) -> Result<(), WriteError> {
         .await
         .map_err(|e| WriteError::new(format!("marking node {name}"), e))?;
     tracing::warn!(node = name, "no heartbeat: the node counts as lost");
-    Ok(())
+    Ok(true)
 }
 
 /// A conflict means that somebody else was faster: the next round sees what they wrote.

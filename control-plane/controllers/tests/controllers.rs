@@ -23,7 +23,7 @@ use exo_crds::{
     Shard, TransportKind, condition, set_condition,
 };
 use exo_store::Store;
-use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use k8s_openapi::{api::core::v1::Event, apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use kube::{
     Api, Client, ResourceExt as _,
     api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
@@ -172,6 +172,20 @@ impl Cluster {
         }
     }
 
+    /// The events about an object, each with its count.
+    async fn told(&self, kind: &str, name: &str) -> Vec<String> {
+        let api: Api<Event> = Api::all(self.client.clone());
+        let about = format!("involvedObject.kind={kind},involvedObject.name={name}");
+        let events = api.list(&ListParams::default().fields(&about)).await.unwrap();
+        let text = |text: Option<String>| text.unwrap_or_default();
+        let line = |event: Event| {
+            let count = event.count.unwrap_or(0);
+            let (kind, reason) = (text(event.type_), text(event.reason));
+            format!("{kind} {reason} {count}: {}", text(event.message))
+        };
+        events.into_iter().map(line).collect()
+    }
+
     /// Lets agents work until `condition` holds.
     async fn until<T, F>(
         &self,
@@ -241,6 +255,24 @@ async fn an_instance_lives_through_failure_and_change() {
     cluster.node("c").await;
     let instance = cluster.ready_epoch(4).await;
     assert_eq!(instance.status.unwrap().nodes.as_deref(), Some("a,c"));
+
+    let told = |cluster: Arc<Cluster>| async move {
+        let told = cluster.told("InferenceInstance", "chat").await;
+        told.contains(&"Normal Placed 1: replica 0, epoch 4: placed on a, c".to_owned())
+            .then_some(told)
+    };
+    let told = cluster.until("the events", told, &cluster).await;
+    for expect in [
+        "Normal Placed 1: replica 0, epoch 1: placed on a, b",
+        "Normal Ready 1: replica 0, epoch 1: every rank answers",
+        "Warning EpochFailed 1: replica 0: shard chat-0-a1-0 on a: RunnerExited: gone",
+        "Normal Replacing 1: replica 0: the instance or its model was changed",
+        "Warning NodeLost 1: replica 0: node b is lost: it is not registered",
+    ] {
+        assert!(told.iter().any(|line| line == expect), "{expect} in {told:#?}");
+    }
+    let refusals: Vec<_> = told.iter().filter(|line| line.contains("Unplaceable")).collect();
+    assert_eq!(refusals.len(), 1, "{told:#?}");
 
     cluster.shutdown.cancel();
     let cluster = Arc::into_inner(cluster).unwrap();

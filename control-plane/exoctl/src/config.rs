@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use anyhow::bail;
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 
 use crate::cli::Global;
 
@@ -17,19 +17,20 @@ pub(crate) async fn load(global: &Global) -> anyhow::Result<kube::Config> {
         KubeConfigOptions { context: global.context.clone(), ..KubeConfigOptions::default() };
     let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &options)
         .await
-        .with_context(|| format!("using {from}"))?;
+        .map_err(|error| innermost(error, &from))?;
     // A server on the LAN answers at once or not at all.
     config.connect_timeout = Some(std::time::Duration::from_secs(5));
     Ok(config)
 }
 
 /// The kubeconfig, and what to call it in messages.
-fn find(global: &Global) -> anyhow::Result<(Kubeconfig, String)> {
+pub(crate) fn find(global: &Global) -> anyhow::Result<(Kubeconfig, String)> {
     if let Some(path) = &global.kubeconfig {
         return read(path);
     }
-    if let Some(kubeconfig) = Kubeconfig::from_env().context("reading $KUBECONFIG")? {
-        return Ok((kubeconfig, "$KUBECONFIG".to_owned()));
+    let from_env = Kubeconfig::from_env().map_err(|error| innermost(error, "$KUBECONFIG"))?;
+    if let Some(kubeconfig) = from_env {
+        return Ok((kubeconfig, std::env::var("KUBECONFIG").unwrap_or_default()));
     }
     let homes = homes(std::env::var_os("EXO_HOME").map(PathBuf::from), std::env::home_dir());
     let files: Vec<_> = homes.iter().map(|home| home.join("kubeconfig")).collect();
@@ -47,9 +48,23 @@ fn find(global: &Global) -> anyhow::Result<(Kubeconfig, String)> {
 }
 
 fn read(path: &Path) -> anyhow::Result<(Kubeconfig, String)> {
-    let kubeconfig =
-        Kubeconfig::read_from(path).with_context(|| format!("reading {}", path.display()))?;
-    Ok((kubeconfig, path.display().to_string()))
+    let from = path.display().to_string();
+    let kubeconfig = Kubeconfig::read_from(path).map_err(|error| innermost(error, &from))?;
+    Ok((kubeconfig, from))
+}
+
+/// One sentence that names the file once: the library's own texts repeat path and cause.
+fn innermost(error: KubeconfigError, from: &str) -> anyhow::Error {
+    match error {
+        KubeconfigError::ReadConfig(error, path) => {
+            anyhow::Error::from(error).context(format!("reading {}", path.display()))
+        }
+        error => {
+            // Below the first line come pictures of the text.
+            let error = error.to_string();
+            anyhow::anyhow!("using {from}: {}", error.lines().next().unwrap_or_default())
+        }
+    }
 }
 
 /// Data directories of the local `exo`, the likelier one first.

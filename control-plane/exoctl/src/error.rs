@@ -102,6 +102,11 @@ pub(crate) fn refused(error: &anyhow::Error) -> Option<&Refused> {
     error.downcast_ref::<Refused>()
 }
 
+/// Whether the server says that something isn't there.
+pub(crate) fn is_not_found(error: &anyhow::Error) -> bool {
+    refused(error).is_some_and(Refused::is_not_found)
+}
+
 /// Turns a client error into one sentence. `server` says who was asked.
 pub(crate) fn explain(error: kube::Error, server: &str) -> anyhow::Error {
     match error {

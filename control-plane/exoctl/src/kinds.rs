@@ -123,6 +123,12 @@ impl Kind {
         name.map_or(path.clone(), |name| format!("{path}/{name}"))
     }
 
+    /// What people would call several of them: the plural, and short names that aren't initials.
+    pub(crate) fn words(&self) -> impl Iterator<Item = &str> {
+        let short = self.short_names.iter().map(String::as_str).filter(|name| name.len() > 2);
+        [self.api.plural.as_str()].into_iter().chain(short.filter(|name| name.ends_with('s')))
+    }
+
     fn names(&self) -> impl Iterator<Item = &str> {
         [self.api.plural.as_str(), self.singular.as_str()]
             .into_iter()
@@ -131,9 +137,14 @@ impl Kind {
 }
 
 impl Kinds {
-    /// Our own group comes first: `nodes` are exo's even on a Kubernetes server.
+    /// Our own group comes first: `nodes` are exo's even on a Kubernetes server. Then the core group:
+    /// what is there under two names, such as events, is best known by that one.
     pub(crate) fn new(mut kinds: Vec<Kind>) -> Self {
-        kinds.sort_by_key(|kind| kind.api.group != GROUP);
+        kinds.sort_by_key(|kind| match kind.api.group.as_str() {
+            GROUP => 0,
+            "" => 1,
+            _ => 2,
+        });
         Self { kinds, whose: Whose::Server }
     }
 
@@ -145,6 +156,10 @@ impl Kinds {
             .flat_map(|crd| crd.spec.versions.iter().map(|v| Kind::defined(crd, &v.name)))
             .collect();
         Self { kinds, whose: Whose::Exoctl }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Kind> {
+        self.kinds.iter()
     }
 
     /// By plural, singular, short name or kind in any case, optionally followed by `.group`.

@@ -5,10 +5,13 @@
 
 mod cli;
 mod commands;
+mod completion;
 mod config;
 mod error;
 mod jsonpath;
 mod kinds;
+mod merge;
+mod output;
 mod schema;
 mod server;
 mod table;

@@ -26,6 +26,12 @@ impl Schemas {
         Self(schemas)
     }
 
+    /// Whether objects of a kind have conditions; `None` for kinds without a schema here.
+    pub(crate) fn has_conditions(&self, api_version: &str, kind: &str) -> Option<bool> {
+        let (_, _, schema) = self.0.iter().find(|(a, k, _)| a == api_version && k == kind)?;
+        Some(schema["properties"]["status"]["properties"]["conditions"].is_object())
+    }
+
     /// What is wrong with a document; nothing for kinds without a schema here.
     pub(crate) fn check(&self, api_version: &str, kind: &str, document: &Value) -> Vec<String> {
         let is_it = |(a, k, _): &&(String, String, Value)| a == api_version && k == kind;

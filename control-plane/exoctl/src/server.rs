@@ -1,6 +1,7 @@
 //! Requests to the API server, as plain JSON: nothing here knows a kind in advance.
 
 use anyhow::Context as _;
+use exo_crds::{GROUP, VERSION};
 use futures::Stream;
 use http::{Method, Request, header};
 use kube::{Api, Client, Config, core::DynamicObject, core::WatchEvent};
@@ -18,6 +19,11 @@ use crate::{
 /// Asks for a Table; objects are the answer where none can be made.
 const AS_TABLE: &str = "application/json;as=Table;g=meta.k8s.io;v=v1,application/json";
 const AS_JSON: &str = "application/json";
+/// Content types of patches.
+pub(crate) const MERGE_PATCH: &str = "application/merge-patch+json";
+pub(crate) const JSON_PATCH: &str = "application/json-patch+json";
+pub(crate) const APPLY_PATCH: &str = "application/apply-patch+yaml";
+pub(crate) const STRATEGIC_PATCH: &str = "application/strategic-merge-patch+json";
 
 /// A server, and what is known of it.
 pub(crate) struct Server {
@@ -126,6 +132,11 @@ impl Server {
         self.ask(Method::GET, &with_query(path, query), form, None).await
     }
 
+    /// One of exo's own kinds.
+    pub(crate) async fn own_kind(&self, kind: &str) -> anyhow::Result<&Kind> {
+        Ok(self.kinds().await?.find_exact(&format!("{GROUP}/{VERSION}"), kind)?)
+    }
+
     /// GET of an object that may not exist.
     pub(crate) async fn get_if_exists(&self, path: &str) -> anyhow::Result<Option<Value>> {
         match self.get(path, &[], Form::Json).await {
@@ -143,7 +154,20 @@ impl Server {
         query: &Query<'_>,
         body: Option<&Value>,
     ) -> anyhow::Result<Value> {
+        let body = body.map(|body| (AS_JSON, body));
         self.ask(method, &with_query(path, query), Form::Json, body).await
+    }
+
+    /// PATCH; `content_type` says how to read the patch.
+    pub(crate) async fn patch(
+        &self,
+        path: &str,
+        content_type: &'static str,
+        query: &Query<'_>,
+        patch: &Value,
+    ) -> anyhow::Result<Value> {
+        let body = Some((content_type, patch));
+        self.ask(Method::PATCH, &with_query(path, query), Form::Json, body).await
     }
 
     /// Watches a list.
@@ -175,7 +199,7 @@ impl Server {
         method: Method,
         uri: &str,
         form: Form,
-        body: Option<&Value>,
+        body: Option<(&'static str, &Value)>,
     ) -> anyhow::Result<T> {
         let request = request(method, uri, form, body)?;
         let answer = self.client.request(request).await;
@@ -187,18 +211,19 @@ fn request(
     method: Method,
     uri: &str,
     form: Form,
-    body: Option<&Value>,
+    body: Option<(&'static str, &Value)>,
 ) -> anyhow::Result<Request<Vec<u8>>> {
     let accept = match form {
         Form::Table => AS_TABLE,
         Form::Json => AS_JSON,
     };
-    let body = body.map_or_else(Vec::new, |body| body.to_string().into_bytes());
+    let content_type = body.map_or(AS_JSON, |(content_type, _)| content_type);
+    let body = body.map_or_else(Vec::new, |(_, body)| body.to_string().into_bytes());
     Request::builder()
         .method(method)
         .uri(uri)
         .header(header::ACCEPT, accept)
-        .header(header::CONTENT_TYPE, AS_JSON)
+        .header(header::CONTENT_TYPE, content_type)
         .body(body)
         // Names come from the command line: one with a space makes no URL.
         .with_context(|| format!("`{uri}` is no valid request path"))

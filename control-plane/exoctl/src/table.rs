@@ -5,22 +5,15 @@ use std::io::{self, Write};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::jsonpath::plain;
+
 /// `meta.k8s.io/v1 Table`, as far as it is printed.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct Table {
     pub(crate) kind: String,
-    pub(crate) metadata: Metadata,
     pub(crate) column_definitions: Vec<Column>,
     pub(crate) rows: Vec<Row>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub(crate) struct Metadata {
-    pub(crate) name: String,
-    pub(crate) namespace: String,
-    pub(crate) resource_version: String,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -35,13 +28,15 @@ pub(crate) struct Column {
 #[serde(default)]
 pub(crate) struct Row {
     pub(crate) cells: Vec<Value>,
-    pub(crate) object: Object,
+    /// The object, or no more than its metadata.
+    pub(crate) object: Value,
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct Object {
-    pub(crate) metadata: Metadata,
+impl Row {
+    /// A text of the object's metadata; empty when there is none.
+    pub(crate) fn metadata(&self, field: &str) -> &str {
+        self.object["metadata"][field].as_str().unwrap_or_default()
+    }
 }
 
 /// What is shown of a table.
@@ -49,6 +44,9 @@ pub(crate) struct Object {
 pub(crate) struct Style {
     pub(crate) wide: bool,
     pub(crate) with_namespace: bool,
+    pub(crate) with_labels: bool,
+    /// Leaves the first column out, which is the name.
+    pub(crate) nameless: bool,
     pub(crate) header: bool,
     /// Before each name: `shard.exo.dev/`.
     pub(crate) prefix: String,
@@ -69,8 +67,9 @@ const GAP: usize = 3;
 
 impl Printer {
     pub(crate) fn new(columns: &[Column], style: Style) -> Self {
-        let shown =
-            (0..columns.len()).filter(|&i| style.wide || columns[i].priority == 0).collect();
+        let shown = (usize::from(style.nameless)..columns.len())
+            .filter(|&i| style.wide || columns[i].priority == 0)
+            .collect();
         Self { style, shown, widths: Vec::new() }
     }
 
@@ -85,7 +84,8 @@ impl Printer {
         if std::mem::take(&mut self.style.header) {
             let namespace = self.style.with_namespace.then(|| "NAMESPACE".to_owned());
             let names = self.shown.iter().map(|&i| columns[i].name.to_uppercase());
-            lines.push(namespace.into_iter().chain(names).collect());
+            let labels = self.style.with_labels.then(|| "LABELS".to_owned());
+            lines.push(namespace.into_iter().chain(names).chain(labels).collect());
         }
         lines.extend(rows.iter().map(|row| self.line(row)));
         self.widen(&lines);
@@ -96,7 +96,7 @@ impl Printer {
     }
 
     fn line(&self, row: &Row) -> Vec<String> {
-        let namespace = row.object.metadata.namespace.clone();
+        let namespace = row.metadata("namespace").to_owned();
         let cells = self.shown.iter().enumerate().map(|(position, &i)| {
             let text = row.cells.get(i).map(cell).unwrap_or_default();
             match position {
@@ -105,7 +105,8 @@ impl Printer {
             }
         });
         let namespace = self.style.with_namespace.then_some(namespace);
-        namespace.into_iter().chain(cells).collect()
+        let labels = self.style.with_labels.then(|| labels(&row.object));
+        namespace.into_iter().chain(cells).chain(labels).collect()
     }
 
     fn widen(&mut self, lines: &[Vec<String>]) {
@@ -129,6 +130,14 @@ impl Printer {
         }
         text
     }
+}
+
+/// `key=value` of each label, joined by commas.
+fn labels(object: &Value) -> String {
+    let labels = object["metadata"]["labels"].as_object();
+    let pairs = labels.into_iter().flatten();
+    let pairs: Vec<_> = pairs.map(|(key, value)| format!("{key}={}", plain(value))).collect();
+    if pairs.is_empty() { "<none>".to_owned() } else { pairs.join(",") }
 }
 
 /// One line without control characters: a cell must not move the cursor.
@@ -162,7 +171,8 @@ mod tests {
             ],
             "rows": [
                 {"cells": ["llama-0-a1-0", "é", null, 0, "3m"],
-                 "object": {"metadata": {"namespace": "default", "name": "llama-0-a1-0"}}},
+                 "object": {"metadata": {"namespace": "default", "name": "llama-0-a1-0",
+                                         "labels": {"a": "1", "b": "2"}}}},
                 {"cells": ["b", "linux", "bad\u{1b}[2J\nthing", 10, "3m"],
                  "object": {"metadata": {"namespace": "team", "name": "b"}}},
             ],
@@ -192,13 +202,28 @@ mod tests {
 
     #[test]
     fn shows_more_when_asked() {
-        let style =
-            Style { wide: true, with_namespace: true, header: true, prefix: "shard/".into() };
+        let style = Style {
+            wide: true,
+            with_namespace: true,
+            header: true,
+            prefix: "shard/".into(),
+            ..Style::default()
+        };
         assert_eq!(
             print(style),
             "NAMESPACE   NAME                 OS      ERROR        RANK   AGE\n\
              default     shard/llama-0-a1-0   é                    0      3m\n\
              team        shard/b              linux   bad [2J...   10     3m\n"
+        );
+    }
+
+    #[test]
+    fn labels_come_last() {
+        let style = Style { with_labels: true, ..Style::default() };
+        assert_eq!(
+            print(style),
+            "llama-0-a1-0   é       0     3m    a=1,b=2\n\
+             b              linux   10    3m    <none>\n"
         );
     }
 

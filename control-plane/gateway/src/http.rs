@@ -46,6 +46,7 @@ const KEEP_ALIVE_PERIOD: std::time::Duration = std::time::Duration::from_secs(15
 pub fn app(gateway: Gateway) -> Router {
     let shared = gateway.shared;
     Router::new()
+        .route("/", get(pointer))
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/models", get(models))
         // Names may hold a slash: `namespace/name`, or a repository.
@@ -57,6 +58,12 @@ pub fn app(gateway: Gateway) -> Router {
         .layer(middleware::from_fn_with_state(Arc::clone(&shared), observe::observe))
         .layer(middleware::from_fn_with_state(Arc::clone(&shared), cors::guard))
         .with_state(shared)
+}
+
+/// For people who open the address to see what is there.
+async fn pointer() -> &'static str {
+    "exo: the OpenAI API is at /v1 (POST /v1/chat/completions, GET /v1/models), metrics at /metrics, \
+     health at /health.\n"
 }
 
 async fn chat_completions(

@@ -7,14 +7,18 @@
 mod health;
 mod partition;
 mod place;
+mod preview;
 mod reconcile;
+mod tensor;
 #[cfg(test)]
 mod testing;
 
 pub use health::{HEARTBEAT_LIMIT, Heartbeats, heartbeat_lost};
 pub use partition::{StageCapacity, partition};
 pub use place::{
-    NodeReason, NodeState, Placement, Placing, RankPlacement, Unplaceable, Why, memory_needed,
-    place,
+    NodeReason, NodeState, Placement, Placing, RankPlacement, Share, Unplaceable, Why,
+    memory_needed, place,
 };
+pub use preview::preview;
 pub use reconcile::{Action, Decision, Observed, create_refused, reconcile, release_lost};
+pub use tensor::Uneven;

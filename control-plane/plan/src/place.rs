@@ -3,7 +3,8 @@
 //! Hard rules: the node is Ready, schedulable, carries the selector's labels, has an address, can
 //! use the transport (a single rank needs none), and each rank has memory for its weights, its KV
 //! cache of one full context and a fixed overhead; the number of nodes is within `nodes.min` and
-//! `nodes.max` and at most the number of layers.
+//! `nodes.max`. A pipeline has at most as many ranks as layers; with tensor sharding the number of
+//! ranks divides what they share (`tensor`).
 //!
 //! Preference: as few nodes as the rules allow; of those, most free memory first, then name. Memory
 //! is what each node reports: two agents on one machine report the same memory twice, and nothing
@@ -17,7 +18,7 @@ use exo_crds::{
 };
 use serde::Serialize;
 
-use crate::{StageCapacity, partition};
+use crate::{StageCapacity, Uneven, partition, tensor};
 
 /// Memory of a rank beside weights and KV cache: the process, MLX's buffer cache, activations of
 /// one prefill chunk.
@@ -110,8 +111,11 @@ pub struct Unplaceable {
 /// The reason as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, thiserror::Error)]
 pub enum Why {
-    #[error("model {model} can't be split as {wanted:?}")]
+    #[error("model {model} can't be split as {wanted:?}: its `shardings` leave that out")]
     Sharding { model: String, wanted: Sharding },
+    /// `ranks` as text: one number, or several.
+    #[error("model {model} can't be split over {ranks} ranks: {uneven}")]
+    Uneven { model: String, ranks: String, uneven: Uneven },
     #[error("transport {wanted:?} is not supported yet; use Auto or Ring")]
     Transport { wanted: Transport },
     #[error("nodes.min is {min}, nodes.max is {max}")]
@@ -126,6 +130,8 @@ pub enum Why {
     TooFewNodes { wanted: u32, usable: u32 },
     #[error("{layers} layers need {needed}, and {nodes} node(s) can hold only {held} of them")]
     Memory { layers: u32, needed: Quantity, nodes: u32, held: u64 },
+    #[error("each of {ranks} rank(s) needs {needed}, the first {first}")]
+    ShareMemory { ranks: u32, needed: Quantity, first: Quantity },
 }
 
 /// What one node lacks, or what it could hold.
@@ -147,6 +153,8 @@ pub enum NodeReason {
     Memory { free: Quantity, needed: Quantity },
     #[error("{free} free, room for {layers} layer(s)")]
     Room { free: Quantity, layers: u64 },
+    #[error("{free} free")]
+    Free { free: Quantity },
 }
 
 impl fmt::Display for Unplaceable {
@@ -176,15 +184,16 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn new(model: &ModelSpec, context_length: u32) -> Self {
+    /// `ranks` share each layer. What all of them hold, its norms, is small.
+    fn new(model: &ModelSpec, context_length: u32, ranks: u32) -> Self {
         let facts = &model.architecture;
         let cache = 2u64
             .saturating_mul(CACHE_ELEMENT_BYTES)
-            .saturating_mul(u64::from(facts.kv_heads))
+            .saturating_mul(u64::from(tensor::kv_heads(model, ranks)))
             .saturating_mul(u64::from(facts.head_dim))
             .saturating_mul(u64::from(context_length));
         Self {
-            layer: model.weights.layer.saturating_add(cache),
+            layer: model.weights.layer.div_ceil(u64::from(ranks.max(1))).saturating_add(cache),
             embedding: model.weights.embedding,
             head: model.weights.head,
         }
@@ -203,13 +212,29 @@ impl Sizes {
     }
 }
 
-/// Bytes that the rank with `layers` holds once it is ready.
-pub fn memory_needed(model: &ModelSpec, context_length: u32, layers: &Range<u32>) -> u64 {
-    let sizes = Sizes::new(model, context_length);
-    let last = layers.end >= model.architecture.layers;
-    sizes
-        .fixed(layers.start == 0, last)
-        .saturating_add(sizes.layer.saturating_mul(u64::from(layers.end - layers.start)))
+/// One rank's part of a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Share {
+    pub sharding: ShardingKind,
+    pub rank: u32,
+    pub world_size: u32,
+    pub layers: Range<u32>,
+}
+
+/// Bytes that a rank holds once it is ready.
+pub fn memory_needed(model: &ModelSpec, context_length: u32, share: &Share) -> u64 {
+    let (sizes, first, last) = match share.sharding {
+        ShardingKind::Pipeline => {
+            let last = share.layers.end >= model.architecture.layers;
+            (Sizes::new(model, context_length, 1), share.layers.start == 0, last)
+        }
+        // All ranks have the embedding, the first alone the head.
+        ShardingKind::Tensor => {
+            (Sizes::new(model, context_length, share.world_size), true, share.rank == 0)
+        }
+    };
+    let layers = u64::from(share.layers.end - share.layers.start);
+    sizes.fixed(first, last).saturating_add(sizes.layer.saturating_mul(layers))
 }
 
 /// Places one replica; the same question always gets the same answer.
@@ -233,8 +258,8 @@ pub fn place(question: &Placing<'_>) -> Result<Placement, Unplaceable> {
     }
     usable.sort_by(|a, b| a.0.cmp(&b.0));
 
-    let most = rules.max.min(rules.layers).min(count(&usable));
-    for ranks in rules.min..=most {
+    let most = rules.most(count(&usable));
+    for ranks in (rules.min..=most).filter(|ranks| rules.divides(*ranks).is_none()) {
         let candidates: Vec<&Preference> = usable
             .iter()
             .filter(|(_, node)| ranks == 1 || node.transports.contains(&rules.transport))
@@ -242,7 +267,10 @@ pub fn place(question: &Placing<'_>) -> Result<Placement, Unplaceable> {
             .take(ranks as usize)
             .collect();
         if count(&candidates) == ranks
-            && let Some(ranks) = rules.arrange(&candidates)
+            && let Some(ranks) = match rules.sharding {
+                ShardingKind::Pipeline => rules.arrange(&candidates),
+                ShardingKind::Tensor => rules.share(&candidates),
+            }
         {
             return Ok(Placement {
                 sharding: rules.sharding,
@@ -268,6 +296,7 @@ struct Rules<'a> {
     max: u32,
     layers: u32,
     sizes: Sizes,
+    model: &'a Model,
     selector: &'a BTreeMap<String, String>,
 }
 
@@ -280,8 +309,7 @@ impl<'a> Rules<'a> {
             Sharding::Auto | Sharding::Pipeline => ShardingKind::Pipeline,
             Sharding::Tensor => ShardingKind::Tensor,
         };
-        // Tensor placement needs divisibility rules that are not written yet: refused, not guessed.
-        if sharding == ShardingKind::Tensor || !model.shardings.contains(&sharding) {
+        if !model.shardings.contains(&sharding) {
             return Err(Why::Sharding { model: name(), wanted: instance.sharding });
         }
         let transport = match instance.transport {
@@ -298,7 +326,7 @@ impl<'a> Rules<'a> {
         if min > max {
             return Err(Why::MinAboveMax { min, max });
         }
-        if min > layers {
+        if sharding == ShardingKind::Pipeline && min > layers {
             return Err(Why::MinAboveLayers { min, layers, model: name() });
         }
         Ok(Self {
@@ -308,7 +336,8 @@ impl<'a> Rules<'a> {
             min,
             max,
             layers,
-            sizes: Sizes::new(model, context_length),
+            sizes: Sizes::new(model, context_length, 1),
+            model: question.model,
             selector: &instance.nodes.selector,
         })
     }
@@ -333,6 +362,43 @@ impl<'a> Rules<'a> {
             return Err(NodeReason::NoTransport(self.transport));
         }
         node.free_bytes.ok_or(NodeReason::MemoryUnknown)
+    }
+
+    /// The most ranks that may be made of so many usable nodes.
+    fn most(&self, usable: u32) -> u32 {
+        match self.sharding {
+            ShardingKind::Pipeline => self.max.min(self.layers).min(usable),
+            ShardingKind::Tensor => self.max.min(usable),
+        }
+    }
+
+    /// Why so many ranks can't share the model's layers.
+    fn divides(&self, ranks: u32) -> Option<Uneven> {
+        match self.sharding {
+            ShardingKind::Pipeline => None,
+            ShardingKind::Tensor => tensor::objection(&self.model.spec, ranks),
+        }
+    }
+
+    /// What a rank of `world_size` holds when all share every layer.
+    fn share_bytes(&self, rank: u32, world_size: u32) -> u64 {
+        let share =
+            Share { sharding: ShardingKind::Tensor, rank, world_size, layers: 0..self.layers };
+        memory_needed(&self.model.spec, self.context_length, &share)
+    }
+
+    /// A part of every layer for each of these nodes. The first, which has most memory, has the
+    /// head as well.
+    fn share(&self, nodes: &[&Preference]) -> Option<Vec<RankPlacement>> {
+        let ranks = nodes.iter().zip(0u32..).map(|(node, rank)| {
+            let memory_bytes = self.share_bytes(rank, count(nodes));
+            (memory_bytes <= node.free_bytes.0).then_some(RankPlacement {
+                node: node.name.clone(),
+                layers: LayerRange::new(0..self.layers)?,
+                memory_bytes,
+            })
+        });
+        ranks.collect()
     }
 
     /// Layers for exactly these nodes. They keep their order unless only another first or last
@@ -426,6 +492,9 @@ impl<'a> Rules<'a> {
         usable: &[(Preference, &NodeState)],
         mut reasons: BTreeMap<String, NodeReason>,
     ) -> Unplaceable {
+        if self.sharding == ShardingKind::Tensor {
+            return self.refuse_sharing(usable, reasons);
+        }
         let mut held = 0u64;
         for (preference, _) in usable {
             let free = preference.free_bytes.0;
@@ -460,6 +529,36 @@ impl<'a> Rules<'a> {
                 nodes: count(usable).min(self.max),
                 held: held.min(u64::from(self.layers)),
             }
+        };
+        Unplaceable { why, nodes: reasons }
+    }
+
+    /// As [`Rules::refuse`] for tensor sharding.
+    fn refuse_sharing(
+        &self,
+        usable: &[(Preference, &NodeState)],
+        mut reasons: BTreeMap<String, NodeReason>,
+    ) -> Unplaceable {
+        for (preference, _) in usable {
+            let free = Quantity::from_bytes(preference.free_bytes.0).rounded();
+            reasons.insert(preference.name.clone(), NodeReason::Free { free });
+        }
+        let (min, most) = (self.min, self.most(count(usable)));
+        let even = (min..=most).rev().find(|ranks| self.divides(*ranks).is_none());
+        let why = match (even, self.divides(most)) {
+            _ if reasons.is_empty() => Why::NoNodes,
+            _ if most < min => Why::TooFewNodes { wanted: min, usable: count(usable) },
+            (Some(ranks), _) => Why::ShareMemory {
+                ranks,
+                needed: Quantity::from_bytes(self.share_bytes(1, ranks)).rounded(),
+                first: Quantity::from_bytes(self.share_bytes(0, ranks)).rounded(),
+            },
+            (None, Some(uneven)) => {
+                let model = self.model.metadata.name.clone().unwrap_or_default();
+                let ranks = if min < most { format!("{min} to {most}") } else { min.to_string() };
+                Why::Uneven { model, ranks, uneven }
+            }
+            (None, None) => unreachable!("`most` is one of those that were tried"),
         };
         Unplaceable { why, nodes: reasons }
     }
@@ -543,7 +642,6 @@ mod tests {
              a: 100Mi free, one layer and its overhead need 258Mi; \
              b: 260Mi free, room for 2 layer(s)",
         );
-        check(&[ready()], |i| i.sharding = Sharding::Tensor, "model tiny can't be split as Tensor");
         check(
             &[ready()],
             |i| i.transport = Transport::Jaccl,
@@ -564,6 +662,60 @@ mod tests {
             |i| i.context_length = Some(4096),
             "contextLength is 4096, but model tiny goes up to 1024",
         );
+    }
+
+    #[test]
+    fn tensor_sharding_takes_a_number_of_nodes_that_divides_the_model() {
+        let nodes = |free: u64| ["a", "b", "c", "d", "e"].map(|name| node_state(name, free));
+        let tensor = |min: u32| {
+            move |i: &mut InferenceInstanceSpec| {
+                (i.sharding, i.nodes.min) = (Sharding::Tensor, Some(min));
+            }
+        };
+        check(&nodes(1 << 30), tensor(2), "a 0-7, b 0-7");
+        check(&nodes(1 << 30), tensor(3), "a 0-7, b 0-7, c 0-7, d 0-7");
+        check(&nodes(1 << 30)[..1], tensor(1), "a 0-7");
+        check(
+            &nodes(1 << 30)[..3],
+            tensor(3),
+            "model tiny can't be split over 3 ranks: 8 attention heads do not divide by 3: \
+             a: 1Gi free; b: 1Gi free; c: 1Gi free",
+        );
+        check(
+            &nodes(1 << 30)[..2],
+            tensor(3),
+            "3 node(s) wanted, 2 usable: a: 1Gi free; b: 1Gi free",
+        );
+        // 8 MiB of weights and 8 MiB of cache: 16, 8 or 4 on each of 1, 2 or 4 ranks.
+        check(&nodes(OVERHEAD_BYTES + 15 * MIB), tensor(1), "a 0-7, b 0-7");
+        check(&nodes(OVERHEAD_BYTES + 4 * MIB), tensor(1), "a 0-7, b 0-7, c 0-7, d 0-7");
+        check(
+            &nodes(OVERHEAD_BYTES + 3 * MIB)[..2],
+            tensor(1),
+            "each of 2 rank(s) needs 264Mi, the first 264Mi: a: 259Mi free; b: 259Mi free",
+        );
+    }
+
+    #[test]
+    fn the_first_of_a_team_has_the_head() {
+        let (mut model, mut instance) = (model(2), instance_spec("tiny"));
+        (model.spec.weights.embedding, model.spec.weights.head) = (MIB, 6 * MIB);
+        (instance.sharding, instance.nodes.min) = (Sharding::Tensor, Some(2));
+        let nodes = [
+            node_state("small", OVERHEAD_BYTES + 3 * MIB),
+            node_state("big", OVERHEAD_BYTES + 9 * MIB),
+        ];
+        let placement =
+            place(&Placing { model: &model, instance: &instance, nodes: &nodes }).unwrap();
+        assert_eq!(placement.sharding, ShardingKind::Tensor);
+        let ranks: Vec<(&str, u64)> = (placement.ranks.iter())
+            .map(|r| (r.node.as_str(), r.memory_bytes - OVERHEAD_BYTES))
+            .collect();
+        assert_eq!(ranks, [("big", 9 * MIB), ("small", 3 * MIB)]);
+        model.spec.shardings = vec![ShardingKind::Pipeline];
+        let refusal = place(&Placing { model: &model, instance: &instance, nodes: &nodes });
+        let expect = "model tiny can't be split as Tensor: its `shardings` leave that out";
+        assert_eq!(refusal.unwrap_err().to_string(), expect);
     }
 
     #[test]
@@ -630,7 +782,7 @@ mod tests {
                 .enumerate()
                 .map(|(index, free)| node_state(&format!("n{index}"), *free))
                 .collect();
-            let sizes = Sizes::new(&model.spec, 1024);
+            let sizes = Sizes::new(&model.spec, 1024, 1);
             let least = (min as usize..=free.len().min(layers as usize)).find(|ranks| {
                 permutations(&free, *ranks)
                     .iter()
@@ -645,9 +797,15 @@ mod tests {
                         let node = nodes.iter().find(|n| n.name == rank.node).unwrap();
                         prop_assert!(rank.memory_bytes <= node.free_bytes.unwrap());
                         let range = rank.layers.range();
+                        let share = Share {
+                            sharding: ShardingKind::Pipeline,
+                            rank: 0,
+                            world_size: placement.ranks.len() as u32,
+                            layers: range.clone(),
+                        };
                         prop_assert_eq!(
                             rank.memory_bytes,
-                            memory_needed(&model.spec, 1024, &range)
+                            memory_needed(&model.spec, 1024, &share)
                         );
                         prop_assert_eq!(range.start, next);
                         next = range.end;

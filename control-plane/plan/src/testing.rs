@@ -24,10 +24,12 @@ pub(crate) fn model(layers: u32) -> Model {
                 head_dim: 32,
                 vocab_size: 1024,
                 context_length: 1024,
+                intermediate_size: None,
+                moe_intermediate_size: None,
             },
             weights: WeightBytes { layer: 1 << 20, embedding: 0, head: 0 },
             quantization: None,
-            shardings: vec![ShardingKind::Pipeline],
+            shardings: vec![ShardingKind::Pipeline, ShardingKind::Tensor],
         },
     )
 }

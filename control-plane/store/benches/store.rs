@@ -1,8 +1,9 @@
 //! Three voters against three members of etcd, each a process of its own on this machine, each
 //! writing through to disk; then the time from a leader's death to the next acknowledged write.
+//! Last what 10,000 keys and 1,000 watches cost etcd, for comparison with the `scale` benchmark.
 //!
-//! `cargo bench -p exo-store --features etcd -- [seconds per row] [kills]`, with `etcd` on the path
-//! for the comparison. Values have 256 bytes; each client waits for its answer.
+//! `cargo bench -p exo-store --features etcd -- [seconds per row] [kills] [keys] [watches]`, with
+//! `etcd` on the path for the comparison. Values have 256 bytes; each client waits for its answer.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a tool for people who build exo")]
 
 use std::{
@@ -39,7 +40,10 @@ async fn main() {
     }
     drop(exo);
     #[cfg(feature = "etcd")]
-    etcd::measure(seconds).await;
+    {
+        let number = |at: usize, default: u64| numbers.get(at).copied().unwrap_or(default);
+        etcd::measure(seconds, number(2, 10_000), number(3, 1_000)).await;
+    }
     if kills > 0 {
         exo = Exo::start().await;
         kill_leaders(&mut exo, kills).await;
@@ -59,7 +63,7 @@ async fn serve(node: &Value) {
 
 async fn open(dir: impl AsRef<Path>, node_id: u64, address: SocketAddr, begin: Begin) -> Store {
     let dir = dir.as_ref().to_owned();
-    let config = RaftConfig { dir, node_id, address: address.to_string() };
+    let config = RaftConfig { dir, node_id, name: String::new(), address: address.to_string() };
     let peering = Peering { client: reqwest::Client::new(), scheme: "http".to_owned(), begin };
     Store::raft_with_peers(config, peering).await.unwrap()
 }
@@ -257,9 +261,13 @@ async fn kill_leaders(exo: &mut Exo, kills: u64) {
 
 #[cfg(feature = "etcd")]
 mod etcd {
-    use etcd_client::Client;
+    use etcd_client::{Client, GetOptions, WatchOptions};
 
     use super::*;
+
+    /// A Shard with its status and managed fields has about this size.
+    const VALUE_BYTES: usize = 1_500;
+    const CHANGES: u64 = 100;
 
     struct EtcdWriter(Client);
 
@@ -280,7 +288,7 @@ mod etcd {
         }
     }
 
-    pub(super) async fn measure(seconds: Duration) {
+    pub(super) async fn measure(seconds: Duration, keys: u64, watches: u64) {
         let peers: Vec<_> = (0..3).map(|_| free_address()).collect();
         let clients: Vec<_> = (0..3).map(|_| free_address()).collect();
         let names = peers.iter().enumerate().map(|(i, p)| format!("m{i}=http://{p}"));
@@ -307,6 +315,73 @@ mod etcd {
             let writer = EtcdWriter(leader.clone());
             report("etcd", clients, load(clients, seconds, Arc::new(writer)).await);
         }
+        scale(&members, leader, keys, watches).await;
+    }
+
+    /// Resident memory of the members, in MiB.
+    fn memory(members: &Members) -> Vec<u64> {
+        let resident = |process: &Child| {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", process.id()));
+            let status = status.unwrap_or_default();
+            let line = status.lines().find(|line| line.starts_with("VmRSS"));
+            let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+            kib.unwrap_or(0) >> 10
+        };
+        members.0.iter().map(|(process, _)| resident(process)).collect()
+    }
+
+    fn times(what: &str, mut times: Vec<Duration>) {
+        times.sort_unstable();
+        let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize];
+        println!(" etcd {what}: p50 {:.1?}  p99 {:.1?}  worst {:.1?}", at(0.5), at(0.99), at(1.0));
+    }
+
+    async fn scale(members: &Members, client: Client, keys: u64, watches: u64) {
+        let value = "x".repeat(VALUE_BYTES);
+        for number in 0..keys {
+            client.kv_client().put(format!("/s/{number:05}"), value.as_str(), None).await.unwrap();
+        }
+        println!(" etcd memory with {keys} keys: {:?} MiB", memory(members));
+        let mut took = Vec::new();
+        for _ in 0..20 {
+            let sent = Instant::now();
+            let (mut from, mut found) = ("/s/".to_owned(), 0);
+            // In pages that gRPC lets through.
+            while found < keys {
+                let page = GetOptions::new().with_range("/s0").with_limit(2_000);
+                let page = client.kv_client().get(from, Some(page)).await.unwrap();
+                found += page.kvs().len() as u64;
+                from = format!("{}\0", page.kvs().last().unwrap().key_str().unwrap());
+            }
+            took.push(sent.elapsed());
+        }
+        times(&format!("list of {keys}"), took);
+        let (seen, mut all_seen) = tokio::sync::mpsc::unbounded_channel();
+        for _ in 0..watches {
+            let all = WatchOptions::new().with_prefix();
+            let mut stream = client.watch_client().watch("/s/", Some(all)).await.unwrap();
+            let seen = seen.clone();
+            tokio::spawn(async move {
+                while let Ok(Some(answer)) = stream.message().await {
+                    for _ in answer.events() {
+                        if seen.send(Instant::now()).is_err() {
+                            return;
+                        }
+                    }
+                }
+            });
+        }
+        println!(" etcd memory with {watches} watches: {:?} MiB", memory(members));
+        let mut took = Vec::new();
+        for change in 0..CHANGES {
+            let sent = Instant::now();
+            let put = client.kv_client().put(format!("/s/{change:05}"), value.as_str(), None).await;
+            put.unwrap();
+            for _ in 0..watches {
+                took.push(all_seen.recv().await.unwrap() - sent);
+            }
+        }
+        times(&format!("fan-out to {watches} watches"), took);
     }
 
     /// The leader takes writes without handing them on, as exo's does.

@@ -33,6 +33,9 @@ pub enum StoreError {
         /// Its address, when one is known.
         leader: Option<String>,
     },
+    /// Nothing was done; there must be more room on the leader's disk first.
+    #[error("writes are refused: {0}")]
+    Full(String),
     /// It may have been carried out all the same: look before trying again.
     #[error("the outcome of the write is unknown: {0}")]
     Unknown(String),
@@ -54,7 +57,7 @@ impl StoreError {
     /// The same call may work a little later, and repeating it does no harm.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::NotLeader { .. } | Self::Unavailable(_) => true,
+            Self::NotLeader { .. } | Self::Unavailable(_) | Self::Full(_) => true,
             Self::Read(_) | Self::Invalid(_) | Self::Unknown(_) | Self::Closed => false,
         }
     }
@@ -178,8 +181,28 @@ impl Store {
 
     /// Adds a node that follows without a vote, or tells where it is now. Returns when it has
     /// caught up. Works on every node, as do the other changes of membership.
-    pub async fn add_learner(&self, id: u64, address: &str) -> Result<(), StoreError> {
-        self.replicated()?.add_learner(id, address.to_owned()).await
+    pub async fn add_learner(&self, id: u64, name: &str, address: &str) -> Result<(), StoreError> {
+        self.replicated()?.add_learner(id, name.to_owned(), address.to_owned()).await
+    }
+
+    /// While this node leads, makes voters of learners that have caught up: an odd number of
+    /// voters, five at most. Returns when the store is shut down; at once where there are no
+    /// members.
+    pub async fn keep_voters(&self) {
+        if let Backend::Raft(raft) = &self.backend {
+            raft.keep_voters().await;
+        }
+    }
+
+    /// Waits until the store can't go on, and says why: its disk failed, or it was shut down. It
+    /// has to be opened anew then. Never returns where that can't happen.
+    pub async fn stopped(&self) -> String {
+        match &self.backend {
+            Backend::Raft(raft) => raft.stopped().await,
+            Backend::Memory(_) => std::future::pending().await,
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(_) => std::future::pending().await,
+        }
     }
 
     /// Makes exactly these nodes voters: all must be members. Former voters go on as learners.

@@ -346,6 +346,7 @@ async fn a_folder_keeps_its_nodes_id() {
     let config = exo_store::RaftConfig {
         dir: dir.path().to_owned(),
         node_id: fresh,
+        name: "a".into(),
         address: "127.0.0.1:1".into(),
     };
     let store = Store::raft(config).await.unwrap();

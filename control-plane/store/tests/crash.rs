@@ -13,9 +13,14 @@ use tempfile::TempDir;
 const CHILD_DIR: &str = "EXO_STORE_TEST_CHILD_DIR";
 
 async fn open(dir: &Path) -> Store {
-    Store::raft(RaftConfig { dir: dir.to_owned(), node_id: 1, address: "127.0.0.1:8443".into() })
-        .await
-        .unwrap()
+    Store::raft(RaftConfig {
+        dir: dir.to_owned(),
+        node_id: 1,
+        name: "a".into(),
+        address: "127.0.0.1:8443".into(),
+    })
+    .await
+    .unwrap()
 }
 
 /// The child: writes for ever from several tasks and prints each acknowledged key.
@@ -44,11 +49,13 @@ async fn child_writes_until_it_is_killed() {
     }
 }
 
+/// `EXO_TEST_ROUNDS` sets the number of kills.
 #[tokio::test(flavor = "multi_thread")]
 async fn acknowledged_writes_survive_kill_9() {
+    let rounds = std::env::var("EXO_TEST_ROUNDS").ok().map_or(8, |text| text.parse().unwrap());
     let dir = TempDir::new().unwrap();
     let mut acknowledged = Vec::new();
-    for round in 1..=3 {
+    for round in 1..=rounds {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "child_writes_until_it_is_killed", "--nocapture"])
             .env(CHILD_DIR, dir.path())
@@ -56,18 +63,21 @@ async fn acknowledged_writes_survive_kill_9() {
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        // At another point each time: after so many writes, and in the middle of some.
+        let (enough, mut seen) = (1 + round * 37 % 150, 0);
         for line in lines {
             // The harness may print its own text before a key on the same line.
             let line = line.unwrap();
             if let Some((_, key)) = line.split_once("acknowledged ") {
                 acknowledged.push(key.to_owned());
+                seen += 1;
             }
-            if acknowledged.len() == round * 150 {
+            if seen == enough {
                 child.kill().unwrap();
             }
         }
         child.wait().unwrap();
-        assert!(acknowledged.len() >= round * 150, "the child ended by itself");
+        assert!(seen >= enough, "the child ended by itself in round {round}");
     }
     let store = open(dir.path()).await;
     let listing = store.list(&ListQuery::default()).await.unwrap();
@@ -75,5 +85,6 @@ async fn acknowledged_writes_survive_kill_9() {
         let found = listing.entries.binary_search_by(|e| (*e.key).cmp(key));
         assert!(found.is_ok(), "{key} was acknowledged and is lost");
     }
+    eprintln!("{rounds} kills, {} acknowledged writes read again", acknowledged.len());
     store.shutdown().await;
 }

@@ -19,11 +19,19 @@ const DAY_S: u64 = 86_400;
 /// Clocks of Macs on one LAN may differ by this much.
 const SKEW_S: u64 = 3600;
 
-/// Signs certificates. Its key never leaves the control plane's data directory.
-#[derive(Debug)]
+/// Signs certificates. Its key is in the data directories of the control plane's nodes, and nowhere
+/// else.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
     certificate_pem: String,
+    key_pem: String,
+}
+
+impl std::fmt::Debug for Authority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The key is nobody's business.
+        f.debug_struct("Authority").field("certificate_pem", &self.certificate_pem).finish()
+    }
 }
 
 /// Whom a certificate speaks for; becomes CN and O of its subject.
@@ -57,9 +65,7 @@ impl Authority {
                 std::fs::read_to_string(path)
                     .map_err(|source| TrustError::Read { path: path.to_owned(), source })
             };
-            let (certificate_pem, key) = (text(&cert_path)?, KeyPair::from_pem(&text(&key_path)?)?);
-            let issuer = Issuer::from_ca_cert_pem(&certificate_pem, key)?;
-            return Ok(Self { issuer, certificate_pem });
+            return Self::from_pem(text(&cert_path)?, text(&key_path)?);
         }
         std::fs::create_dir_all(dir)
             .map_err(|source| TrustError::Write { path: dir.to_owned(), source })?;
@@ -75,7 +81,37 @@ impl Authority {
         let certificate_pem = params.self_signed(&key)?.pem();
         write_private(&cert_path, certificate_pem.as_bytes())?;
         write_private(&key_path, key.serialize_pem().as_bytes())?;
-        Ok(Self { issuer: Issuer::from_ca_cert_pem(&certificate_pem, key)?, certificate_pem })
+        Self::from_pem(certificate_pem, key.serialize_pem())
+    }
+
+    /// Writes an authority that another node has handed over into `dir`. Its certificate is there
+    /// already, and the key must be the one that belongs to it.
+    pub fn adopt(dir: &Path, key_pem: &str) -> Result<(), TrustError> {
+        let cert_path = dir.join("ca.crt");
+        let certificate_pem = std::fs::read_to_string(&cert_path)
+            .map_err(|source| TrustError::Read { path: cert_path, source })?;
+        Self::from_pem(certificate_pem, key_pem.to_owned())?;
+        write_private(&dir.join("ca.key"), key_pem.as_bytes())
+    }
+
+    fn from_pem(certificate_pem: String, key_pem: String) -> Result<Self, TrustError> {
+        let key = KeyPair::from_pem(&key_pem)?;
+        let der = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
+            .map_err(|error| TrustError::Parse(error.to_string()))?;
+        let (_, parsed) = X509Certificate::from_der(&der)
+            .map_err(|error| TrustError::Parse(error.to_string()))?;
+        if parsed.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {
+            return Err(TrustError::Parse(
+                "the authority's key doesn't belong to its certificate".to_owned(),
+            ));
+        }
+        let issuer = Issuer::from_ca_cert_pem(&certificate_pem, key)?;
+        Ok(Self { issuer, certificate_pem, key_pem })
+    }
+
+    /// The private key, PEM: for a node that takes part in the control plane.
+    pub fn key_pem(&self) -> &str {
+        &self.key_pem
     }
 
     /// The authority's own certificate, PEM.
@@ -90,10 +126,21 @@ impl Authority {
         addresses: Option<&[IpAddr]>,
         now_s: u64,
     ) -> Result<Issued, TrustError> {
-        let key = KeyPair::generate()?;
-        let params = leaf(subject, addresses, now_s)?;
-        let certificate_pem = params.signed_by(&key, &self.issuer)?.pem();
-        Ok(Issued { certificate_pem, key_pem: key.serialize_pem() })
+        let key_pem = KeyPair::generate()?.serialize_pem();
+        let certificate_pem = self.renew(subject, addresses, &key_pem, now_s)?;
+        Ok(Issued { certificate_pem, key_pem })
+    }
+
+    /// Issues a certificate for a key that is there already, so that only one file need be replaced.
+    pub fn renew(
+        &self,
+        subject: &Subject,
+        addresses: Option<&[IpAddr]>,
+        key_pem: &str,
+        now_s: u64,
+    ) -> Result<String, TrustError> {
+        let key = KeyPair::from_pem(key_pem)?;
+        Ok(leaf(subject, addresses, now_s)?.signed_by(&key, &self.issuer)?.pem())
     }
 
     /// Signs a node's request. Only its public key is taken over; subject and names are ours.
@@ -113,9 +160,14 @@ impl Authority {
 impl Request {
     /// Makes a key and a request for it.
     pub fn new() -> Result<Self, TrustError> {
-        let key = KeyPair::generate()?;
+        Self::of_key(KeyPair::generate()?.serialize_pem())
+    }
+
+    /// Makes a request for a key that is there already.
+    pub fn of_key(key_pem: String) -> Result<Self, TrustError> {
+        let key = KeyPair::from_pem(&key_pem)?;
         let csr_pem = CertificateParams::new(Vec::new())?.serialize_request(&key)?.pem()?;
-        Ok(Self { csr_pem, key_pem: key.serialize_pem() })
+        Ok(Self { csr_pem, key_pem })
     }
 }
 
@@ -138,6 +190,13 @@ fn ends_within(certificate_pem: &str, now_s: u64, seconds: u64) -> bool {
     };
     let end = certificate.validity().not_after.timestamp();
     u64::try_from(end).unwrap_or(0) < now_s.saturating_add(seconds)
+}
+
+/// Whom a certificate (PEM) speaks for.
+pub fn certificate_subject(certificate_pem: &str) -> Result<Subject, TrustError> {
+    let der = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
+        .map_err(|error| TrustError::Parse(error.to_string()))?;
+    subject_of(&der)
 }
 
 /// CN and O of a certificate in DER form.

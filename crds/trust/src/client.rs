@@ -11,19 +11,18 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
-use crate::{NODE_DNS_NAME, TlsPaths, TrustError, provider};
+use crate::{NODE_DNS_NAME, TlsPaths, TrustError, identity::Identity, provider};
 
 /// TLS client side of a member: presents its certificate, accepts any node of the same cluster
-/// whatever address it was reached at.
+/// whatever address it was reached at. A renewed certificate is used from the next handshake on.
 pub fn client_config(paths: &TlsPaths) -> Result<ClientConfig, TrustError> {
     let roots = Arc::new(root_store(&paths.read_ca()?)?);
     let inner = WebPkiServerVerifier::builder_with_provider(roots, provider()).build()?;
-    let (chain, key) = paths.read_identity()?;
     let config = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(NodeVerifier { inner }))
-        .with_client_auth_cert(chain, key)?;
+        .with_client_cert_resolver(Identity::open(paths)?);
     Ok(config)
 }
 

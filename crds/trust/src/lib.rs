@@ -1,5 +1,5 @@
 //! Who may talk to whom: the cluster's certificate authority, the certificates it issues, and the
-//! TLS listener and clients that both halves of a node use.
+//! TLS listener and clients that both halves of a node use, and serving with limits.
 //!
 //! Every member holds a key of its own and a certificate signed by the cluster's authority. All
 //! node certificates carry the name [`NODE_DNS_NAME`]; members verify that name instead of an
@@ -7,7 +7,9 @@
 
 mod authority;
 mod client;
+mod identity;
 mod listener;
+mod serve;
 
 use std::{
     fs,
@@ -22,9 +24,11 @@ use serde::{Deserialize, Serialize};
 
 pub use authority::{
     Authority, Issued, Request, Subject, certificate_expired, certificate_renewal_due,
+    certificate_subject,
 };
 pub use client::{bootstrap_client, client_config, reqwest_client};
 pub use listener::{Peer, TlsListener};
+pub use serve::{ServeLimits, serve};
 
 /// The DNS name in every node's certificate.
 pub const NODE_DNS_NAME: &str = "node.exo.internal";
@@ -32,6 +36,8 @@ pub const NODE_DNS_NAME: &str = "node.exo.internal";
 pub const GROUP_ADMINS: &str = "system:masters";
 /// Organisation of node certificates.
 pub const GROUP_NODES: &str = "system:nodes";
+/// The same for nodes that hold the cluster's store and its authority's key.
+pub const GROUP_CONTROL_PLANE: &str = "exo:control-plane";
 
 /// Files of one member: authority's certificate, own certificate, own key, all PEM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,18 +108,18 @@ pub enum ClientAuth {
     Optional,
 }
 
-/// TLS server side: presents the member's certificate, accepts clients of the same cluster.
+/// TLS server side: presents the member's certificate, accepts clients of the same cluster. A
+/// certificate that is renewed in its file is presented from the next handshake on.
 pub fn server_config(paths: &TlsPaths, auth: ClientAuth) -> Result<ServerConfig, TrustError> {
     let roots = Arc::new(client::root_store(&paths.read_ca()?)?);
     let mut verifier = WebPkiClientVerifier::builder_with_provider(roots, provider());
     if auth == ClientAuth::Optional {
         verifier = verifier.allow_unauthenticated();
     }
-    let (chain, key) = paths.read_identity()?;
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()?
         .with_client_cert_verifier(verifier.build()?)
-        .with_single_cert(chain, key)?;
+        .with_cert_resolver(identity::Identity::open(paths)?);
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
 }

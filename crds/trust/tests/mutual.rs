@@ -64,6 +64,52 @@ async fn members_know_each_other_and_strangers_are_refused() {
 }
 
 #[tokio::test]
+async fn a_renewed_certificate_is_used_without_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::open_or_create(&dir.path().join("pki"), real_now_s()).unwrap();
+    // Both ends begin with certificates that have ended.
+    let long_ago = real_now_s() - 400 * 86_400;
+    let expired = |name: &str| {
+        let paths = node(&authority, &dir.path().join(name), name);
+        let key = std::fs::read_to_string(&paths.key).unwrap();
+        let subject = Subject { name: name.to_owned(), groups: vec![GROUP_NODES.to_owned()] };
+        let old = authority.renew(&subject, Some(&[]), &key, long_ago).unwrap();
+        write_private(&paths.cert, old.as_bytes()).unwrap();
+        (paths, subject, key)
+    };
+    let (server, client) = (expired("a"), expired("b"));
+    let url = serve(&server.0, ClientAuth::Required).await;
+    let member = reqwest_client(&client.0).unwrap();
+    let renew = |(paths, subject, key): &(TlsPaths, Subject, String)| {
+        let new = authority.renew(subject, Some(&[]), key, real_now_s()).unwrap();
+        write_private(&paths.cert, new.as_bytes()).unwrap();
+    };
+    member.get(&url).send().await.unwrap_err();
+    renew(&server);
+    member.get(&url).send().await.unwrap_err();
+    renew(&client);
+    let text = member.get(&url).send().await.unwrap().text().await.unwrap();
+    assert_eq!(text, "b [\"system:nodes\"]");
+
+    // A file that can't be used leaves the one before it in use.
+    write_private(&server.0.cert, b"nonsense").unwrap();
+    let fresh = reqwest_client(&client.0).unwrap();
+    assert!(fresh.get(&url).send().await.unwrap().status().is_success());
+}
+
+#[test]
+fn a_request_may_be_for_a_key_that_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::open_or_create(dir.path(), NOW_S).unwrap();
+    let first = Request::new().unwrap();
+    let again = Request::of_key(first.key_pem.clone()).unwrap();
+    assert_eq!(again.key_pem, first.key_pem);
+    let subject = Subject { name: "b".to_owned(), groups: vec!["g".to_owned()] };
+    let pem = authority.sign(&again.csr_pem, &subject, &[], NOW_S).unwrap();
+    assert_eq!(exo_trust::certificate_subject(&pem).unwrap(), subject);
+}
+
+#[tokio::test]
 async fn optional_authentication_lets_joining_nodes_in_without_a_name() {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::open_or_create(&dir.path().join("pki"), real_now_s()).unwrap();
@@ -104,4 +150,19 @@ fn damaged_files_are_named() {
     std::fs::write(dir.path().join("ca.crt"), "x").unwrap();
     let error = server_config(&TlsPaths::in_dir(dir.path()), ClientAuth::Required).unwrap_err();
     assert!(error.to_string().contains("ca.crt"), "{error}");
+}
+
+#[test]
+fn an_authority_is_adopted_only_with_its_own_key() {
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let first = Authority::open_or_create(dir.path(), NOW_S).unwrap();
+    let stranger = Authority::open_or_create(&dir.path().join("other"), NOW_S).unwrap();
+    Authority::adopt(other.path(), first.key_pem()).unwrap_err();
+    std::fs::write(other.path().join("ca.crt"), first.certificate_pem()).unwrap();
+    Authority::adopt(other.path(), stranger.key_pem()).unwrap_err();
+    assert!(!other.path().join("ca.key").exists());
+    Authority::adopt(other.path(), first.key_pem()).unwrap();
+    let second = Authority::open_or_create(other.path(), NOW_S).unwrap();
+    assert_eq!(second.certificate_pem(), first.certificate_pem());
+    assert!(!format!("{second:?}").contains("PRIVATE"));
 }

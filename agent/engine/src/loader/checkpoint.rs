@@ -13,6 +13,8 @@ use super::header::{self, Entry};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// As the header of one file may have.
+const INDEX_LIMIT_BYTES: u64 = 100_000_000;
 
 pub(crate) struct Checkpoint {
     files: Vec<PathBuf>,
@@ -202,10 +204,14 @@ impl Runs {
 }
 
 fn read_index(path: &Path) -> Result<Index, LoadError> {
-    let text =
-        std::fs::read(path).map_err(|source| LoadError::Io { path: path.to_owned(), source })?;
-    serde_json::from_slice(&text)
-        .map_err(|e| LoadError::BadIndex { path: path.to_owned(), reason: e.to_string() })
+    let io = |source| LoadError::Io { path: path.to_owned(), source };
+    let bad = |reason| LoadError::BadIndex { path: path.to_owned(), reason };
+    let length = std::fs::metadata(path).map_err(io)?.len();
+    if length > INDEX_LIMIT_BYTES {
+        return Err(bad(format!("{length} bytes are more than {INDEX_LIMIT_BYTES}")));
+    }
+    let text = std::fs::read(path).map_err(io)?;
+    serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))
 }
 
 #[cfg(test)]

@@ -16,6 +16,9 @@ use super::error::LoadError;
 /// The format's reference implementation has the same limit.
 const HEADER_LIMIT_BYTES: u64 = 100_000_000;
 
+/// The member that is no tensor.
+const METADATA: &str = "__metadata__";
+
 /// One tensor: what it is and which bytes of its file hold it.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Entry {
@@ -52,9 +55,14 @@ impl<'de> Deserialize<'de> for RawHeader {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawHeader, A::Error> {
-                let mut members = Vec::new();
+                let mut members: Vec<(String, RawValue)> = Vec::new();
+                let mut has_metadata = false;
                 while let Some(name) = map.next_key::<String>()? {
-                    let value = if name == "__metadata__" {
+                    let value = if name == METADATA {
+                        if has_metadata {
+                            return Err(serde::de::Error::duplicate_field(METADATA));
+                        }
+                        has_metadata = true;
                         map.next_value::<serde::de::IgnoredAny>()?;
                         RawValue::Metadata
                     } else {
@@ -90,8 +98,13 @@ fn dtype(name: &str) -> Option<(Dtype, u64)> {
 pub(crate) fn read(path: &Path) -> Result<Vec<(String, Entry)>, LoadError> {
     let io = |source| LoadError::Io { path: path.to_owned(), source };
     let bad = |reason: String| LoadError::BadHeader { path: path.to_owned(), reason };
+    // Asked before it is opened: opening a pipe waits for a writer.
+    let metadata = std::fs::metadata(path).map_err(io)?;
+    if !metadata.is_file() {
+        return Err(bad("it is no regular file".to_owned()));
+    }
+    let length = metadata.len();
     let mut file = File::open(path).map_err(io)?;
-    let length = file.metadata().map_err(io)?.len();
     if length < 8 {
         return Err(bad(format!("the file has {length} bytes, fewer than the 8 of its length")));
     }
@@ -108,7 +121,9 @@ pub(crate) fn read(path: &Path) -> Result<Vec<(String, Entry)>, LoadError> {
 
 fn parse(path: &Path, json: &[u8], length: u64) -> Result<Vec<(String, Entry)>, LoadError> {
     let bad = |reason: String| LoadError::BadHeader { path: path.to_owned(), reason };
-    let header: RawHeader = serde_json::from_slice(json).map_err(|e| bad(e.to_string()))?;
+    // As a whole: the parser does not look at free text.
+    let text = str::from_utf8(json).map_err(|e| bad(format!("it is no text: {e}")))?;
+    let header: RawHeader = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
     let data = 8 + json.len() as u64;
     let mut entries = Vec::new();
     for (name, value) in header.0 {
@@ -190,6 +205,7 @@ mod tests {
         check(&format!("{{{one}}}"), 12, "tensor 'a' ends at byte");
         check(&format!("{{{one}}}"), 17, "the tensors end at byte");
         check(&format!("{{{one},{one}}}"), 16, "'a' occurs twice");
+        check(r#"{"__metadata__":{},"__metadata__":{}}"#, 0, "duplicate field `__metadata__`");
         let overlap = r#""b":{"dtype":"U8","shape":[4],"data_offsets":[12,16]}"#;
         check(&format!("{{{one},{overlap}}}"), 16, "tensor 'b' starts at byte");
         check(r#"{"a":{"dtype":"F4","shape":[],"data_offsets":[0,4]}}"#, 4, "type F4");
@@ -217,6 +233,14 @@ mod tests {
             1,
             "out of range",
         );
+    }
+
+    #[test]
+    fn refuses_what_is_no_text_wherever_it_stands() {
+        for json in [&b"{\"__metadata__\":{\"a\":\"\xFF\"}}"[..], b"{\"\xC0\":1}"] {
+            let error = parse(Path::new("w"), json, 8 + json.len() as u64).unwrap_err();
+            assert!(error.to_string().contains("bad header: it is no text"), "{error}");
+        }
     }
 
     proptest::proptest! {

@@ -12,6 +12,8 @@ use mlx_rs::error::Exception;
 use mlx_rs::{Array, Dtype, Stream};
 
 use super::array::finish;
+pub use super::peers::suspects;
+use super::peers::{remember_ring, ring_is_formed, trouble};
 use super::{init, reason, take_error};
 
 /// How the ranks of a group reach each other.
@@ -69,12 +71,19 @@ pub enum GroupError {
     Init { backend: &'static str, reason: String },
     #[error("{operation} failed: {reason}")]
     Collective { operation: &'static str, reason: String },
+    #[error("the group's self-test failed: {operation} of {size} numbers: {reason}")]
+    SelfTest { operation: &'static str, size: usize, reason: String },
 }
 
 impl GroupError {
     pub(crate) fn collective(operation: &'static str, error: &Exception) -> Self {
-        Self::Collective { operation, reason: reason(error.what()).to_owned() }
+        Self::Collective { operation, reason: explained(reason(error.what())) }
     }
+}
+
+/// MLX's reason behind the peer whose fault it is, where one is known.
+fn explained(reason: &str) -> String {
+    trouble().map_or_else(|| reason.to_owned(), |peers| format!("{peers}: {reason}"))
 }
 
 struct Handle(mlx_sys::mlx_distributed_group);
@@ -109,6 +118,9 @@ impl Group {
         if !backend.is_available() {
             return Err(GroupError::Unavailable { backend: backend_name });
         }
+        if backend == Backend::Ring {
+            remember_ring();
+        }
         let name = CString::new(backend_name).expect("names have no zero byte");
         // SAFETY: the name outlives the call; the handle is owned by `Handle` from here on.
         let (handle, status) = unsafe {
@@ -117,8 +129,10 @@ impl Group {
             (Rc::new(Handle(group)), status)
         };
         if status != 0 {
-            return Err(GroupError::Init { backend: backend_name, reason: take_error() });
+            let reason = explained(&take_error());
+            return Err(GroupError::Init { backend: backend_name, reason });
         }
+        ring_is_formed();
         // SAFETY: the handle is a formed group.
         let (rank, size) = unsafe {
             (

@@ -5,7 +5,9 @@
 mod array;
 mod compiled;
 pub mod distributed;
+mod peers;
 mod quantized;
+mod self_test;
 
 pub(crate) use array::{from_bytes, on_device, slice, slice_update};
 pub(crate) use compiled::gated;

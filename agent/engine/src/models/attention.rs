@@ -2,18 +2,18 @@
 
 use mlx_rs::Array;
 use mlx_rs::error::Exception;
-use mlx_rs::fast::{ScaledDotProductAttentionMask, rms_norm, scaled_dot_product_attention};
+use mlx_rs::fast::{rms_norm, scaled_dot_product_attention};
 
 use super::LayerModules;
 use super::common::Common;
-use crate::cache::KvCache;
+use crate::batch::LayerCache;
 use crate::config::ConfigError;
 use crate::loader::{Kind, Split, Weights};
 use crate::mlx::slice;
 use crate::nn::{Joint, Linear, Rope, last};
 use crate::tensor::Team;
 
-use super::fields::{Fields, bad};
+use super::fields::{Fields, bad, product};
 
 /// What attention needs to know of a configuration.
 #[derive(Clone, Debug)]
@@ -37,7 +37,9 @@ impl AttentionArgs {
         if heads % kv_heads != 0 {
             return Err(bad("num_key_value_heads", format!("{kv_heads} does not divide {heads}")));
         }
-        let head_dim = config.size_or("head_dim", common.width / heads)?;
+        // More heads than features leave none for each.
+        let head_dim = config.size_or("head_dim", (common.width / heads).max(1))?;
+        product("head_dim", [heads, head_dim])?;
         let rope_traditional = config.flag_or("rope_traditional", false)?;
         Ok(Self {
             heads,
@@ -114,31 +116,49 @@ impl Attention {
         }
     }
 
-    /// `x` `[1, positions, width]` to outputs of the last `wanted` positions; keys and values are kept of all.
+    /// `x` `[1, positions, width]` to outputs of the last `wanted` positions; keys and values are kept of all. Where
+    /// several sequences are fed, each has one of the positions.
     pub(super) fn forward(
         &self,
         x: &Array,
         wanted: i32,
-        cache: &mut KvCache,
+        cache: &mut LayerCache<'_>,
     ) -> Result<Array, Exception> {
-        let [queries, keys, values] = self.project(x, wanted, cache.len())?;
-        let (keys, values) = cache.extend(&keys, &values)?;
+        // Where several sequences are fed, `[rows, 1, width]`.
+        let rows = cache.rows();
+        let by_row = match rows {
+            1 => None,
+            _ => Some(x.reshape(&[rows, x.dim(1) / rows, x.dim(2)])?),
+        };
+        let inputs = self.project(by_row.as_ref().unwrap_or(x), wanted / rows, cache)?;
         let scale = (self.head_dim as f32).powf(-0.5);
-        let mask = (wanted > 1).then_some(ScaledDotProductAttentionMask::Causal);
-        let output = scaled_dot_product_attention(&queries, &keys, &values, scale, mask, None)?;
-        self.o_proj.forward_summed(&self.join_heads(&output)?, &self.team)
+        let output = cache.each(inputs, |[queries, keys, values], part| {
+            let (keys, values) = part.extend(&keys, &values)?;
+            let mask = part.mask(queries.dim(2));
+            scaled_dot_product_attention(&queries, &keys, &values, scale, mask, None)
+        })?;
+        let mut output = self.join_heads(&output)?;
+        if rows > 1 {
+            output = output.reshape(&[1, wanted, -1])?;
+        }
+        self.o_proj.forward_summed(&output, &self.team)
     }
 
-    /// Rotated queries of the last `wanted` positions, rotated keys and values of all: `[1, heads, positions,
-    /// head_dim]` each. The first position is `offset`.
-    fn project(&self, x: &Array, wanted: i32, offset: i32) -> Result<[Array; 3], Exception> {
+    /// Rotated queries of the last `wanted` positions, rotated keys and values of all: `[rows, heads, positions,
+    /// head_dim]` each.
+    fn project(
+        &self,
+        x: &Array,
+        wanted: i32,
+        cache: &LayerCache<'_>,
+    ) -> Result<[Array; 3], Exception> {
         let positions = x.dim(1);
         let (heads, both) = (self.heads, self.heads + self.kv_heads);
         if let (Joint::One { linear, .. }, None) = (&self.qkv_proj, &self.norms)
             && wanted == positions
         {
             let all = self.split_heads(&linear.forward(x)?, both + self.kv_heads)?;
-            let rotated = self.rope.forward(&heads_of(&all, 0, both)?, offset)?;
+            let rotated = self.rope.forward(&heads_of(&all, 0, both)?, &cache.offset(0))?;
             return Ok([
                 heads_of(&rotated, 0, heads)?,
                 heads_of(&rotated, heads, both)?,
@@ -152,8 +172,8 @@ impl Attention {
             queries = rms_norm(&queries, Some(q_norm), self.eps)?;
             keys = rms_norm(&keys, Some(k_norm), self.eps)?;
         }
-        let queries = self.rope.forward(&queries, offset + positions - wanted)?;
-        let keys = self.rope.forward(&keys, offset)?;
+        let queries = self.rope.forward(&queries, &cache.offset(positions - wanted))?;
+        let keys = self.rope.forward(&keys, &cache.offset(0))?;
         Ok([queries, keys, self.split_heads(&values, self.kv_heads)?])
     }
 

@@ -31,7 +31,7 @@ impl Common {
             return Err(bad("layer_types", format!("{other} is not supported")));
         }
         Ok(Self {
-            layers: config.size("num_hidden_layers")? as usize,
+            layers: config.parts("num_hidden_layers")? as usize,
             width: config.size("hidden_size")?,
             vocab_size: config.size("vocab_size")?,
             max_context: config.size_or("max_position_embeddings", defaults.max_context)? as usize,

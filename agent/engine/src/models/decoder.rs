@@ -10,7 +10,7 @@ use super::common::Common;
 use super::deepseek_v3;
 use super::mlp::FeedForward;
 use super::{Architecture, LayerModules, Part};
-use crate::cache::KvCache;
+use crate::batch::{LayerCache, Pass};
 use crate::loader::{Home, Kind, Module, Split, Weights};
 use crate::nn::{Embedding, Linear, last};
 use crate::tensor::Team;
@@ -79,7 +79,12 @@ impl Block {
     }
 
     /// `x` `[1, positions, width]` to the last `wanted` positions; the cache gets all.
-    fn forward(&self, x: &Array, wanted: i32, cache: &mut KvCache) -> Result<Array, Exception> {
+    fn forward(
+        &self,
+        x: &Array,
+        wanted: i32,
+        cache: &mut LayerCache<'_>,
+    ) -> Result<Array, Exception> {
         let normed = rms_norm(x, Some(&self.input_layernorm), self.eps)?;
         let attended = match &self.self_attn {
             SelfAttention::Grouped(attention) => attention.forward(&normed, wanted, cache)?,
@@ -133,20 +138,20 @@ impl Model {
         self.embed_tokens.as_ref().expect("called on the first rank").forward(tokens)
     }
 
-    /// Hidden states through this rank's layers; `caches` has one entry per layer. The result is that of the last
-    /// `wanted` positions.
+    /// Hidden states through this rank's layers; the result is that of the last `wanted` positions. Where `pass` feeds
+    /// several sequences, each has one of the positions and all are wanted.
     pub(crate) fn forward(
         &self,
         mut x: Array,
         wanted: i32,
-        caches: &mut [KvCache],
+        pass: &mut Pass<'_>,
     ) -> Result<Array, Exception> {
-        assert_eq!(self.layers.len(), caches.len(), "one cache per layer");
+        assert_eq!(self.layers.len(), pass.layers(), "one cache per layer");
         let count = self.layers.len();
-        for (i, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
+        for (i, layer) in self.layers.iter().enumerate() {
             // Later layers attend to every position; behind the last one only those that are wanted matter.
             let wanted = if i + 1 == count { wanted } else { x.dim(1) };
-            x = layer.forward(&x, wanted, cache)?;
+            x = layer.forward(&x, wanted, &mut pass.layer(i))?;
         }
         Ok(x)
     }

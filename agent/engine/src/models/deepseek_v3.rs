@@ -4,17 +4,17 @@
 use mlx_rs::error::Exception;
 use mlx_rs::fast::{ScaledDotProductAttentionMask, rms_norm, scaled_dot_product_attention};
 use mlx_rs::ops::indexing::{take_along_axis, topk_axis};
-use mlx_rs::ops::{arange, argpartition_axis, matmul, select, sigmoid};
+use mlx_rs::ops::{argpartition_axis, matmul, sigmoid};
 use mlx_rs::transforms::eval;
 use mlx_rs::{Array, Dtype};
 
 use super::common::{Common, Defaults};
 use super::decoder::{Block, SelfAttention};
-use super::fields::{Fields, bad};
+use super::fields::{Fields, bad, parts, product};
 use super::mlp::{ExpertArgs, Experts, FeedForward, Mixture, Mlp, Routing as AnyRouting, best};
 use super::rope::{Scaling, yarn_magnitude};
 use super::{Architecture, LayerModules, layer_path};
-use crate::cache::KvCache;
+use crate::batch::LayerCache;
 use crate::config::ConfigError;
 use crate::loader::{Kind, Split, Weights};
 use crate::mlx::slice;
@@ -77,7 +77,9 @@ impl Args {
             v_dim: config.size("v_head_dim")?,
             bias: config.flag_or("attention_bias", false)?,
         };
+        attention.check()?;
         let experts = config.size_if("n_routed_experts")?;
+        let experts = experts.map(|count| parts("n_routed_experts", count)).transpose()?;
         Ok(Self {
             intermediate_size: config.size("intermediate_size")?,
             attention,
@@ -119,10 +121,13 @@ impl MixtureArgs {
             let reason = format!("{k} of {count} experts in {best_groups} of {groups} groups");
             return Err(bad("num_experts_per_tok", reason));
         }
+        let inner = config.size("moe_intermediate_size")?;
+        let shared = config.size_if("n_shared_experts")?;
+        product("n_shared_experts", [inner, shared.unwrap_or(1)])?;
         Ok(Self {
             count,
-            shared: config.size_if("n_shared_experts")?,
-            inner: config.size("moe_intermediate_size")?,
+            shared,
+            inner,
             first_layer: config.count_or("first_k_dense_replace", 0)? as usize,
             layer_step: config.size_or("moe_layer_freq", 1)? as usize,
             routing,
@@ -158,6 +163,14 @@ impl MixtureArgs {
 }
 
 impl AttentionArgs {
+    /// Whether the matrices of all heads can be told by their numbers of rows and columns.
+    fn check(&self) -> Result<(), ConfigError> {
+        let &Self { heads, kv_lora_rank, rope_dim, nope_dim, v_dim, .. } = self;
+        product("qk_nope_head_dim", [heads, nope_dim + rope_dim])?;
+        product("v_head_dim", [heads, nope_dim + v_dim])?;
+        product("kv_lora_rank", [1, kv_lora_rank + rope_dim]).map(drop)
+    }
+
     fn modules(&self, width: i32, out: &mut LayerModules<'_>) {
         let &Self { heads, q_lora_rank, kv_lora_rank, rope_dim, nope_dim, v_dim, bias } = self;
         let what = "attention heads";
@@ -264,10 +277,10 @@ impl Attention {
         &self,
         x: &Array,
         wanted: i32,
-        cache: &mut KvCache,
+        cache: &mut LayerCache<'_>,
     ) -> Result<Array, Exception> {
-        let positions = x.dim(1);
-        let offset = cache.len();
+        let (positions, rows) = (x.dim(1), cache.rows());
+        let queries = wanted / rows;
         let [q, latent] = self.in_proj.forward(x)?;
         let q = last(&q, wanted)?;
         let q = match &self.q_b_proj {
@@ -275,40 +288,40 @@ impl Attention {
             Some((norm, b)) => b.forward(&rms_norm(&q, Some(norm), LATENT_EPS)?)?,
         };
         let (nope, full) = (self.nope_dim, self.nope_dim + self.rope_dim);
-        let q = q.reshape(&[1, wanted, self.heads, full])?.transpose_axes(&[0, 2, 1, 3])?;
-        let q_nope = slice(&q, &[0; 4], &[1, self.heads, wanted, nope])?;
-        let q_pe = slice(&q, &[0, 0, 0, nope], &[1, self.heads, wanted, full])?;
+        let q = q.reshape(&[rows, queries, self.heads, full])?.transpose_axes(&[0, 2, 1, 3])?;
+        let q_nope = slice(&q, &[0; 4], &[rows, self.heads, queries, nope])?;
+        let q_pe = slice(&q, &[0, 0, 0, nope], &[rows, self.heads, queries, full])?;
 
-        let latent = latent.reshape(&[1, 1, positions, self.rank + self.rope_dim])?;
-        let k_pe =
-            slice(&latent, &[0, 0, 0, self.rank], &[1, 1, positions, self.rank + self.rope_dim])?;
-        let latent = slice(&latent, &[0; 4], &[1, 1, positions, self.rank])?;
+        let (fed, both) = (positions / rows, self.rank + self.rope_dim);
+        let latent = latent.reshape(&[rows, 1, fed, both])?;
+        let k_pe = slice(&latent, &[0, 0, 0, self.rank], &[rows, 1, fed, both])?;
+        let latent = slice(&latent, &[0; 4], &[rows, 1, fed, self.rank])?;
         let latent = rms_norm(&latent, Some(&self.kv_a_layernorm), LATENT_EPS)?;
 
-        let q_pe = self.rope.forward(&q_pe, offset + positions - wanted)?;
-        let k_pe = self.rope.forward(&k_pe, offset)?;
-        let (latent, k_pe) = cache.extend(&latent, &k_pe)?;
-
-        let mut scores = matmul(times(&q_pe, self.scale)?, k_pe.swap_axes(-1, -2)?)?;
-        if wanted > 1 {
-            scores = causal(&scores, wanted, cache.len())?;
-        }
-        let output = self.attend(&q_nope, &latent, &scores, wanted)?;
+        let q_pe = self.rope.forward(&q_pe, &cache.offset(positions - wanted))?;
+        let k_pe = self.rope.forward(&k_pe, &cache.offset(0))?;
+        let inputs = [q_nope, q_pe, latent, k_pe];
+        let output = cache.each(inputs, |[q_nope, q_pe, latent, k_pe], part| {
+            let (latent, k_pe) = part.extend(&latent, &k_pe)?;
+            let scores = matmul(times(&q_pe, self.scale)?, k_pe.swap_axes(-1, -2)?)?;
+            self.attend(&q_nope, &latent, &part.hide(scores)?, fed)
+        })?;
         let output = output.transpose_axes(&[0, 2, 1, 3])?.reshape(&[1, wanted, -1])?;
         self.o_proj.forward_summed(&output, &self.team)
     }
 
     /// One query is taken into the latent's space, which saves making keys and values of all positions; for many
-    /// queries making them is cheaper. Both give the same, `[1, heads, wanted, v_dim]`.
+    /// queries making them is cheaper. Both give the same, `[rows, heads, queries, v_dim]`, but round differently in 16
+    /// bits: the number of positions that are fed to a row decides, as in mlx-lm, not that of those wanted.
     fn attend(
         &self,
         q_nope: &Array,
         latent: &Array,
         scores: &Array,
-        wanted: i32,
+        fed: i32,
     ) -> Result<Array, Exception> {
         let mask = ScaledDotProductAttentionMask::Array(scores);
-        if wanted == 1 {
+        if fed == 1 {
             let q = self.embed_q.forward(q_nope)?;
             let output = scaled_dot_product_attention(&q, latent, latent, self.scale, mask, None)?;
             self.unembed_out.forward(&output)
@@ -318,19 +331,6 @@ impl Attention {
             scaled_dot_product_attention(q_nope, &keys, &values, self.scale, mask, None)
         }
     }
-}
-
-/// `scores` `[1, heads, wanted, held]` with the least number of their type where a key is later than its query.
-fn causal(scores: &Array, wanted: i32, held: i32) -> Result<Array, Exception> {
-    let queries = arange::<i32, i32>(held - wanted, held, 1)?.reshape(&[wanted, 1])?;
-    let keys = arange::<i32, i32>(0, held, 1)?;
-    let least = match scores.dtype() {
-        Dtype::Float16 => -65_504.0,
-        Dtype::Bfloat16 => -3.389_531_4e38,
-        _ => f32::MIN,
-    };
-    let least = Array::from_f32(least).as_dtype(scores.dtype())?;
-    select(queries.ge(&keys)?, scores, least)
 }
 
 /// The published matrix `[heads · (nope_dim + v_dim), rank]` as `embed_q` and `unembed_out`, packed as it was.

@@ -4,12 +4,31 @@ use serde_json::Value;
 
 use crate::config::ConfigError;
 
+/// Sizes of all models are far below; products of two, in bytes, stay far below what 64 bits hold.
+const SIZE_MAX: i32 = 1 << 24;
+/// Of layers, and of experts in each: all are listed before the weights are looked at. The largest models have an
+/// eighth of the first and half of the second.
+const PARTS_MAX: i32 = 1024;
+
 /// A configuration object. A field that is null counts as absent.
 #[derive(Clone, Copy)]
 pub(super) struct Fields<'a>(pub(super) &'a Value);
 
 pub(super) fn bad(field: &'static str, reason: impl Into<String>) -> ConfigError {
     ConfigError::Value { field, reason: reason.into() }
+}
+
+/// `count` layers or experts, if they are not absurdly many.
+pub(super) fn parts(field: &'static str, count: i32) -> Result<i32, ConfigError> {
+    let reason = || format!("{count} is more than {PARTS_MAX}");
+    (count <= PARTS_MAX).then_some(count).ok_or_else(|| bad(field, reason()))
+}
+
+/// Rows or columns of a matrix that several sizes make together; `field` is one of them.
+pub(super) fn product(field: &'static str, sizes: [i32; 2]) -> Result<i32, ConfigError> {
+    let [a, b] = sizes;
+    let product = a.checked_mul(b).filter(|product| *product <= SIZE_MAX);
+    product.ok_or_else(|| bad(field, format!("{a} times {b} is more than {SIZE_MAX}")))
 }
 
 impl<'a> Fields<'a> {
@@ -21,7 +40,11 @@ impl<'a> Fields<'a> {
     pub(super) fn size_if(self, field: &'static str) -> Result<Option<i32>, ConfigError> {
         let Some(value) = self.get(field) else { return Ok(None) };
         let size = value.as_i64().and_then(|n| i32::try_from(n).ok()).filter(|n| *n > 0);
-        size.map(Some).ok_or_else(|| bad(field, format!("{value} is not a positive number")))
+        let size = size.ok_or_else(|| bad(field, format!("{value} is not a positive number")))?;
+        if size > SIZE_MAX {
+            return Err(bad(field, format!("{size} is more than {SIZE_MAX}")));
+        }
+        Ok(Some(size))
     }
 
     pub(super) fn size_or(self, field: &'static str, default: i32) -> Result<i32, ConfigError> {
@@ -30,6 +53,11 @@ impl<'a> Fields<'a> {
 
     pub(super) fn size(self, field: &'static str) -> Result<i32, ConfigError> {
         self.size_if(field)?.ok_or_else(|| bad(field, "missing"))
+    }
+
+    /// A number of layers or experts.
+    pub(super) fn parts(self, field: &'static str) -> Result<i32, ConfigError> {
+        parts(field, self.size(field)?)
     }
 
     /// A whole number from 0.

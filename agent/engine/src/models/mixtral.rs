@@ -5,7 +5,7 @@ use mlx_rs::error::Exception;
 use super::attention::{Attention, AttentionArgs};
 use super::common::{Common, Defaults};
 use super::decoder::{Block, SelfAttention};
-use super::fields::{Fields, bad};
+use super::fields::{Fields, bad, parts};
 use super::mlp::{ExpertArgs, Experts, FeedForward, Mixture, Routing};
 use super::{Architecture, LayerModules, layer_path};
 use crate::config::ConfigError;
@@ -25,7 +25,8 @@ impl Args {
         let defaults = Defaults { max_context: 32_768, tied: false, theta: 1_000_000.0 };
         let common = Common::parse(config, &defaults)?;
         let attention = AttentionArgs::parse(config, &common)?;
-        let num_local_experts = config.size_or("num_local_experts", 8)?;
+        let num_local_experts =
+            parts("num_local_experts", config.size_or("num_local_experts", 8)?)?;
         let num_experts_per_tok = config.size_or("num_experts_per_tok", 2)?;
         if num_experts_per_tok > num_local_experts {
             let reason = format!("{num_experts_per_tok} of {num_local_experts} experts");

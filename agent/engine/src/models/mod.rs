@@ -30,6 +30,9 @@ use fields::Fields;
 pub(crate) const SUPPORTED: &[&str] =
     &["deepseek_v3", "kimi_k2", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"];
 
+/// Missing matrices of one stack that are looked for.
+const MISSING_MAX: usize = 8;
+
 /// The part of a model that one rank holds. In a tensor-parallel team all ranks have all layers and the embedding,
 /// and the first alone the head.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,9 +110,19 @@ impl LayerModules<'_> {
     fn add_stack(&mut self, name: &str, pieces: &[String], kind: Kind, split: Split) {
         let single = !self.has(name) && pieces.first().is_some_and(|piece| self.has(piece));
         self.add(name, kind, split);
-        if let Some(module) = self.list.last_mut().filter(|_| single) {
-            let layer = layer_path(self.layer);
-            module.pieces = pieces.iter().map(|piece| format!("{layer}.{piece}")).collect();
+        if !single {
+            return;
+        }
+        // Some that are missing are enough for the loader to name; the configuration may ask for any number.
+        let mut missing = 0;
+        let named = pieces.iter().filter(|piece| {
+            missing += usize::from(!self.has(piece));
+            missing <= MISSING_MAX || self.has(piece)
+        });
+        let layer = layer_path(self.layer);
+        let named = named.map(|piece| format!("{layer}.{piece}")).collect();
+        if let Some(module) = self.list.last_mut() {
+            module.pieces = named;
         }
     }
 
@@ -195,6 +208,12 @@ mod tests {
         }
         for (model_type, change, field) in [
             ("llama", json!({"vocab_size": 0}), "vocab_size"),
+            ("llama", json!({"vocab_size": i32::MAX}), "vocab_size"),
+            ("llama", json!({"num_hidden_layers": 1_000_000}), "num_hidden_layers"),
+            ("llama", json!({"head_dim": 1 << 23}), "head_dim"),
+            ("mixtral", json!({"num_local_experts": 1_000_000}), "num_local_experts"),
+            ("kimi_k2", json!({"v_head_dim": 1 << 23}), "v_head_dim"),
+            ("deepseek_v3", json!({"n_shared_experts": 1 << 23}), "n_shared_experts"),
             ("llama", json!({"num_hidden_layers": 0}), "num_hidden_layers"),
             ("llama", json!({"num_key_value_heads": 3}), "num_key_value_heads"),
             ("llama", json!({"rope_scaling": {"type": "longrope"}}), "rope_scaling"),

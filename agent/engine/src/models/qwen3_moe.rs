@@ -31,7 +31,7 @@ impl Args {
         let common = Common::parse(config, &defaults)?;
         let attention =
             AttentionArgs { head_norms: true, ..AttentionArgs::parse(config, &common)? };
-        let num_experts = config.size("num_experts")?;
+        let num_experts = config.parts("num_experts")?;
         let num_experts_per_tok = config.size("num_experts_per_tok")?;
         if num_experts_per_tok > num_experts {
             let reason = format!("{num_experts_per_tok} of {num_experts} experts");

@@ -4,6 +4,7 @@ use std::{future::Future, net::IpAddr, path::PathBuf, time::Duration};
 
 use exo_crds::{
     ModelSource, SHARD_FINALIZER, Shard, ShardFailure, ShardListen,
+    event::Occurrence,
     runner::{RunnerEvent, RunnerTls},
 };
 use kube::{
@@ -14,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::{sync::oneshot, time::timeout};
 
 use super::{Exit, failure, launch::Launch};
-use crate::{ports::Reservation, runner::Process, weights::ModelStore};
+use crate::{events::Events, ports::Reservation, runner::Process, weights::ModelStore};
 
 /// A call that takes longer is made again.
 const CALL_LIMIT: Duration = Duration::from_secs(5);
@@ -77,6 +78,8 @@ pub(crate) trait Facilities: Send + Sync + 'static {
         shard: &Shard,
         patch: Value,
     ) -> impl Future<Output = Result<(), ApiError>> + Send;
+    /// Tells what happened to the shard; never waits.
+    fn tell(&self, shard: &Shard, occurrence: Occurrence);
 }
 
 /// Facts that runners are started with.
@@ -93,11 +96,12 @@ pub(crate) struct Machine {
 pub(crate) struct Host {
     client: Client,
     machine: Machine,
+    events: Events,
 }
 
 impl Host {
-    pub(crate) fn new(client: Client, machine: Machine) -> Self {
-        Self { client, machine }
+    pub(crate) fn new(client: Client, machine: Machine, events: Events) -> Self {
+        Self { client, machine, events }
     }
 
     fn api(&self, shard: &Shard) -> Api<Shard> {
@@ -209,5 +213,9 @@ impl Facilities for Host {
             }
             result => result.map(drop),
         }
+    }
+
+    fn tell(&self, shard: &Shard, occurrence: Occurrence) {
+        self.events.tell(shard, occurrence);
     }
 }

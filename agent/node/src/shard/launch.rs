@@ -7,7 +7,7 @@ use std::{
 
 use exo_crds::{
     Rendezvous, Shard, ShardFailure, TransportKind,
-    runner::{RunnerConfig, RunnerTls},
+    runner::{RunnerConfig, RunnerTls, STEP_LIMIT_S},
 };
 
 use super::failure;
@@ -127,6 +127,7 @@ pub(crate) fn launch(
         model_dir,
         model_type: spec.model.model_type.clone(),
         total_layers: spec.model.layers,
+        sharding: spec.sharding,
         layers: spec.layers,
         transport: spec.transport,
         control: address(&meeting.control)?,
@@ -134,6 +135,7 @@ pub(crate) fn launch(
         seed: spec.seed,
         context_length: spec.context_length,
         max_concurrency: spec.max_concurrency,
+        step_limit_s: STEP_LIMIT_S,
         tls: tls.clone(),
     };
     Ok(Launch { dir, config, hosts, environment })
@@ -207,6 +209,7 @@ mod tests {
                 "model_dir": "/m",
                 "model_type": "llama",
                 "total_layers": 8,
+                "sharding": "Pipeline",
                 "layers": "0-3",
                 "transport": "ring",
                 "control": "127.0.0.1:1002",
@@ -214,6 +217,7 @@ mod tests {
                 "seed": 7,
                 "context_length": 512,
                 "max_concurrency": 4,
+                "step_limit_s": 60,
                 "tls": {"ca": "/c/ca", "cert": "/c/cert", "key": "/c/key"},
             })
         );

@@ -4,6 +4,7 @@ pub(crate) mod facilities;
 pub(crate) mod launch;
 mod report;
 pub(crate) mod task;
+mod told;
 
 use std::{path::PathBuf, time::Duration};
 

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use exo_crds::{Rendezvous, Shard, runner::REASON_PEER_LOST};
+use exo_crds::{Rendezvous, Shard, ShardPhase, runner::REASON_PEER_LOST};
 use tokio::{
     sync::{Mutex as AsyncMutex, OwnedMutexGuard, watch},
     time::{Instant, sleep, sleep_until},
@@ -72,6 +72,8 @@ pub(crate) async fn run<F: Facilities>(
     first: Arc<Shard>,
     mut wanted: watch::Receiver<Option<Arc<Shard>>>,
 ) {
+    // An earlier agent has told what led there.
+    let first_phase = first.status.as_ref().and_then(|status| status.phase);
     let mut task = Task {
         local: Local::begin(&first),
         reporter: Reporter::start(shared.facilities.clone(), first.clone()),
@@ -80,6 +82,7 @@ pub(crate) async fn run<F: Facilities>(
         reservation: None,
         running: None,
         counted: false,
+        told: first_phase,
     };
     let mut seen = task.first.clone();
     let mut delays = Delays::new();
@@ -126,6 +129,8 @@ struct Task<F: Facilities> {
     running: Option<Running<F::Runner>>,
     /// Its failure is in the metrics.
     counted: bool,
+    /// The phase of which the last event told.
+    told: Option<ShardPhase>,
 }
 
 /// A live runner and its replica's slot, which goes after it.
@@ -146,8 +151,14 @@ impl<F: Facilities> Task<F> {
 
     fn report(&mut self) {
         let status = self.local.status();
+        if let Some(phase) = status.phase.filter(|phase| self.told != Some(*phase)) {
+            self.told = Some(phase);
+            if let Some(occurrence) = self.local.occurrence(&self.first) {
+                self.shared.facilities.tell(&self.first, occurrence);
+            }
+        }
         // A shard without status is Pending already: that needs no write.
-        if status.phase != Some(exo_crds::ShardPhase::Pending) {
+        if status.phase != Some(ShardPhase::Pending) {
             self.reporter.set(status);
         }
         self.shared.metrics.shard_memory(self.namespace(), self.name(), self.local.memory_bytes());
@@ -309,7 +320,8 @@ mod tests {
     use std::{net::Ipv4Addr, path::PathBuf};
 
     use exo_crds::{
-        ModelSource, ShardFailure, ShardListen, ShardPhase,
+        ModelSource, ShardFailure, ShardListen,
+        event::Occurrence,
         runner::{RunnerEvent, RunnerTls},
     };
     use prometheus::Registry;
@@ -343,6 +355,8 @@ mod tests {
         failing_calls: Mutex<u32>,
         /// All that was sent to be merged into a status, arrived or not.
         patches: Mutex<Vec<Value>>,
+        /// Whom events were about, and their reasons.
+        events: Mutex<Vec<String>>,
     }
 
     struct FakeRunner {
@@ -418,6 +432,11 @@ mod tests {
             self.patches.lock().unwrap().push(patch);
             written
         }
+
+        fn tell(&self, shard: &Shard, occurrence: Occurrence) {
+            let told = format!("{}: {}", name(shard), occurrence.reason);
+            self.events.lock().unwrap().push(told);
+        }
     }
 
     /// Tasks of one agent, and what they asked for.
@@ -449,6 +468,7 @@ mod tests {
                 weights: Ok("/m".into()),
                 failing_calls: Mutex::new(0),
                 patches: Mutex::default(),
+                events: Mutex::default(),
             };
             edit(&mut script);
             let registry = Registry::new();
@@ -526,6 +546,10 @@ mod tests {
         shard.edit(delete);
         world.expect(&["stop s", "stopped s", "s is Stopping", "finalizer of s: false"]).await;
         shard.gone().await;
+        assert_eq!(
+            *world.shared.facilities.events.lock().unwrap(),
+            ["s: Downloaded", "s: Connecting", "s: Loading", "s: Ready", "s: Stopped"]
+        );
         assert_eq!(world.metric("exo_shard_memory_bytes"), 0.0);
         assert_eq!(world.metric("exo_agent_runner_failures_total"), 0.0);
     }

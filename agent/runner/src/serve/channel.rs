@@ -7,7 +7,7 @@
 use std::{collections::BTreeMap, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use exo_crds::runner::RunnerConfig;
-use exo_engine::{Sampling, SeqId, Step};
+use exo_engine::{Feed, Sampling, SeqId, Step};
 use exo_trust::{ClientAuth, NODE_DNS_NAME, TlsPaths, TrustError};
 use futures::StreamExt as _;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -31,11 +31,14 @@ const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// What all ranks run, in this order.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum RankCommand {
+    /// The first `prompt` tokens that are fed are the prompt.
     Open {
         seq: SeqId,
         sampling: Sampling,
+        prompt: usize,
     },
-    Step(Step),
+    Prefill(Step),
+    Decode(Vec<Feed>),
     Close {
         seq: SeqId,
     },
@@ -43,6 +46,8 @@ pub(crate) enum RankCommand {
     Ready,
     /// Rank 0 was asked to stop: so are the others.
     Shutdown,
+    /// Say how far you are.
+    RollCall,
     /// Another rank is lost, and the group with it.
     Abandon {
         message: String,
@@ -54,6 +59,8 @@ pub(crate) enum RankCommand {
 pub(crate) enum RankNote {
     /// Its weights are read.
     Loaded,
+    /// Answers a roll call: so many steps are done.
+    Here { steps: u64 },
     /// It ends for this reason.
     Failed { message: String },
 }
@@ -388,7 +395,7 @@ mod tests {
     }
 
     fn step() -> RankCommand {
-        RankCommand::Step(Step::Decode { seq: 1, token: 7, draw: 2 })
+        RankCommand::Decode(vec![Feed { seq: 1, token: 7, draw: 2 }])
     }
 
     #[tokio::test]

@@ -8,7 +8,7 @@ use std::{
 };
 
 use exo_crds::generate::{ErrorCode, GenerateEvent};
-use exo_engine::{Sampling, SeqId, Step, StepOutput};
+use exo_engine::{Feed, Sampling, SeqId, Step, StepOutput};
 use tokio::sync::{OwnedSemaphorePermit, mpsc::Sender};
 use tracing::{debug, warn};
 
@@ -21,8 +21,12 @@ use super::{
 
 /// Runs steps on all ranks. The seam between the loop and MLX.
 pub(crate) trait Executor {
-    fn open(&mut self, seq: SeqId, sampling: &Sampling) -> Result<(), Failure>;
-    fn step(&mut self, step: &Step) -> Result<Stepped, Failure>;
+    /// The first `prompt` tokens that are fed are the prompt.
+    fn open(&mut self, seq: SeqId, sampling: &Sampling, prompt: usize) -> Result<(), Failure>;
+    /// Feeds a chunk of a prompt.
+    fn prefill(&mut self, step: &Step) -> Result<Stepped, Failure>;
+    /// Feeds a token to each of several sequences, and draws the next for each, in this order.
+    fn decode(&mut self, feeds: &[Feed]) -> Result<Stepped, Failure>;
     fn close(&mut self, seq: SeqId) -> Result<(), Failure>;
 }
 
@@ -30,7 +34,7 @@ pub(crate) trait Executor {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Stepped {
     /// What was drawn, if the step draws.
-    Done(Option<StepOutput>),
+    Done(Vec<StepOutput>),
     /// All ranks refused it alike and are as they were before.
     Refused(String),
 }
@@ -131,34 +135,51 @@ impl<E: Executor> Driver<E> {
             return Ok(false);
         };
         match action {
-            Action::Open { seq } => {
+            Action::Open { seq, prompt } => {
                 if let Some(running) = self.running.get(&seq) {
-                    self.executor.open(seq, &running.sampling)?;
+                    self.executor.open(seq, &running.sampling, prompt)?;
                 }
             }
             Action::Close { seq } => self.executor.close(seq)?,
-            Action::Step(step) => self.step(&step)?,
+            Action::Prefill(step) => self.prefill(&step)?,
+            Action::Decode(feeds) => self.decode(&feeds)?,
         }
         self.count();
         Ok(true)
     }
 
-    fn step(&mut self, step: &Step) -> Result<(), Failure> {
-        let seq = step.seq();
+    fn prefill(&mut self, step: &Step) -> Result<(), Failure> {
+        let stepped = self.executor.prefill(step)?;
+        if let Step::Prefill { tokens, .. } = step {
+            self.metrics.prompt_tokens.inc_by(tokens.len() as u64);
+        }
+        self.came_of(&[step.seq()], stepped);
+        Ok(())
+    }
+
+    fn decode(&mut self, feeds: &[Feed]) -> Result<(), Failure> {
         let begun = Instant::now();
-        let stepped = self.executor.step(step)?;
-        match step {
-            Step::Prefill { tokens, .. } => self.metrics.prompt_tokens.inc_by(tokens.len() as u64),
-            Step::Decode { .. } => {
-                self.metrics.decode_step.observe(begun.elapsed().as_secs_f64());
+        let stepped = self.executor.decode(feeds)?;
+        self.metrics.decode_step.observe(begun.elapsed().as_secs_f64());
+        self.metrics.batch.observe(feeds.len() as f64);
+        let seqs: Vec<SeqId> = feeds.iter().map(|feed| feed.seq).collect();
+        self.came_of(&seqs, stepped);
+        Ok(())
+    }
+
+    fn came_of(&mut self, seqs: &[SeqId], stepped: Stepped) {
+        match stepped {
+            Stepped::Done(outputs) => {
+                for (seq, output) in seqs.iter().zip(outputs) {
+                    self.drew(*seq, &output);
+                }
+            }
+            Stepped::Refused(message) => {
+                for seq in seqs {
+                    self.break_off(*seq, message.clone());
+                }
             }
         }
-        match stepped {
-            Stepped::Done(Some(output)) => self.drew(seq, &output),
-            Stepped::Done(None) => {}
-            Stepped::Refused(message) => self.break_off(seq, message),
-        }
-        Ok(())
     }
 
     fn drew(&mut self, seq: SeqId, output: &StepOutput) {
@@ -211,6 +232,8 @@ impl<E: Executor> Driver<E> {
         let (live, waiting) = self.scheduler.counts();
         self.metrics.active_sequences.set(live as i64);
         self.metrics.waiting_requests.set(waiting as i64);
+        let before = self.metrics.put_off.get();
+        self.metrics.put_off.inc_by(self.scheduler.put_off().saturating_sub(before));
     }
 }
 
@@ -239,38 +262,45 @@ mod tests {
     /// Answers with the prompt, one token after the other, and then ends.
     #[derive(Debug, Default)]
     struct Echo {
-        fed: HashMap<SeqId, Vec<u32>>,
+        /// With the length of the prompt.
+        fed: HashMap<SeqId, (usize, Vec<u32>)>,
         log: Vec<String>,
     }
 
+    impl Echo {
+        fn draw(&self, seq: SeqId, draw: u64) -> StepOutput {
+            let (prompt, fed) = &self.fed[&seq];
+            let token = *fed[..*prompt].get(draw as usize).unwrap_or(&samples::EOS[0]);
+            StepOutput { token, logprob: None, top: Vec::new() }
+        }
+    }
+
     impl Executor for Echo {
-        fn open(&mut self, seq: SeqId, _: &Sampling) -> Result<(), Failure> {
+        fn open(&mut self, seq: SeqId, _: &Sampling, prompt: usize) -> Result<(), Failure> {
             self.log.push(format!("open {seq}"));
-            assert!(self.fed.insert(seq, Vec::new()).is_none());
+            assert!(self.fed.insert(seq, (prompt, Vec::new())).is_none());
             Ok(())
         }
 
-        fn step(&mut self, step: &Step) -> Result<Stepped, Failure> {
-            let fed = self.fed.get_mut(&step.seq()).expect("open");
-            let draw = match step {
-                Step::Prefill { tokens, sample, draw, .. } => {
-                    self.log.push(format!("prefill {}", step.seq()));
-                    fed.extend(tokens);
-                    if fed[0] == u32::from(b'!') {
-                        return Ok(Stepped::Refused("no exclamations".to_owned()));
-                    }
-                    sample.then_some(*draw)
-                }
-                Step::Decode { draw, .. } => {
-                    self.log.push(format!("decode {}", step.seq()));
-                    Some(*draw)
-                }
-            };
-            Ok(Stepped::Done(draw.map(|draw| StepOutput {
-                token: *fed.get(draw as usize).unwrap_or(&samples::EOS[0]),
-                logprob: None,
-                top: Vec::new(),
-            })))
+        fn prefill(&mut self, step: &Step) -> Result<Stepped, Failure> {
+            let Step::Prefill { seq, tokens, sample, draw } = step else { panic!("{step:?}") };
+            self.log.push(format!("prefill {seq}"));
+            let (_, fed) = self.fed.get_mut(seq).expect("open");
+            fed.extend(tokens);
+            if fed[0] == u32::from(b'!') {
+                return Ok(Stepped::Refused("no exclamations".to_owned()));
+            }
+            Ok(Stepped::Done(sample.then(|| self.draw(*seq, *draw)).into_iter().collect()))
+        }
+
+        fn decode(&mut self, feeds: &[Feed]) -> Result<Stepped, Failure> {
+            let names: Vec<String> = feeds.iter().map(|feed| feed.seq.to_string()).collect();
+            self.log.push(format!("decode {}", names.join("+")));
+            for feed in feeds {
+                self.fed.get_mut(&feed.seq).expect("open").1.push(feed.token);
+            }
+            let drawn = feeds.iter().map(|feed| self.draw(feed.seq, feed.draw));
+            Ok(Stepped::Done(drawn.collect()))
         }
 
         fn close(&mut self, seq: SeqId) -> Result<(), Failure> {
@@ -288,27 +318,39 @@ mod tests {
 
     impl Bench {
         fn new(live_max: usize) -> Self {
-            let limits = Limits { live_max, chunk_tokens: 4, kv_tokens: 100 };
+            Self::with_memory(live_max, 10_000)
+        }
+
+        fn with_memory(live_max: usize, kv_positions: usize) -> Self {
+            let limits = Limits { live_max, chunk_tokens: 4, kv_positions };
             let driver = Driver::new(limits, Echo::default(), Metrics::new());
             Self { driver, places: Arc::new(Semaphore::new(10)), next: 0 }
         }
 
         fn submission(&mut self, prompt: &str) -> (Submission, events::Receiver<GenerateEvent>) {
+            self.long_submission(prompt, 6)
+        }
+
+        fn long_submission(
+            &mut self,
+            prompt: &str,
+            tokens_max: u32,
+        ) -> (Submission, events::Receiver<GenerateEvent>) {
             let spec = AnswerSpec {
                 before: Vec::new(),
                 generated: Vec::new(),
-                tokens_max: 6,
+                tokens_max,
                 stops: vec!["STOP".to_owned()],
                 logprobs: false,
             };
             let (answer, _) =
                 Answer::new(samples::tokenizer(), samples::EOS.into(), &spec).unwrap();
-            let (events, receiver) = events::channel(9);
+            let (events, receiver) = events::channel(tokens_max as usize + 3);
             self.next += 1;
-            let prompt = prompt.bytes().map(u32::from).collect();
+            let tokens: Vec<u32> = prompt.bytes().map(u32::from).collect();
             let submission = Submission {
-                job: Job { seq: self.next, prompt, draws: 0, tokens_left: 6 },
-                sampling: Sampling { temperature: 0.0, top_p: 1.0, seed: 0, logprobs: None },
+                job: Job { seq: self.next, prompt: tokens.len(), tokens, draws: 0 },
+                sampling: Sampling::greedy(),
                 answer,
                 events,
                 accepted: Instant::now(),
@@ -366,19 +408,25 @@ mod tests {
         check_end(&mut b, "length", FinishReason::Length);
         check_end(&mut c, "x", FinishReason::Stop);
         assert_eq!(
-            bench.log()[..11],
+            bench.log(),
             [
                 "open 1",
                 "open 2",
                 "prefill 1",
-                "prefill 2",
                 "decode 1",
                 "prefill 2",
                 "decode 1",
-                "decode 1",
+                "prefill 2",
+                "decode 1+2",
                 "close 1",
                 "open 3",
+                "prefill 3",
+                "decode 2+3",
+                "close 3",
                 "decode 2",
+                "decode 2",
+                "decode 2",
+                "close 2",
             ]
         );
         assert_eq!(bench.places.available_permits(), 10);
@@ -439,6 +487,28 @@ mod tests {
         };
         assert_eq!(outcome(&mut a), (String::new(), Some(error)));
         check_end(&mut b, "b", FinishReason::Stop);
+    }
+
+    #[test]
+    fn whoever_is_put_off_sees_a_pause_only() {
+        // Enough for both prompts, but not for both answers.
+        let mut bench = Bench::with_memory(4, 2 * exo_engine::cache_positions(120 + 64));
+        let texts = ["a".repeat(120), "b".repeat(120)];
+        let answers: Vec<_> = (texts.iter())
+            .map(|text| {
+                let (submission, receiver) = bench.long_submission(text, 200);
+                bench.driver.take(Order::Submit(Box::new(submission)));
+                receiver
+            })
+            .collect();
+        bench.run();
+        for (mut answer, text) in answers.into_iter().zip(&texts) {
+            let (found, last) = outcome(&mut answer);
+            assert!(matches!(last, Some(GenerateEvent::End { .. })), "{last:?}");
+            assert_eq!(&found, text);
+        }
+        assert!(bench.log().contains(&"decode 1+2"));
+        assert_eq!(bench.driver.metrics.put_off.get(), 1);
     }
 
     #[test]

@@ -155,22 +155,23 @@ fn enter(service: &Service, body: &[u8]) -> Result<Entered, Refusal> {
     })?;
     let seq = service.next_seq.fetch_add(1, Ordering::Relaxed);
     let cancel = Cancel { seq, orders: service.orders.clone() };
-    let Prepared { id, mut prompt, sampling, answer: spec } = prepared;
-    debug!(id, seq, prompt_tokens = prompt.len(), "accepted a request");
+    let Prepared { id, prompt: mut tokens, sampling, answer: spec } = prepared;
+    let prompt = tokens.len();
+    debug!(id, seq, prompt_tokens = prompt, "accepted a request");
     let tokenizer = service.text.tokenizer.clone();
     let (answer, ending) = Answer::new(tokenizer, service.eos_token_ids.clone(), &spec)?;
     let left = (spec.tokens_max as usize).saturating_sub(spec.generated.len());
     let (sender, events) = events::channel(left + EVENTS_BESIDE_TOKENS);
-    let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+    let prompt_tokens = u32::try_from(prompt).unwrap_or(u32::MAX);
     let fits = "the channel has room for all events";
     sender.try_send(GenerateEvent::Start { prompt_tokens }).expect(fits);
     if let Some(ending) = ending {
         sender.try_send(whole_already(ending)).expect(fits);
         return Ok(Entered { events, cancel });
     }
-    prompt.extend(&spec.generated);
+    tokens.extend(&spec.generated);
     let submission = Submission {
-        job: Job { seq, prompt, draws: spec.generated.len() as u64, tokens_left: left },
+        job: Job { seq, tokens, prompt, draws: spec.generated.len() as u64 },
         sampling,
         answer,
         events: sender,

@@ -10,6 +10,7 @@ const FIRST_TOKEN_BUCKETS_S: [f64; 13] =
     [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
 const DECODE_BUCKETS_S: [f64; 12] =
     [0.000_5, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0];
+const BATCH_BUCKETS: [f64; 8] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0];
 
 /// The runner's metrics. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -22,6 +23,8 @@ pub(crate) struct Metrics {
     pub(crate) completion_tokens: IntCounter,
     pub(crate) time_to_first_token: Histogram,
     pub(crate) decode_step: Histogram,
+    pub(crate) batch: Histogram,
+    pub(crate) put_off: IntCounter,
 }
 
 impl Metrics {
@@ -57,8 +60,17 @@ impl Metrics {
             )?,
             decode_step: histogram(
                 "exo_runner_decode_step_seconds",
-                "One decode step through all ranks.",
+                "One decode step through all ranks, for all sequences that take part.",
                 &DECODE_BUCKETS_S,
+            )?,
+            batch: histogram(
+                "exo_runner_decode_batch_sequences",
+                "Sequences that took part in a decode step.",
+                &BATCH_BUCKETS,
+            )?,
+            put_off: IntCounter::new(
+                "exo_runner_put_off_total",
+                "Times that a sequence gave up its cache to others and was computed anew later.",
             )?,
         };
         let registry = &metrics.registry;
@@ -68,6 +80,8 @@ impl Metrics {
         registry.register(Box::new(metrics.waiting_requests.clone()))?;
         registry.register(Box::new(metrics.time_to_first_token.clone()))?;
         registry.register(Box::new(metrics.decode_step.clone()))?;
+        registry.register(Box::new(metrics.batch.clone()))?;
+        registry.register(Box::new(metrics.put_off.clone()))?;
         Ok(metrics)
     }
 

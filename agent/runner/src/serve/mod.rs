@@ -10,6 +10,7 @@ mod metrics;
 mod rank;
 mod report;
 mod request;
+mod roll;
 #[cfg(test)]
 mod samples;
 mod scheduler;
@@ -26,7 +27,7 @@ use std::{
 
 use exo_crds::runner::{EXIT_STOPPED, RunnerConfig};
 use exo_engine::exit_now;
-use exo_trust::{ClientAuth, TlsListener, TlsPaths, TrustError};
+use exo_trust::{ClientAuth, ServeLimits, TlsListener, TlsPaths, TrustError};
 use tokio::{
     net::TcpListener,
     runtime::Runtime,
@@ -43,6 +44,7 @@ use self::{
     metrics::Metrics,
     rank::{Start, channel_failure},
     report::{Failure, Reporter, chain},
+    roll::Steps,
     watchdog::Watchdog,
 };
 
@@ -123,8 +125,9 @@ async fn prepare(
         let app = http::app(shared.clone());
         let reporter_of_http = reporter.clone();
         runtime.spawn(async move {
-            let ended = axum::serve(listener, app.into_make_service()).await;
-            let message = ended.map_or_else(|error| chain(&error), |()| "it ended".to_owned());
+            let never = std::future::pending();
+            exo_trust::serve(listener, app, ServeLimits::default(), never).await;
+            let message = "it ended".to_owned();
             reporter_of_http.fail(&Failure::retryable("HttpFailed", message));
         });
         runtime.spawn(report_throughput(shared.metrics.clone(), reporter.clone()));
@@ -145,6 +148,7 @@ async fn prepare(
         shared,
         senders,
         control,
+        steps: Steps::default(),
     })
 }
 

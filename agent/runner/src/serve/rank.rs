@@ -12,17 +12,17 @@ use std::{
 };
 
 use exo_crds::{
-    ShardPhase, TransportKind,
+    ShardPhase, ShardingKind, TransportKind,
     runner::{EXIT_STOPPED, REASON_PEER_LOST, RunnerConfig},
 };
 use exo_engine::{
-    Engine, EngineError, LoadConfig, LoadProgress, Sampling, SeqId, Sharding, Step,
+    Engine, EngineError, Feed, LoadConfig, LoadProgress, Sampling, SeqId, Sharding, Step,
+    StepOutput,
     distributed::{Backend, Group},
     exit_now,
     text::{ChatTemplate, TextError, Tokenizer},
 };
 use exo_trust::TlsPaths;
-use mlx_rs::Array;
 use tokio::{net::TcpListener, runtime::Handle, sync::Mutex, sync::Semaphore, time::timeout};
 use tracing::warn;
 
@@ -32,6 +32,7 @@ use super::{
     http::{Service, Shared, WAITING_MAX},
     report::{Failure, Reporter, chain},
     request::{ModelLimits, ModelText},
+    roll::{Roll, Steps},
     scheduler::Limits,
     watchdog::Watchdog,
 };
@@ -46,7 +47,8 @@ const LOAD_LIMIT: Duration = Duration::from_secs(100);
 const MEET_LIMIT: Duration = Duration::from_secs(60);
 /// For the whole warm-up, whose steps make kernels. Below `SILENCE_LIMIT_S`, as for loading.
 const WARM_LIMIT: Duration = Duration::from_secs(100);
-const STEP_LIMIT: Duration = Duration::from_secs(60);
+/// Rank 0 waits less long for a step than the others do: it can find out who is to blame.
+const FOLLOWER_PATIENCE: Duration = Duration::from_secs(15);
 /// A peer's failure is often known here a moment before the channel names the peer: who waits is
 /// told the cause, and does not pass its own guess on to others.
 const BLAME_PAUSE: Duration = Duration::from_millis(500);
@@ -79,6 +81,7 @@ pub(crate) struct Start {
     pub(crate) senders: Arc<Mutex<Vec<Sender>>>,
     /// Rank 0's socket for the rank channel.
     pub(crate) control: Option<TcpListener>,
+    pub(crate) steps: Steps,
 }
 
 /// How a rank gets its orders.
@@ -86,7 +89,7 @@ enum Link {
     /// Rank 0 makes them from requests.
     First,
     /// The others are told; `sender` goes back to rank 0.
-    Other { commands: mpsc::Receiver<RankCommand>, sender: Sender },
+    Other { commands: mpsc::Receiver<RankCommand>, sender: Arc<Mutex<Sender>> },
 }
 
 /// Counts the ranks that have their weights.
@@ -129,7 +132,9 @@ pub(crate) fn run(mut start: Start) -> Failure {
     pause(&failure, world_size);
     if let Link::Other { sender, .. } = &mut link {
         let note = RankNote::Failed { message: failure.message.clone() };
-        let send = async { timeout(LAST_WORDS_LIMIT, sender.send(&note)).await };
+        let send = async {
+            timeout(LAST_WORDS_LIMIT, async { sender.lock().await.send(&note).await }).await
+        };
         let _ = start.runtime.block_on(send);
     }
     failure
@@ -137,7 +142,7 @@ pub(crate) fn run(mut start: Start) -> Failure {
 
 /// Opens the rank channel.
 fn connect(start: &mut Start) -> Result<(Link, Loaded), Failure> {
-    let Start { config, tls, runtime, reporter, watchdog, senders, control, .. } = start;
+    let Start { config, tls, runtime, reporter, watchdog, senders, control, steps, .. } = start;
     let loaded =
         Loaded { count: Arc::default(), world_size: config.world_size, watchdog: watchdog.clone() };
     reporter.phase(ShardPhase::Connecting, 0);
@@ -150,17 +155,26 @@ fn connect(start: &mut Start) -> Result<(Link, Loaded), Failure> {
         let (sender, receiver) =
             runtime.block_on(connecting).map_err(|error| channel_failure(&error))?.split();
         let (orders, commands) = mpsc::channel();
-        runtime.spawn(take_commands(receiver, orders, reporter.clone()));
+        let sender = Arc::new(Mutex::new(sender));
+        let back = (sender.clone(), steps.clone());
+        runtime.spawn(take_commands(receiver, orders, back, reporter.clone()));
         return Ok((Link::Other { commands, sender }, loaded));
     };
     let gathering = channel::gather(&listener, tls, &me, CONNECT_LIMIT);
     let peers = runtime.block_on(gathering).map_err(|error| channel_failure(&error))?;
+    let roll = Roll::default();
+    let asked = (roll.clone(), runtime.clone(), senders.clone(), steps.clone());
+    watchdog.ask(Box::new(move || {
+        let (roll, runtime, senders, steps) = &asked;
+        roll.call(runtime, senders, steps)
+    }));
     let mut ends = senders.blocking_lock();
     for peer in peers {
         let (sender, receiver) = Peer::split(peer);
         ends.push(sender);
         let all = senders.clone();
-        runtime.spawn(take_notes(receiver, loaded.clone(), reporter.clone(), all));
+        let told = (loaded.clone(), roll.clone());
+        runtime.spawn(take_notes(receiver, told, reporter.clone(), all));
     }
     drop(ends);
     Ok((Link::First, loaded))
@@ -170,10 +184,16 @@ fn connect(start: &mut Start) -> Result<(Link, Loaded), Failure> {
 async fn take_commands(
     mut receiver: Receiver,
     orders: mpsc::Sender<RankCommand>,
+    (sender, steps): (Arc<Mutex<Sender>>, Steps),
     reporter: Reporter,
 ) {
     loop {
         match receiver.receive().await {
+            Ok(RankCommand::RollCall) => {
+                let here = RankNote::Here { steps: steps.count() };
+                // Without a connection the next receive tells.
+                let _ = sender.lock().await.send(&here).await;
+            }
             Ok(RankCommand::Shutdown) => exit_now(EXIT_STOPPED),
             Ok(RankCommand::Abandon { message }) => {
                 reporter.fail(&Failure::retryable(REASON_PEER_LOST, message));
@@ -188,7 +208,7 @@ async fn take_commands(
 /// Rank 0: listens to one rank until it is lost.
 async fn take_notes(
     mut receiver: Receiver,
-    loaded: Loaded,
+    (loaded, roll): (Loaded, Roll),
     reporter: Reporter,
     senders: Arc<Mutex<Vec<Sender>>>,
 ) {
@@ -196,6 +216,7 @@ async fn take_notes(
     let failure = loop {
         match receiver.receive().await {
             Ok(RankNote::Loaded) => loaded.one_more(),
+            Ok(RankNote::Here { steps }) => roll.answered(rank, steps),
             Ok(RankNote::Failed { message }) => {
                 let message = format!("rank {rank} failed: {message}");
                 break Failure::retryable(REASON_PEER_LOST, message);
@@ -237,6 +258,8 @@ fn serve(start: &Start, link: &mut Link, loaded: &Loaded) -> Result<(), Failure>
         runtime: start.runtime.clone(),
         senders: start.senders.clone(),
         warm: false,
+        step_limit: step_limit(config),
+        steps: start.steps.clone(),
     };
     match (link, text) {
         (Link::First, Some(text)) => ranks.serve_requests(start, text),
@@ -267,15 +290,8 @@ fn form_group(start: &Start) -> Result<Group, Failure> {
     }
     reporter.phase(ShardPhase::Connecting, 6);
     watchdog.watch("the group's self-test", SELF_TEST_LIMIT);
-    let sum =
-        (group.all_sum(&Array::from_slice(&[config.rank + 1], &[1]))).map_err(EngineError::from)?;
-    sum.eval().map_err(EngineError::from)?;
-    let (found, expected) = (sum.as_slice::<u32>(), [(1..=config.world_size).sum::<u32>()]);
+    group.self_test().map_err(EngineError::from)?;
     watchdog.rest();
-    if found != expected {
-        let message = format!("the self-test's sum is {found:?}, not {expected:?}");
-        return Err(Failure::retryable("GroupFailed", message));
-    }
     Ok(group)
 }
 
@@ -306,7 +322,10 @@ fn load(
     let load = LoadConfig {
         model_dir: config.model_dir.clone(),
         layers: layers.start as usize..layers.end as usize,
-        sharding: Sharding::Pipeline,
+        sharding: match config.sharding {
+            ShardingKind::Pipeline => Sharding::Pipeline,
+            ShardingKind::Tensor => Sharding::Tensor,
+        },
         group,
         context_length: config.context_length as usize,
     };
@@ -325,7 +344,8 @@ fn load(
         match link {
             Link::First => loaded.one_more(),
             Link::Other { sender, .. } => {
-                told = runtime.block_on(sender.send(&RankNote::Loaded));
+                let send = async { sender.lock().await.send(&RankNote::Loaded).await };
+                told = runtime.block_on(send);
             }
         }
     };
@@ -362,6 +382,8 @@ struct Ranks {
     memory: Memory,
     /// The warm-up is over, which has one limit for all its steps.
     warm: bool,
+    step_limit: Duration,
+    steps: Steps,
 }
 
 impl Ranks {
@@ -374,7 +396,8 @@ impl Ranks {
         self.warm = true;
         let live_max = start.config.max_concurrency.max(1) as usize;
         let info = self.engine.info();
-        let kv_tokens = info.max_context;
+        // What placement has set aside on each rank.
+        let kv_positions = info.max_context;
         let (orders, receiver) = mpsc::channel();
         let service = Service {
             text,
@@ -392,24 +415,24 @@ impl Ranks {
             unreachable!("a process gets ready once");
         }
         self.reporter.phase(ShardPhase::Ready, 100);
-        let limits = Limits { live_max, chunk_tokens: CHUNK_TOKENS, kv_tokens };
+        let limits = Limits { live_max, chunk_tokens: CHUNK_TOKENS, kv_positions };
         Driver::new(limits, self, start.shared.metrics.clone()).run(&receiver)
     }
 
     /// One short answer through all ranks, so that the first request finds all kernels made.
     fn warm_up(&mut self) -> Result<(), Failure> {
-        let sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 0, logprobs: None };
-        self.open(WARM_SEQ, &sampling)?;
+        let sampling = Sampling::greedy();
         let count = WARM_TOKENS.min(self.engine.info().max_context.saturating_sub(1)).max(1);
+        self.open(WARM_SEQ, &sampling, count)?;
+        let refused = |stepped: Stepped| match stepped {
+            Stepped::Done(_) => Ok(()),
+            Stepped::Refused(message) => Err(Failure::permanent("EngineFailed", message)),
+        };
         let tokens = vec![0; count];
-        let mut steps = vec![Step::Prefill { seq: WARM_SEQ, tokens, sample: true, draw: 0 }];
+        let prompt = Step::Prefill { seq: WARM_SEQ, tokens, sample: true, draw: 0 };
+        refused(self.prefill(&prompt)?)?;
         if self.engine.info().max_context > count {
-            steps.push(Step::Decode { seq: WARM_SEQ, token: 0, draw: 1 });
-        }
-        for step in steps {
-            if let Stepped::Refused(message) = self.step(&step)? {
-                return Err(Failure::permanent("EngineFailed", message));
-            }
+            refused(self.decode(&[Feed { seq: WARM_SEQ, token: 0, draw: 1 }])?)?;
         }
         self.close(WARM_SEQ)
     }
@@ -419,11 +442,16 @@ impl Ranks {
         self.watchdog.watch(WARMING, WARM_LIMIT);
         while let Ok(command) = commands.recv() {
             match command {
-                RankCommand::Open { seq, sampling } => self.engine.open(seq, &sampling),
-                RankCommand::Step(step) => {
-                    if let Stepped::Refused(message) = self.run(&step)? {
-                        warn!(seq = step.seq(), message, "a step was refused");
-                    }
+                RankCommand::Open { seq, sampling, prompt } => {
+                    self.engine.resume(seq, &sampling, prompt);
+                }
+                RankCommand::Prefill(step) => {
+                    let result = self.watched(|engine| engine.step(&step));
+                    warn_of_refusal(&stepped(result)?);
+                }
+                RankCommand::Decode(feeds) => {
+                    let result = self.watched(|engine| engine.decode(&feeds));
+                    warn_of_refusal(&stepped(result)?);
                 }
                 RankCommand::Close { seq } => self.engine.close(seq),
                 RankCommand::Ready => {
@@ -431,8 +459,8 @@ impl Ranks {
                     self.warm = true;
                     self.reporter.phase(ShardPhase::Ready, 100);
                 }
-                RankCommand::Shutdown | RankCommand::Abandon { .. } => {
-                    unreachable!("the channel's task ends the process")
+                RankCommand::RollCall | RankCommand::Shutdown | RankCommand::Abandon { .. } => {
+                    unreachable!("the channel's task deals with it")
                 }
             }
         }
@@ -447,25 +475,17 @@ impl Ranks {
     }
 
     /// Runs a step on this rank.
-    fn run(&mut self, step: &Step) -> Result<Stepped, Failure> {
+    fn watched<T>(&mut self, step: impl FnOnce(&mut Engine) -> T) -> T {
         if self.warm {
-            self.watchdog.watch("a step", STEP_LIMIT);
+            self.watchdog.watch("a step", self.step_limit);
         }
-        let result = self.engine.step(step);
+        let result = step(&mut self.engine);
+        self.steps.one_more();
         if self.warm {
             self.watchdog.rest();
         }
         self.check_memory();
-        match result {
-            Ok(output) => Ok(Stepped::Done(output)),
-            Err(
-                error @ (EngineError::UnknownSequence(_)
-                | EngineError::NoTokens
-                | EngineError::Token { .. }
-                | EngineError::ContextFull { .. }),
-            ) => Ok(Stepped::Refused(error.to_string())),
-            Err(error) => Err(error.into()),
-        }
+        result
     }
 
     /// Tells a change of memory of more than a hundredth.
@@ -483,21 +503,54 @@ impl Ranks {
 }
 
 impl Executor for Ranks {
-    fn open(&mut self, seq: SeqId, sampling: &Sampling) -> Result<(), Failure> {
-        self.tell(&RankCommand::Open { seq, sampling: sampling.clone() })?;
-        self.engine.open(seq, sampling);
+    fn open(&mut self, seq: SeqId, sampling: &Sampling, prompt: usize) -> Result<(), Failure> {
+        self.tell(&RankCommand::Open { seq, sampling: sampling.clone(), prompt })?;
+        self.engine.resume(seq, sampling, prompt);
         Ok(())
     }
 
-    fn step(&mut self, step: &Step) -> Result<Stepped, Failure> {
-        self.tell(&RankCommand::Step(step.clone()))?;
-        self.run(step)
+    fn prefill(&mut self, step: &Step) -> Result<Stepped, Failure> {
+        self.tell(&RankCommand::Prefill(step.clone()))?;
+        stepped(self.watched(|engine| engine.step(step)))
+    }
+
+    fn decode(&mut self, feeds: &[Feed]) -> Result<Stepped, Failure> {
+        self.tell(&RankCommand::Decode(feeds.to_vec()))?;
+        stepped(self.watched(|engine| engine.decode(feeds)))
     }
 
     fn close(&mut self, seq: SeqId) -> Result<(), Failure> {
         self.tell(&RankCommand::Close { seq })?;
         self.engine.close(seq);
         Ok(())
+    }
+}
+
+fn step_limit(config: &RunnerConfig) -> Duration {
+    let limit = Duration::from_secs(config.step_limit_s.into());
+    if config.rank == 0 { limit } else { limit + FOLLOWER_PATIENCE }
+}
+
+/// What came of a step; an error ends the rank.
+fn stepped(
+    result: Result<impl IntoIterator<Item = StepOutput>, EngineError>,
+) -> Result<Stepped, Failure> {
+    match result {
+        Ok(outputs) => Ok(Stepped::Done(outputs.into_iter().collect())),
+        Err(
+            error @ (EngineError::UnknownSequence(_)
+            | EngineError::FedTwice(_)
+            | EngineError::NoTokens
+            | EngineError::Token { .. }
+            | EngineError::ContextFull { .. }),
+        ) => Ok(Stepped::Refused(error.to_string())),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn warn_of_refusal(stepped: &Stepped) {
+    if let Stepped::Refused(message) = stepped {
+        warn!(message, "a step was refused");
     }
 }
 

@@ -53,6 +53,7 @@ impl From<EngineError> for Failure {
             EngineError::Group(_) => "GroupFailed",
             EngineError::Mlx(_)
             | EngineError::UnknownSequence(_)
+            | EngineError::FedTwice(_)
             | EngineError::NoTokens
             | EngineError::Token { .. }
             | EngineError::ContextFull { .. } => "EngineFailed",

@@ -11,6 +11,7 @@ use exo_engine::{
 use serde::Deserialize;
 
 use super::answer::AnswerSpec;
+use crate::sampling;
 
 /// As OpenAI's API allows at most.
 const TOP_LOGPROBS_MAX: u32 = 20;
@@ -80,7 +81,7 @@ pub(crate) fn prepare(
 ) -> Result<Prepared, Refusal> {
     let request: GenerateRequest =
         serde_json::from_slice(body).map_err(|error| Refusal::invalid(error.to_string()))?;
-    let mut sampling = sampling(&request.sampling, request.logprobs)?;
+    let mut sampling = sampling(request.sampling.clone(), request.logprobs, limits)?;
     if sampling.seed == 0 && !brings_seed(body) {
         sampling.seed = limits.seed;
     }
@@ -109,24 +110,19 @@ pub(crate) fn prepare(
     Ok(Prepared { id: request.id, prompt, sampling, answer })
 }
 
-fn sampling(params: &SamplingParams, logprobs: Option<u32>) -> Result<Sampling, Refusal> {
-    let SamplingParams { temperature, top_p, seed } = *params;
-    if !(temperature.is_finite() && temperature >= 0.0) {
-        return Err(Refusal::invalid(format!(
-            "sampling.temperature: {temperature} is not a number from 0 up"
-        )));
-    }
-    if !(top_p > 0.0 && top_p <= 1.0) {
-        return Err(Refusal::invalid(format!(
-            "sampling.top_p: {top_p} is not above 0 and at most 1"
-        )));
-    }
+fn sampling(
+    params: SamplingParams,
+    logprobs: Option<u32>,
+    limits: &ModelLimits,
+) -> Result<Sampling, Refusal> {
     if let Some(count) = logprobs.filter(|count| *count > TOP_LOGPROBS_MAX) {
         return Err(Refusal::invalid(format!(
             "logprobs: {count} entries asked for, at most {TOP_LOGPROBS_MAX} are given"
         )));
     }
-    Ok(Sampling { temperature, top_p, seed, logprobs })
+    let sampling = sampling::check(params, limits.vocab_size)
+        .map_err(|bad| Refusal::invalid(format!("sampling.{}: {}", bad.field, bad.reason)))?;
+    Ok(Sampling { logprobs, ..sampling })
 }
 
 /// Whether a seed of 0 was asked for; the parsed request looks the same without one.
@@ -242,7 +238,15 @@ mod tests {
             ("generated", json!([300]), "generated[0]"),
             ("sampling", json!({"temperature": -1.0}), "sampling.temperature"),
             ("sampling", json!({"top_p": 0.0}), "sampling.top_p"),
-            ("sampling", json!({"top_k": 1}), "`top_k`"),
+            ("sampling", json!({"top_q": 1}), "`top_q`"),
+            ("sampling", json!({"top_k": -1}), "-1"),
+            ("sampling", json!({"min_p": 1.5}), "sampling.min_p: 1.5"),
+            ("sampling", json!({"repetition_penalty": 0}), "sampling.repetition_penalty"),
+            ("sampling", json!({"presence_penalty": 2.5}), "sampling.presence_penalty: 2.5"),
+            ("sampling", json!({"frequency_penalty": -3}), "sampling.frequency_penalty: -3"),
+            ("sampling", json!({"logit_bias": {"3": 101}}), "sampling.logit_bias[3]: 101"),
+            ("sampling", json!({"logit_bias": {"257": 1}}), "logit_bias[257]: token 257"),
+            ("sampling", json!({"logit_bias": {"x": 1}}), "number in quotes"),
             ("stop", json!(["a", ""]), "stop[1]"),
             ("logprobs", json!(21), "logprobs"),
         ] {
@@ -280,12 +284,25 @@ mod tests {
     fn a_text_is_followed_closely() {
         let body = json!({"id": "r", "prompt": {"text": "0123456789"}, "max_tokens": 5,
             "generated": [1, 2], "stop": ["x"], "logprobs": 0,
-            "sampling": {"temperature": 0.5, "top_p": 0.9, "seed": 7}});
+            "sampling": {"temperature": 0.5, "top_p": 0.9, "seed": 7, "top_k": 3, "min_p": 0.25,
+                "repetition_penalty": 1.5, "presence_penalty": 1, "frequency_penalty": -0.5,
+                "logit_bias": {"9": -100, "3": 2}}});
         let prepared = prepare(&body).unwrap();
         assert_eq!(prepared.answer.before, "23456789".bytes().map(u32::from).collect::<Vec<_>>());
         assert_eq!((prepared.answer.tokens_max, prepared.answer.logprobs), (5, true));
         assert_eq!(prepared.answer.generated, [1, 2]);
-        let sampling = Sampling { temperature: 0.5, top_p: 0.9, seed: 7, logprobs: Some(0) };
+        let sampling = Sampling {
+            temperature: 0.5,
+            top_k: 3,
+            top_p: 0.9,
+            min_p: 0.25,
+            repetition_penalty: 1.5,
+            presence_penalty: 1.0,
+            frequency_penalty: -0.5,
+            logit_bias: vec![(3, 2.0), (9, -100.0)],
+            seed: 7,
+            logprobs: Some(0),
+        };
         assert_eq!(prepared.sampling, sampling);
     }
 }

@@ -2,7 +2,7 @@
 //! returns, and nothing inside MLX notices.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -18,10 +18,14 @@ struct Work {
     since: Instant,
 }
 
+/// Finds out who is to blame for a stall. May take some seconds.
+type Inquiry = Box<dyn Fn() -> Option<String> + Send + Sync>;
+
 /// Watches one piece of work at a time. Cheap to clone.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Watchdog {
     work: Arc<Mutex<Option<Work>>>,
+    inquiry: Arc<OnceLock<Inquiry>>,
 }
 
 impl Watchdog {
@@ -53,13 +57,21 @@ impl Watchdog {
         })
     }
 
+    /// Asks this when something stalls. Only the first inquiry counts.
+    pub(crate) fn ask(&self, inquiry: Inquiry) {
+        let _ = self.inquiry.set(inquiry);
+    }
+
     /// Looks on for ever, on a thread of its own: the others may all be stuck.
     pub(crate) fn start(&self, reporter: Reporter) -> std::io::Result<()> {
         let watchdog = self.clone();
         std::thread::Builder::new().name("watchdog".to_owned()).spawn(move || {
             loop {
                 std::thread::sleep(PERIOD);
-                if let Some(failure) = watchdog.stalled(Instant::now()) {
+                if let Some(mut failure) = watchdog.stalled(Instant::now()) {
+                    if let Some(blamed) = watchdog.inquiry.get().and_then(|inquiry| inquiry()) {
+                        failure.message += &format!(": {blamed}");
+                    }
                     reporter.fail(&failure);
                 }
             }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use exo_crds::{
-    ShardPhase,
+    ShardPhase, ShardingKind,
     generate::{ErrorCode, FinishReason, GenerateEvent},
     runner::RunnerEvent,
 };
@@ -144,6 +144,11 @@ async fn bad_requests_are_refused_with_the_field() {
     for (body, code, part) in [
         (with(request("x", 1), "promt", json!(1)), ErrorCode::InvalidRequest, "promt"),
         (with(request("x", 1), "stop", json!([""])), ErrorCode::InvalidRequest, "stop[0]"),
+        (
+            with(request("x", 1), "sampling", json!({"logit_bias": {"1280": 1}})),
+            ErrorCode::InvalidRequest,
+            "sampling.logit_bias[1280]",
+        ),
         (with(request("x", 1), "generated", json!([1280])), ErrorCode::InvalidRequest, "1280"),
         (request("x", model::CONTEXT), ErrorCode::ContextLengthExceeded, "max_tokens"),
         (json!([]), ErrorCode::InvalidRequest, ""),
@@ -211,26 +216,90 @@ async fn more_requests_than_places_wait_and_the_rest_is_sent_away() {
 }
 
 #[tokio::test]
-async fn caches_take_no_more_than_one_full_context() {
+async fn whoever_is_put_off_for_lack_of_memory_goes_on_later() {
     let model = Model::new();
-    let group = model.group(1);
+    let mut group = model.group(1);
+    group.context_length = 512;
     let _runners = group.start_all();
     let client = client(&group);
-    // Each alone has room, both together have not.
-    let body = request("Hello", model::CONTEXT - 64);
-    let (mut first, _second) = (client.stream(&body).await, client.stream(&body).await);
-    for _ in 0..5 {
-        first.next().await.unwrap();
+    let sampling = |seed: u64| json!({"temperature": 1.0, "seed": seed, "presence_penalty": 0.5});
+    let body = |seed: u64| with(request("Hello", 300), "sampling", sampling(seed));
+    let mut expected = Vec::new();
+    for seed in 0..3 {
+        expected.push(client.whole(&body(seed)).await);
     }
-    assert_eq!(client.metric("exo_runner_active_sequences").await, 1.0);
-    assert_eq!(client.metric("exo_runner_waiting_requests").await, 1.0);
-    drop(first);
-    let deadline = Instant::now() + process::LIMIT;
-    while client.metric("exo_runner_waiting_requests").await > 0.0 {
-        assert!(Instant::now() < deadline, "the second was not admitted");
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    // Each alone has room for all of its answer, three have not.
+    let (a, b, c) = (body(0), body(1), body(2));
+    let (a, b, c) = tokio::join!(client.whole(&a), client.whole(&b), client.whole(&c));
+    assert_eq!([a, b, c].as_slice(), expected);
+    assert!(client.metric("exo_runner_put_off_total").await >= 1.0);
+    assert_eq!(client.metric("exo_runner_active_sequences").await, 0.0);
+}
+
+#[tokio::test]
+async fn answers_are_made_together_and_are_the_same_as_alone() {
+    let model = Model::new();
+    let mut group = model.group(1);
+    group.max_concurrency = 8;
+    let _runners = group.start_all();
+    let client = client(&group);
+    let bodies: Vec<Value> = (0..8)
+        .map(|n| {
+            let sampling = json!({"temperature": 0.3 * f64::from(n), "seed": n, "top_k": 20});
+            let prompt = "Good day. ".repeat(1 + 9 * n as usize);
+            with(request(&prompt, 60), "sampling", sampling)
+        })
+        .collect();
+    let mut alone = Vec::new();
+    for body in &bodies {
+        alone.push(client.whole(body).await);
     }
-    assert_eq!(client.metric("exo_runner_active_sequences").await, 1.0);
+    let steps = client.metric("exo_runner_decode_batch_sequences_count").await;
+    let together: Vec<_> =
+        futures::stream::iter(&bodies).map(|body| client.whole(body)).buffered(8).collect().await;
+    assert_eq!(together, alone);
+    let steps = client.metric("exo_runner_decode_batch_sequences_count").await - steps;
+    assert!(steps < 4.0 * 60.0, "{steps} steps for 8 answers of 60 tokens");
+}
+
+/// How tokens are drawn does not depend on how the model is split.
+#[tokio::test]
+async fn sampling_is_the_same_on_any_number_of_ranks() {
+    let model = Model::new();
+    let samplings = [
+        json!({"temperature": 0.0, "repetition_penalty": 1.2}),
+        json!({"temperature": 0.8, "top_p": 0.95, "seed": 3, "frequency_penalty": 0.3}),
+        json!({"temperature": 1.2, "top_k": 30, "seed": 4, "presence_penalty": 1.0,
+               "logit_bias": {"17": 4.0, "5": -100}}),
+        json!({"temperature": 1.0, "min_p": 0.05, "seed": u64::MAX}),
+    ];
+    let mut expected: Option<Vec<_>> = None;
+    for (world_size, sharding) in [
+        (1, ShardingKind::Pipeline),
+        (2, ShardingKind::Pipeline),
+        (2, ShardingKind::Tensor),
+        (4, ShardingKind::Pipeline),
+        (4, ShardingKind::Tensor),
+    ] {
+        let mut group = model.group(world_size);
+        group.sharding = sharding;
+        let _runners = group.start_all();
+        let client = client(&group);
+        let bodies: Vec<Value> = (samplings.iter())
+            .map(|sampling| with(request("Hello", 16), "sampling", sampling.clone()))
+            .collect();
+        let answers: Vec<_> = futures::stream::iter(&bodies)
+            .map(|body| client.whole(body))
+            .buffered(4)
+            .collect()
+            .await;
+        let resumed = with(bodies[1].clone(), "generated", json!(answers[1].tokens[..7]));
+        assert_eq!(client.whole(&resumed).await.tokens, answers[1].tokens[7..]);
+        match &expected {
+            None => expected = Some(answers),
+            Some(expected) => assert_eq!(&answers, expected, "{sharding:?} on {world_size}"),
+        }
+    }
 }
 
 #[tokio::test]
@@ -308,6 +377,26 @@ async fn all_ranks_name_the_one_that_is_lost() {
         assert_eq!(reason, "PeerLost", "rank {rank}: {message}");
         assert!(!permanent);
         assert_eq!(runners[rank].exit().code(), Some(1));
+    }
+}
+
+/// A frozen process keeps its connections: nothing but its silence tells.
+#[tokio::test]
+async fn a_rank_that_hangs_is_named_by_all() {
+    let model = Model::new();
+    let mut group = model.group(4);
+    group.step_limit_s = 5;
+    let mut runners = group.start_all();
+    let mut answer = client(&group).stream(&request("Hello", 2000)).await;
+    for _ in 0..5 {
+        answer.next().await.unwrap();
+    }
+    runners[2].signal("STOP");
+    for (rank, expect) in [(0, "Stalled"), (1, "PeerLost"), (3, "PeerLost")] {
+        let (reason, message, permanent) = runners[rank].failure();
+        assert!(message.contains("rank 2 does not answer"), "rank {rank}: {message}");
+        assert_eq!(reason, expect, "rank {rank}: {message}");
+        assert!(!permanent);
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
 };
 
 use exo_crds::{
-    ShardPhase,
+    ShardPhase, ShardingKind,
     runner::{RunnerConfig, RunnerEvent},
 };
 use exo_trust::{Authority, GROUP_NODES, Subject, TlsPaths, write_private};
@@ -32,6 +32,11 @@ pub(crate) struct Group {
     model: PathBuf,
     model_layers: u32,
     pub(crate) name: &'static str,
+    pub(crate) sharding: ShardingKind,
+    /// 0 for the model's own.
+    pub(crate) context_length: u32,
+    pub(crate) max_concurrency: u32,
+    pub(crate) step_limit_s: u32,
 }
 
 /// One rank's process; killed when dropped.
@@ -50,6 +55,14 @@ fn loopback() -> IpAddr {
     let id = std::process::id().to_be_bytes();
     let own = Ipv4Addr::new(127, 64 | id[1] & 0x3f, id[2], id[3].max(2));
     IpAddr::V4(if cfg!(target_os = "linux") { own } else { Ipv4Addr::LOCALHOST })
+}
+
+/// The runner, or the one in a folder of choice.
+fn binary() -> PathBuf {
+    match std::env::var_os("EXO_BIN_DIR") {
+        Some(folder) => Path::new(&folder).join("exo-runner"),
+        None => env!("CARGO_BIN_EXE_exo-runner").into(),
+    }
 }
 
 fn free_addresses(count: usize) -> Vec<SocketAddr> {
@@ -81,6 +94,10 @@ impl Group {
             model: model.to_owned(),
             model_layers,
             name: "group",
+            sharding: ShardingKind::Pipeline,
+            context_length: 0,
+            max_concurrency: 4,
+            step_limit_s: 60,
         }
     }
 
@@ -88,13 +105,17 @@ impl Group {
         let world_size = self.ring.len() as u32;
         let share = self.model_layers / world_size;
         let first = rank as u32 * share;
+        let layers = match self.sharding {
+            ShardingKind::Pipeline => format!("{first}-{}", first + share - 1),
+            ShardingKind::Tensor => format!("0-{}", self.model_layers - 1),
+        };
         serde_json::from_value(json!({
             "shard": format!("shard-{rank}"), "namespace": "default", "instance": "shard",
             "epoch": 1, "group": self.name, "rank": rank, "world_size": world_size,
             "model_dir": self.model, "model_type": "llama", "total_layers": self.model_layers,
-            "layers": format!("{first}-{}", first + share - 1), "transport": "ring",
+            "sharding": self.sharding, "layers": layers, "transport": "ring",
             "control": self.control, "serve": (rank == 0).then_some(self.serve), "seed": 42,
-            "context_length": 0, "max_concurrency": 4, "tls": self.tls,
+            "context_length": self.context_length, "max_concurrency": self.max_concurrency, "step_limit_s": self.step_limit_s, "tls": self.tls,
         }))
         .unwrap()
     }
@@ -104,7 +125,7 @@ impl Group {
         let path = self.dir.path().join(format!("config-{rank}.json"));
         fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
         let log = self.dir.path().join(format!("log-{rank}"));
-        let mut child = Command::new(env!("CARGO_BIN_EXE_exo-runner"))
+        let mut child = Command::new(binary())
             .args(["serve", "--config"])
             .arg(&path)
             .env("MLX_RANK", rank.to_string())

@@ -72,9 +72,9 @@ pub(super) fn admit(
     let mut causes = builtin::prepare(resource, object);
     resource.schema.default(object);
     causes.extend(metadata_causes(object));
-    causes.extend(resource.schema.validate(object));
+    causes.extend(resource.schema.validate(object, current));
     if let (false, Some(current)) = (causes.is_empty(), current) {
-        let known = resource.schema.validate(current);
+        let known = resource.schema.validate(current, None);
         causes.retain(|cause| !known.contains(cause));
     }
     if !causes.is_empty() {
@@ -112,7 +112,14 @@ fn prune_metadata(object: &mut Value) -> Vec<String> {
         if !known && !IGNORED_METADATA_FIELDS.contains(&name) {
             unknown.push(format!("metadata.{name}"));
         }
-        known && !value.is_null()
+        // What is empty says nothing, as in Kubernetes.
+        let is_empty = match &*value {
+            Value::Null => true,
+            Value::Object(map) => map.is_empty(),
+            Value::Array(list) => list.is_empty(),
+            _ => false,
+        };
+        known && !is_empty
     });
     unknown
 }
@@ -120,6 +127,10 @@ fn prune_metadata(object: &mut Value) -> Vec<String> {
 /// The object is of this resource, and where the path says.
 pub(super) fn check_identity(call: &Call, object: &mut Value) -> Result<(), ApiError> {
     let resource = &call.resource;
+    if resource.builtin {
+        // Clients of Kubernetes' own types need not name them.
+        fill_type(object, &resource.api_version(), &resource.kind);
+    }
     if !resource.is_type_of(object) {
         let text = |field: &str| object.get(field).and_then(Value::as_str).unwrap_or_default();
         return Err(ApiError::BadRequest(format!(
@@ -146,6 +157,19 @@ pub(super) fn check_identity(call: &Call, object: &mut Value) -> Result<(), ApiE
         (None, _) => object::set_metadata(object, "namespace", None),
     }
     Ok(())
+}
+
+/// Says what an object is, where it doesn't say so itself.
+pub(crate) fn fill_type(object: &mut Value, api_version: &str, kind: &str) {
+    let Some(fields) = object.as_object_mut() else {
+        return;
+    };
+    for (field, value) in [("apiVersion", api_version), ("kind", kind)] {
+        let known = fields.get(field).and_then(Value::as_str).is_some_and(|text| !text.is_empty());
+        if !known {
+            fields.insert(field.to_owned(), json!(value));
+        }
+    }
 }
 
 /// A new object's server-written fields.

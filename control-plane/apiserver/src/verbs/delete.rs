@@ -11,7 +11,7 @@ use crate::{
     error::ApiError,
     namespace, object,
     resource::Resource,
-    server::{Call, json_response},
+    server::{Call, json_response, text_response},
 };
 
 /// Tries against concurrent writers; each one looks anew.
@@ -263,6 +263,10 @@ pub(crate) async fn delete_collection(call: &Call) -> Result<Response, ApiError>
         }
     }
     let metadata = json!({"resourceVersion": revision.to_string()});
-    let body = call.form.list(&call.resource, &objects, &metadata, clock::now());
-    Ok(json_response(StatusCode::OK, &body))
+    let mut body = call.form.begin_list(&call.resource);
+    let now = clock::now();
+    for object in objects {
+        body.push(&call.form.item(&call.resource, object, now));
+    }
+    Ok(text_response(StatusCode::OK, body.end(&metadata)))
 }

@@ -8,6 +8,7 @@ mod strategic;
 mod watch;
 mod write;
 
+pub(crate) use admission::fill_type;
 pub(crate) use delete::{
     FOREGROUND, ORPHAN, Preconditions, Propagation, Removed, delete, delete_collection, remove,
 };

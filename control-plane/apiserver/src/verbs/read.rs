@@ -10,7 +10,8 @@ use crate::{
     clock,
     error::ApiError,
     selector::Selector,
-    server::{Call, json_response},
+    server::{Call, text_response},
+    table::Form,
 };
 
 /// Entries read from the store at once while filtering.
@@ -25,13 +26,20 @@ pub(crate) async fn get(call: &Call) -> Result<Response, ApiError> {
 }
 
 pub(crate) async fn list(call: &Call) -> Result<Response, ApiError> {
-    let page = read_page(call).await?;
+    let mut body = call.form.begin_list(&call.resource);
+    let now = clock::now();
+    // Each object becomes text at once: as values they would take many times the memory.
+    let whole = call.form == Form::Whole;
+    let page = read_page(call, whole, |object| match object {
+        Found::Text(text) => body.push_text(&text),
+        Found::Object(object) => body.push(&call.form.item(&call.resource, object, now)),
+    })
+    .await?;
     let mut metadata = json!({"resourceVersion": page.revision.to_string()});
     if let Some(token) = page.next {
         metadata["continue"] = json!(token.encode());
     }
-    let body = call.form.list(&call.resource, &page.objects, &metadata, clock::now());
-    Ok(json_response(StatusCode::OK, &body))
+    Ok(text_response(StatusCode::OK, body.end(&metadata)))
 }
 
 /// Where a list goes on; opaque to clients.
@@ -57,7 +65,6 @@ impl Continue {
 }
 
 struct Page {
-    objects: Vec<Value>,
     revision: u64,
     next: Option<Continue>,
 }
@@ -80,7 +87,18 @@ pub(crate) fn selector(call: &Call) -> Result<Selector, ApiError> {
     )
 }
 
-async fn read_page(call: &Call) -> Result<Page, ApiError> {
+/// An object of a page: as text where nobody had to look into it.
+enum Found {
+    Text(String),
+    Object(Value),
+}
+
+/// Hands the objects of one page to `take`, as texts where they are `wanted_whole`.
+async fn read_page(
+    call: &Call,
+    wanted_whole: bool,
+    mut take: impl FnMut(Found),
+) -> Result<Page, ApiError> {
     let selector = selector(call)?;
     let prefix = prefix(call, &selector);
     let limit = call.query.number("limit")?.unwrap_or(0);
@@ -99,7 +117,8 @@ async fn read_page(call: &Call) -> Result<Page, ApiError> {
     };
     let store = call.server.store();
     let mut local = call.takes_old();
-    let mut objects = Vec::new();
+    let (mut count, mut bytes) = (0, 0);
+    let max_bytes = call.server.flow().limits().list_bytes;
     loop {
         let query =
             ListQuery { prefix: prefix.clone(), after: after.take(), limit: PAGE, revision };
@@ -109,21 +128,35 @@ async fn read_page(call: &Call) -> Result<Page, ApiError> {
         local = true;
         revision = Some(listing.revision);
         for entry in &listing.entries {
-            if limit > 0 && objects.len() == limit {
+            // Whoever names a limit goes on where a page ends, be it shorter than that.
+            let is_full = limit > 0 && (count == limit || bytes > max_bytes);
+            if is_full {
                 let next = Continue {
                     revision: listing.revision,
                     after: after.take().unwrap_or_default(),
                 };
-                return Ok(Page { objects, revision: listing.revision, next: Some(next) });
+                return Ok(Page { revision: listing.revision, next: Some(next) });
             }
-            let object = call.resource.decode(entry)?;
-            if selector.matches(&call.resource, &object) {
-                objects.push(object);
+            let text = (wanted_whole && selector.is_empty())
+                .then(|| call.resource.text_at(entry, entry.mod_revision));
+            let found = match text.flatten() {
+                Some(text) => Some(Found::Text(text)),
+                None => Some(call.resource.decode(entry)?)
+                    .filter(|object| selector.matches(&call.resource, object))
+                    .map(Found::Object),
+            };
+            if let Some(found) = found {
+                take(found);
+                count += 1;
+                bytes += entry.value.len();
+                if limit == 0 && bytes > max_bytes {
+                    return Err(ApiError::ListTooLarge(max_bytes));
+                }
             }
             after = Some(entry.key.to_string());
         }
         if !listing.more {
-            return Ok(Page { objects, revision: listing.revision, next: None });
+            return Ok(Page { revision: listing.revision, next: None });
         }
     }
 }
@@ -174,6 +207,11 @@ fn expired(error: StoreError) -> ApiError {
 
 /// All objects that the call's selector matches, for verbs that act on each.
 pub(crate) async fn matching(call: &Call) -> Result<(Vec<Value>, u64), ApiError> {
-    let page = read_page(call).await?;
-    Ok((page.objects, page.revision))
+    let mut objects = Vec::new();
+    let page = read_page(call, false, |found| match found {
+        Found::Object(object) => objects.push(object),
+        Found::Text(_) => {}
+    })
+    .await?;
+    Ok((objects, page.revision))
 }

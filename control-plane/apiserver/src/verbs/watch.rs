@@ -9,8 +9,8 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use bytes::Bytes;
-use exo_store::{Batch, Event, ListQuery, StoreError, Watch};
-use prometheus::IntGauge;
+use exo_store::{Batch, Entry, Event, ListQuery, StoreError, Watch};
+use prometheus::{IntCounter, IntGauge};
 use serde_json::{Value, json};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
@@ -31,8 +31,8 @@ const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
 struct Start {
     /// Events after this revision.
     revision: u64,
-    /// Objects that are told first.
-    initial: Vec<Value>,
+    /// Objects that are told first; they are read only when it is their turn.
+    initial: Vec<Entry>,
     /// A bookmark ends the initial objects.
     mark_initial: bool,
 }
@@ -43,6 +43,8 @@ struct Writer {
     selector: Selector,
     form: Form,
     columns_told: bool,
+    /// Counts the events.
+    told: IntCounter,
 }
 
 pub(crate) async fn watch(call: Call) -> Result<Response, ApiError> {
@@ -62,10 +64,15 @@ pub(crate) async fn watch(call: Call) -> Result<Response, ApiError> {
         start => start?,
     };
     let changes = call.server.store().watch(&prefix, start.revision);
-    let place = call.server.flow().watch(&call.client)?;
-    let gauge = &call.server.metrics().watches;
-    let gauge = gauge.with_label_values(&[&call.resource.plural]);
-    let writer = Writer { resource: call.resource, selector, form: call.form, columns_told: false };
+    let metrics = call.server.metrics();
+    let place = call.server.flow().watch(&call.client).inspect_err(|_| {
+        metrics.rejected.with_label_values(&["watches"]).inc();
+    })?;
+    let labels = [call.resource.plural.as_str()];
+    let gauge = metrics.watches.with_label_values(&labels);
+    let told = metrics.watch_events.with_label_values(&labels);
+    let (resource, form) = (call.resource, call.form);
+    let writer = Writer { resource, selector, form, columns_told: false, told };
     let stream = events(writer, start, changes, bookmarks, deadline, Counted::new(gauge, place));
     let headers = [(header::CONTENT_TYPE, "application/json")];
     Ok((StatusCode::OK, headers, Body::from_stream(stream)).into_response())
@@ -106,12 +113,7 @@ async fn start(call: &Call, prefix: &str) -> Result<Start, ApiError> {
             ..ListQuery::default()
         })
         .await?;
-    let initial = if wants_initial {
-        let objects = listing.entries.iter().map(|e| call.resource.decode(e));
-        objects.collect::<Result<_, _>>()?
-    } else {
-        Vec::new()
-    };
+    let initial = if wants_initial { listing.entries } else { Vec::new() };
     Ok(Start { revision: listing.revision, initial, mark_initial: send_initial == Some(true) })
 }
 
@@ -125,9 +127,20 @@ fn events(
 ) -> impl futures::Stream<Item = Result<Bytes, Infallible>> {
     stream! {
         let _counted = counted;
-        for object in start.initial {
-            if writer.selector.matches(&writer.resource, &object) {
-                yield Ok(writer.line("ADDED", object));
+        for entry in start.initial {
+            if let Some(line) = writer.whole("ADDED", &entry, entry.mod_revision) {
+                yield Ok(line);
+                continue;
+            }
+            match writer.resource.decode(&entry) {
+                Ok(object) if writer.selector.matches(&writer.resource, &object) => {
+                    yield Ok(writer.line("ADDED", object));
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    yield Ok(error_line(&error));
+                    return;
+                }
             }
         }
         if start.mark_initial && bookmarks {
@@ -187,6 +200,15 @@ impl Writer {
 
     /// What an event is to this watch: objects come and go by the selector too.
     fn event(&mut self, event: &Event) -> Result<Option<Bytes>, ApiError> {
+        let whole = match (&event.previous, &event.current) {
+            (None, Some(entry)) => self.whole("ADDED", entry, event.revision),
+            (Some(_), Some(entry)) => self.whole("MODIFIED", entry, event.revision),
+            (Some(entry), None) => self.whole("DELETED", entry, event.revision),
+            (None, None) => None,
+        };
+        if whole.is_some() {
+            return Ok(whole);
+        }
         let selected = |entry: Option<_>| -> Result<Option<Value>, ApiError> {
             let object = entry.map(|e| self.resource.decode_at(e, event.revision)).transpose()?;
             Ok(object.filter(|o| self.selector.matches(&self.resource, o)))
@@ -206,7 +228,18 @@ impl Writer {
         })
     }
 
+    /// The line of an object into which nobody has to look.
+    fn whole(&self, kind: &str, entry: &Entry, revision: u64) -> Option<Bytes> {
+        if self.form != Form::Whole || !self.selector.is_empty() {
+            return None;
+        }
+        let text = self.resource.text_at(entry, revision)?;
+        self.told.inc();
+        Some(format!("{{\"type\":\"{kind}\",\"object\":{text}}}\n").into())
+    }
+
     fn line(&mut self, kind: &str, object: Value) -> Bytes {
+        self.told.inc();
         let first = !std::mem::replace(&mut self.columns_told, true);
         let object = self.form.watched(&self.resource, object, first, clock::now());
         line(kind, &object)

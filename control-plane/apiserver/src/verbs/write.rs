@@ -325,6 +325,9 @@ fn apply_json_patch(object: &mut Value, patch: &json_patch::Patch) -> Result<(),
         return Err(ApiError::TooLarge(MAX_BODY_BYTES));
     }
     for operation in &patch.0 {
+        if tests_absence(object, operation) {
+            continue;
+        }
         json_patch::patch(object, std::slice::from_ref(operation))
             .map_err(|error| ApiError::Unprocessable(error.to_string()))?;
         // A few copies of copies could fill the memory.
@@ -335,6 +338,19 @@ fn apply_json_patch(object: &mut Value, patch: &json_patch::Patch) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// A test for null holds where there is nothing, as in Kubernetes: so clients make sure that a field
+/// is not there yet.
+fn tests_absence(object: &Value, operation: &json_patch::PatchOperation) -> bool {
+    let json_patch::PatchOperation::Test(test) = operation else {
+        return false;
+    };
+    let path = test.path.as_str();
+    let Some((parent, _)) = path.rsplit_once('/').filter(|_| test.value.is_null()) else {
+        return false;
+    };
+    object.pointer(path).is_none() && object.pointer(parent).is_some_and(Value::is_object)
 }
 
 /// Replaces the object by what `wanted` makes of it; returns it with warnings. Where that carries a

@@ -1,31 +1,31 @@
-//! `exoctl apply`: creates what is missing and replaces the spec of what is there.
+//! `exoctl apply`: server-side apply. What a file says is set, what an earlier version of it said and
+//! this one doesn't is taken back, and what others have set stays.
 //!
 //! Guarantee: when the server finds a document of the files invalid, none of them is applied. What
 //! is valid the server alone says; only `--dry-run=client` asks the schemas of this exoctl.
 
-use std::io::Write;
+use std::{io::Write, time::Duration};
 
 use anyhow::{Context as _, bail};
-use http::Method;
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tokio::time::Instant;
 
 use super::{
     documents::{self, Document},
+    select::Found,
     wait,
 };
 use crate::{
     cli::{Apply, Global, Goal},
-    error::{Collector, refused},
+    error::{Collector, is_not_found, refused},
     kinds::{Kind, Kinds},
     schema::Schemas,
-    server::{Namespace, Server},
+    server::{APPLY_PATCH, Namespace, Server},
 };
 
-/// Someone else writes the same object (its controller's status, say); more in a row is no race.
-const MAX_CONFLICTS: usize = 8;
 const STRICT: (&str, &str) = ("fieldValidation", "Strict");
 const MANAGER: (&str, &str) = ("fieldManager", "exoctl");
+const DRY_RUN: (&str, &str) = ("dryRun", "All");
 
 /// A document ready to be sent.
 #[derive(Debug)]
@@ -37,17 +37,30 @@ struct Planned<'k> {
     object: Value,
 }
 
+impl<'k> Planned<'k> {
+    fn found(&self) -> Found<'k> {
+        let Self { kind, namespace, name, .. } = self;
+        Found { kind, namespace: namespace.clone(), name: name.clone() }
+    }
+
+    fn is_namespace(&self) -> bool {
+        self.kind.api.kind == "Namespace" && self.kind.api.group.is_empty()
+    }
+}
+
 pub(super) async fn run(args: &Apply, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
     let documents = documents::read(&args.files)?;
     let kinds = server.kinds().await?;
-    let planned = plan(documents, kinds, |object| server.namespace_of(object))?;
+    let mut planned = plan(documents, kinds, |object| server.namespace_of(object))?;
+    // What is in a namespace needs it to be there.
+    planned.sort_by_key(|one| !one.is_namespace());
     // A single document needs no rehearsal: refused, it leaves nothing behind.
     if planned.len() > 1 && args.dry_run.is_none() {
-        rehearse(server, &planned).await?;
+        rehearse(server, &planned, args.force_conflicts).await?;
     }
     let mut failures = Collector::default();
     for one in &planned {
-        let done = send(server, one, args.dry_run.is_some()).await;
+        let done = send(server, one, args.force_conflicts, args.dry_run.is_some()).await;
         let done = done.with_context(|| one.source.clone());
         if let Some(done) = failures.note(done)? {
             let suffix = if args.dry_run.is_some() { " (server dry run)" } else { "" };
@@ -57,7 +70,15 @@ pub(super) async fn run(args: &Apply, server: &Server, out: &mut dyn Write) -> a
     }
     failures.finish()?;
     if args.wait && args.dry_run.is_none() {
-        wait_until_ready(args, server, &planned, out).await?;
+        let deadline = Instant::now() + args.timeout;
+        let mut failures = Collector::default();
+        // Only instances become Ready; the other kinds are what they are.
+        for one in planned.iter().filter(|p| p.kind.api.kind == "InferenceInstance") {
+            let one = one.found();
+            let waited = wait_until_ready(server, &one, (deadline, args.timeout), out).await;
+            failures.note(waited)?;
+        }
+        failures.finish()?;
     }
     Ok(())
 }
@@ -84,10 +105,15 @@ pub(super) fn check(args: &Apply, global: &Global, out: &mut dyn Write) -> anyho
 }
 
 /// Lets the server check all documents, so that a refusal of the last one finds nothing done.
-async fn rehearse(server: &Server, planned: &[Planned<'_>]) -> anyhow::Result<()> {
+async fn rehearse(server: &Server, planned: &[Planned<'_>], force: bool) -> anyhow::Result<()> {
     let mut failures = Collector::default();
     for one in planned {
-        let checked = send(server, one, true).await;
+        let checked = send(server, one, force, true).await;
+        // A namespace that is yet to be made can't be asked about what will be in it.
+        let coming = planned.iter().any(|p| p.is_namespace() && p.name == one.namespace);
+        if coming && checked.as_ref().is_err_and(is_not_found) {
+            continue;
+        }
         failures.note(checked.with_context(|| one.source.clone()))?;
     }
     failures.finish()
@@ -157,71 +183,52 @@ fn plan_one<'k>(
 }
 
 /// Returns what was done, in kubectl's words.
-async fn send(server: &Server, one: &Planned<'_>, dry_run: bool) -> anyhow::Result<&'static str> {
+async fn send(
+    server: &Server,
+    one: &Planned<'_>,
+    force: bool,
+    dry_run: bool,
+) -> anyhow::Result<&'static str> {
     let mut query = vec![STRICT, MANAGER];
-    if dry_run {
-        query.push(("dryRun", "All"));
-    }
+    query.extend(force.then_some(("force", "true")));
+    query.extend(dry_run.then_some(DRY_RUN));
     let path = one.kind.path(Some(&one.namespace), Some(&one.name));
-    let mut conflicts = 0;
-    loop {
-        let Some(live) = server.get_if_exists(&path).await? else {
-            let path = one.kind.path(Some(&one.namespace), None);
-            let created = server.send(Method::POST, &path, &query, Some(&one.object));
-            match created.await {
-                Ok(_) => return Ok("created"),
-                // Someone was faster: go on with theirs.
-                Err(error) if conflicts < MAX_CONFLICTS && already_exists(&error) => {
-                    conflicts += 1;
-                    continue;
-                }
-                Err(error) => return Err(error),
-            }
-        };
-        let wanted = replaced(&live, &one.object);
-        match server.send(Method::PUT, &path, &query, Some(&wanted)).await {
-            Ok(now) if same(&live, &now) => return Ok("unchanged"),
-            Ok(_) => return Ok("configured"),
-            Err(error)
-                if conflicts < MAX_CONFLICTS
-                    && refused(&error).is_some_and(|refusal| refusal.is_conflict()) =>
-            {
-                conflicts += 1;
-            }
-            Err(error) => return Err(error),
-        }
+    // Only for the word: the server merges into what is there when the request comes.
+    let before = server.get_if_exists(&path).await?;
+    let after = server.patch(&path, APPLY_PATCH, &query, &one.object).await;
+    let after = after.map_err(explain_conflicts)?;
+    Ok(match before {
+        None => "created",
+        Some(before) if same(&before, &after, false) => "unchanged",
+        Some(_) => "configured",
+    })
+}
+
+/// Turns a refusal because of others' fields into one sentence that says what to do.
+pub(super) fn explain_conflicts(error: anyhow::Error) -> anyhow::Error {
+    let Some(refusal) = refused(&error).filter(|refusal| refusal.is_conflict()) else {
+        return error;
+    };
+    let causes = refusal.0.details.iter().flat_map(|details| &details.causes);
+    let fields: Vec<String> = causes
+        .filter(|cause| cause.reason == "FieldManagerConflict")
+        .map(|cause| {
+            // `conflict with "kubectl" using exo.dev/v1alpha1 at …`
+            let manager = cause.message.split('"').nth(1).unwrap_or("somebody else");
+            format!("{} is set by {manager}", cause.field.trim_start_matches('.'))
+        })
+        .collect();
+    match fields.is_empty() {
+        true => error,
+        false => anyhow::anyhow!("{}: --force-conflicts takes over", fields.join(", ")),
     }
 }
 
-fn already_exists(error: &anyhow::Error) -> bool {
-    refused(error).is_some_and(|refusal| refusal.0.reason == "AlreadyExists")
-}
-
-/// The live object as the document wants it: its spec and everything else at the top replaced,
-/// its labels and annotations added to those there.
-fn replaced(live: &Value, document: &Value) -> Value {
-    let empty = Map::new();
-    let mut wanted = document.clone();
-    let mut metadata = live["metadata"].clone();
-    for field in ["labels", "annotations"] {
-        let given = document["metadata"][field].as_object().unwrap_or(&empty);
-        if given.is_empty() {
-            continue;
-        }
-        match metadata[field].as_object_mut() {
-            Some(there) => there.extend(given.clone()),
-            None => metadata[field] = Value::Object(given.clone()),
-        }
-    }
-    wanted["metadata"] = metadata;
-    wanted
-}
-
-/// Whether a write changed nothing that anybody sees.
-fn same(before: &Value, after: &Value) -> bool {
+/// Whether a write changed nothing that anybody sees; of the status only a look `at_status` does.
+pub(super) fn same(before: &Value, after: &Value, at_status: bool) -> bool {
     let essence = |object: &Value| {
         let mut object = object.clone();
-        if let Some(fields) = object.as_object_mut() {
+        if let Some(fields) = object.as_object_mut().filter(|_| !at_status) {
             fields.remove("status");
         }
         if let Some(metadata) = object["metadata"].as_object_mut() {
@@ -234,31 +241,25 @@ fn same(before: &Value, after: &Value) -> bool {
     essence(before) == essence(after)
 }
 
-/// Only instances become Ready; the other kinds are what they are. One that can't is not waited for.
-async fn wait_until_ready(
-    args: &Apply,
+/// Waits for an instance to be Ready, and says so. One that can't become Ready is not waited for.
+/// `until`: when, and how long that was at first.
+pub(super) async fn wait_until_ready(
     server: &Server,
-    planned: &[Planned<'_>],
+    one: &Found<'_>,
+    until: (Instant, Duration),
     out: &mut dyn Write,
 ) -> anyhow::Result<()> {
-    let deadline = Instant::now() + args.timeout;
     let goal = Goal::Condition { kind: "Ready".to_owned(), status: "True".to_owned() };
-    let mut failures = Collector::default();
-    for one in planned.iter().filter(|p| p.kind.api.kind == "InferenceInstance") {
-        let target = wait::Target {
-            kind: one.kind,
-            namespace: &one.namespace,
-            name: &one.name,
-            uid: None,
-            gives_up: true,
-        };
-        let waited = wait::wait_for(server, &target, &goal, deadline, args.timeout).await;
-        if failures.note(waited)?.is_some() {
-            writeln!(out, "{} is Ready", one.kind.named(&one.name))?;
-            out.flush()?;
-        }
-    }
-    failures.finish()
+    let target = wait::Target {
+        kind: one.kind,
+        namespace: &one.namespace,
+        name: &one.name,
+        uid: None,
+        gives_up: true,
+    };
+    wait::wait_for(server, &target, &goal, until.0, until.1).await?;
+    writeln!(out, "{} is Ready", one.named())?;
+    Ok(out.flush()?)
 }
 
 #[cfg(test)]
@@ -266,23 +267,30 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::error::Refused;
 
     #[test]
-    fn replacing_drops_old_fields_and_keeps_what_others_set() {
-        let live = json!({"apiVersion": "v", "kind": "K",
-            "metadata": {"name": "a", "uid": "u", "resourceVersion": "7", "finalizers": ["f"],
-                         "labels": {"theirs": "1", "both": "old"}},
-            "spec": {"model": "a", "replicas": 3}, "status": {"phase": "Ready"}});
-        let document = json!({"apiVersion": "v", "kind": "K",
-            "metadata": {"name": "a", "labels": {"both": "new"}, "annotations": {"n": "1"}},
-            "spec": {"model": "b"}});
+    fn conflicts_name_fields_and_managers() {
+        let cause = |field: &str, manager: &str| {
+            json!({"reason": "FieldManagerConflict", "field": field,
+                   "message": format!("conflict with {manager}")})
+        };
+        let status = json!({"code": 409, "reason": "Conflict", "message": "Apply failed",
+            "details": {"causes": [
+            cause(".spec.replicas", "\"exoctl-scale\" with subresource \"scale\" using exo.dev/v1alpha1 at 2026-01-02T03:04:05Z"),
+            cause(".spec.model", "\"kubectl\"")]}});
+        let refusal = Refused(serde_json::from_value(status).unwrap());
         assert_eq!(
-            replaced(&live, &document),
-            json!({"apiVersion": "v", "kind": "K",
-                "metadata": {"name": "a", "uid": "u", "resourceVersion": "7", "finalizers": ["f"],
-                             "labels": {"theirs": "1", "both": "new"}, "annotations": {"n": "1"}},
-                "spec": {"model": "b"}})
+            explain_conflicts(refusal.into()).to_string(),
+            "spec.replicas is set by exoctl-scale, spec.model is set by kubectl: \
+             --force-conflicts takes over"
         );
+        let other: Refused = Refused(
+            serde_json::from_value(json!({"code": 409,
+            "reason": "Conflict", "message": "modified"}))
+            .unwrap(),
+        );
+        assert_eq!(explain_conflicts(other.into()).to_string(), "modified");
     }
 
     #[test]
@@ -291,7 +299,9 @@ mod tests {
             json!({"metadata": {"name": "a", "resourceVersion": version, "generation": version},
                    "spec": {"replicas": replicas}, "status": {"phase": phase}})
         };
-        assert!(same(&object("1", 1, "Ready"), &object("2", 1, "Pending")));
-        assert!(!same(&object("1", 1, "Ready"), &object("1", 2, "Ready")));
+        let (ready, pending) = (object("1", 1, "Ready"), object("2", 1, "Pending"));
+        assert!(same(&ready, &pending, false));
+        assert!(!same(&ready, &pending, true));
+        assert!(!same(&ready, &object("1", 2, "Ready"), false));
     }
 }

@@ -9,42 +9,42 @@ use tokio::time::Instant;
 
 use super::{
     documents,
-    select::{self, nothing_found},
+    select::{self, Found},
     wait,
 };
 use crate::{
-    cli::{Delete, Goal, Select},
-    error::{Collector, refused},
-    kinds::Kind,
+    cli::{Cascade, Delete, Goal},
+    error::{Collector, is_not_found},
     server::Server,
 };
 
-/// An object to delete.
-#[derive(Debug)]
-struct Doomed<'s> {
-    kind: &'s Kind,
-    namespace: String,
-    name: String,
-}
-
 pub(super) async fn run(args: &Delete, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
+    let mut query = vec![propagation(args.cascade)];
+    query.extend(args.dry_run.map(|_| ("dryRun", "All")));
+    let suffix = super::dry_run_suffix(args.dry_run);
     let mut failures = Collector::default();
     let mut deleted = Vec::new();
-    for doomed in find(args, server).await? {
-        let path = doomed.kind.path(Some(&doomed.namespace), Some(&doomed.name));
-        let query = [("propagationPolicy", "Background")];
-        let result = match server.send(Method::DELETE, &path, &query, None).await {
+    let doomed = match &args.kind {
+        Some(kind) => {
+            let rule = Some((&args.select, args.all));
+            select::found(server, (kind.as_str(), &args.names), rule).await?
+        }
+        None => in_files(args, server).await?,
+    };
+    for doomed in doomed {
+        let result = match server.send(Method::DELETE, &doomed.path(), &query, None).await {
             Err(error) if args.ignore_not_found && is_not_found(&error) => continue,
             result => result,
         };
         if let Some(answer) = failures.note(result)? {
             let what = doomed.kind.named("");
-            writeln!(out, "{} \"{}\" deleted", what.trim_end_matches('/'), doomed.name)?;
+            let what = what.trim_end_matches('/');
+            writeln!(out, "{what} \"{}\" deleted{suffix}", doomed.name)?;
             out.flush()?;
             deleted.push((doomed, uid_of(&answer)));
         }
     }
-    if args.wait {
+    if args.wait && args.dry_run.is_none() {
         let deadline = Instant::now() + args.timeout;
         for (doomed, uid) in deleted {
             let target = wait::Target {
@@ -61,38 +61,17 @@ pub(super) async fn run(args: &Delete, server: &Server, out: &mut dyn Write) -> 
     failures.finish()
 }
 
-async fn find<'s>(args: &Delete, server: &'s Server) -> anyhow::Result<Vec<Doomed<'s>>> {
-    let Some(words) = &args.kind else {
-        return in_files(args, server).await;
+fn propagation(cascade: Cascade) -> (&'static str, &'static str) {
+    let policy = match cascade {
+        Cascade::Background => "Background",
+        Cascade::Foreground => "Foreground",
+        Cascade::Orphan => "Orphan",
     };
-    let mut all = Vec::new();
-    for selected in select::read(server, words, &args.names).await? {
-        let kind = selected.kind;
-        let mut names = selected.names;
-        if names.is_empty() {
-            if !args.all && args.labels.is_none() {
-                bail!("say which: names, -l SELECTOR or --all");
-            }
-            let select = Select { labels: args.labels.clone(), ..Select::default() };
-            let items = select::list(server, kind, &select).await?;
-            names.extend(
-                items.iter().filter_map(|i| Some(i["metadata"]["name"].as_str()?.to_owned())),
-            );
-            if names.is_empty() {
-                eprintln!("{}", nothing_found(kind, &select, server));
-            }
-        }
-        all.extend(names.into_iter().map(|name| Doomed {
-            kind,
-            namespace: server.namespace().to_owned(),
-            name,
-        }));
-    }
-    Ok(all)
+    ("propagationPolicy", policy)
 }
 
 /// Last document first: what was applied after something may need it.
-async fn in_files<'s>(args: &Delete, server: &'s Server) -> anyhow::Result<Vec<Doomed<'s>>> {
+async fn in_files<'s>(args: &Delete, server: &'s Server) -> anyhow::Result<Vec<Found<'s>>> {
     let mut all = Vec::new();
     for document in documents::read(&args.files)?.into_iter().rev() {
         let (source, object) = (document.source, document.object);
@@ -102,17 +81,15 @@ async fn in_files<'s>(args: &Delete, server: &'s Server) -> anyhow::Result<Vec<D
         else {
             bail!("{source}: apiVersion, kind and metadata.name are required");
         };
-        all.push(Doomed {
+        all.push(Found {
             kind: server.kinds().await?.find_exact(&api_version, &kind)?,
             namespace: server.namespace_of(&object)?,
-            name,
+            name: select::checked(&name)?,
         });
     }
+    // With a namespace goes what is in it: by its own name while that still is there.
+    all.sort_by_key(|one| one.kind.api.kind == "Namespace" && one.kind.api.group.is_empty());
     Ok(all)
-}
-
-fn is_not_found(error: &anyhow::Error) -> bool {
-    refused(error).is_some_and(|refusal| refusal.is_not_found())
 }
 
 /// A deletion answers with the object while finalizers hold it, else with a Status.

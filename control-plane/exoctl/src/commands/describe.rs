@@ -2,10 +2,14 @@
 
 use std::{fmt::Write as _, io::Write};
 
+use exo_crds::{GROUP, VERSION};
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use super::select::{self, nothing_found};
+use super::{
+    events,
+    select::{self, nothing_found},
+};
 use crate::{
     cli::Describe,
     error::Collector,
@@ -37,7 +41,16 @@ pub(super) async fn run(
             if !std::mem::take(&mut first) {
                 writeln!(out, "\n")?;
             }
-            write!(out, "{}", page(&object, Timestamp::now()))?;
+            let now = Timestamp::now();
+            write!(out, "{}", page(&object, now))?;
+            if args.show_events {
+                write_shards(server, &object, out).await?;
+                // Who may see an object need not see its events.
+                match events::of_object(server, &object).await {
+                    Ok(events) => write!(out, "{}", event_rows(&events, now))?,
+                    Err(error) => eprintln!("its events can't be read: {error:#}"),
+                }
+            }
         }
     }
     failures.finish()
@@ -97,7 +110,7 @@ fn page(object: &Value, now: Timestamp) -> String {
     if let Some(rest) = rest.as_object() {
         write_fields(&mut page, rest, 0);
     }
-    if let Some(Value::Array(conditions)) = conditions {
+    if let Some(Value::Array(conditions)) = conditions.filter(|c| c != &json!([])) {
         write_conditions(&mut page, &conditions, now);
     }
     page
@@ -186,26 +199,100 @@ fn title(key: &str) -> String {
 }
 
 fn write_conditions(page: &mut String, conditions: &[Value], now: Timestamp) {
-    let _ = writeln!(page, "Conditions:");
-    let mut rows = vec![["Type", "Status", "Since", "Reason", "Message"].map(str::to_owned)];
-    for condition in conditions {
+    let rows = conditions.iter().map(|condition| {
         let text = |field: &str| condition[field].as_str().unwrap_or_default().to_owned();
-        rows.push([
+        vec![
             text("type"),
             text("status"),
             age(&text("lastTransitionTime"), now),
             text("reason"),
             one_line(&condition["message"]),
-        ]);
+        ]
+    });
+    let _ = writeln!(page, "Conditions:");
+    write_rows(page, &["Type", "Status", "Since", "Reason", "Message"], rows.collect());
+}
+
+/// What happened to an object, the newest last; a line even when that is nothing.
+fn event_rows(events: &[Value], now: Timestamp) -> String {
+    if events.is_empty() {
+        return format!("{:LABEL_WIDTH$}<none>\n", "Events:");
     }
-    let widths: Vec<usize> =
-        (0..4).map(|i| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0)).collect();
-    for row in rows {
-        let [kind, status, since, reason, message] = &row;
-        let line = format!(
-            "  {kind:0$}   {status:1$}   {since:2$}   {reason:3$}   {message}",
-            widths[0], widths[1], widths[2], widths[3]
-        );
+    let rows = events.iter().map(|event| {
+        let text = |field: &str| event[field].as_str().unwrap_or_default().to_owned();
+        let from = match text("reportingComponent") {
+            component if component.is_empty() => plain_or_empty(&event["source"]["component"]),
+            component => component,
+        };
+        let age = match (events::count(event), age(events::last_seen(event), now)) {
+            (1, age) => age,
+            (count, age) => format!("{age} (x{count})"),
+        };
+        vec![text("type"), text("reason"), age, from, one_line(&event["message"])]
+    });
+    let mut page = "Events:\n".to_owned();
+    write_rows(&mut page, &["Type", "Reason", "Age", "From", "Message"], rows.collect());
+    page
+}
+
+fn plain_or_empty(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+/// An instance is what its shards are, a node has them: each with where it is and what is the
+/// matter.
+async fn write_shards(server: &Server, object: &Value, out: &mut dyn Write) -> anyhow::Result<()> {
+    let group = format!("{GROUP}/{VERSION}");
+    let (metadata, kind) = (&object["metadata"], plain_or_empty(&object["kind"]));
+    let name = plain_or_empty(&metadata["name"]);
+    let rule = match kind.as_str() {
+        "InferenceInstance" if object["apiVersion"] == group => format!("spec.instance={name}"),
+        "Node" if object["apiVersion"] == group => format!("spec.node={name}"),
+        _ => return Ok(()),
+    };
+    let kind = server.own_kind("Shard").await?;
+    let path = kind.path(metadata["namespace"].as_str(), None);
+    let list: Value = server.get(&path, &[("fieldSelector", &rule)], Form::Json).await?;
+    let shards = list["items"].as_array().map(Vec::as_slice).unwrap_or_default();
+    if !shards.is_empty() {
+        write!(out, "{}", shard_rows(shards))?;
+    }
+    Ok(())
+}
+
+fn shard_rows(shards: &[Value]) -> String {
+    let rows = shards.iter().map(|shard| {
+        let (spec, status) = (&shard["spec"], &shard["status"]);
+        let failure = &status["failure"];
+        let why = match (failure["reason"].as_str(), failure["message"].as_str()) {
+            (Some(reason), Some(message)) => format!("{reason}: {message}"),
+            (one, other) => one.or(other).unwrap_or_default().to_owned(),
+        };
+        vec![
+            plain_or_empty(&shard["metadata"]["name"]),
+            plain_or_empty(&spec["node"]),
+            status["phase"].as_str().unwrap_or("Pending").to_owned(),
+            plain_or_empty(&status["progress"]),
+            one_line(&Value::String(why)),
+        ]
+    });
+    let mut page = "Shards:\n".to_owned();
+    write_rows(&mut page, &["Name", "Node", "Phase", "Progress", "Failure"], rows.collect());
+    page
+}
+
+/// Aligned rows under a header; the last column is as long as it is.
+fn write_rows(page: &mut String, header: &[&str], rows: Vec<Vec<String>>) {
+    let header = header.iter().map(|&name| name.to_owned()).collect();
+    let rows: Vec<Vec<String>> = std::iter::once(header).chain(rows).collect();
+    let width = |i: usize| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..rows[0].len() - 1).map(width).collect();
+    for row in &rows {
+        let mut line = String::new();
+        for (i, cell) in row.iter().enumerate() {
+            let width = widths.get(i).copied().unwrap_or(0);
+            let _ = write!(line, "  {cell:width$} ");
+        }
         let _ = writeln!(page, "{}", line.trim_end());
     }
 }
@@ -237,8 +324,6 @@ fn age(time: &str, now: Timestamp) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
@@ -289,6 +374,46 @@ Status:
 Conditions:
   Type    Status   Since   Reason       Message
   Ready   False    65s     NoCapacity   no node has 19Gi free
+"
+        );
+    }
+
+    #[test]
+    fn events_are_told_with_their_number() {
+        let now = "2026-01-02T03:06:10Z".parse().unwrap();
+        assert_eq!(event_rows(&[], now), "Events:       <none>\n");
+        let events = [
+            json!({"type": "Normal", "reason": "Placed", "message": "on a, b", "count": 1,
+                   "lastTimestamp": "2026-01-02T03:05:10Z", "source": {"component": "exo"}}),
+            json!({"type": "Warning", "reason": "ShardFailed", "message": "no\ntensor", "count": 3,
+                   "lastTimestamp": "2026-01-02T03:06:05Z", "reportingComponent": "instances"}),
+        ];
+        assert_eq!(
+            event_rows(&events, now),
+            "\
+Events:
+  Type      Reason        Age       From        Message
+  Normal    Placed        60s       exo         on a, b
+  Warning   ShardFailed   5s (x3)   instances   no tensor
+"
+        );
+    }
+
+    #[test]
+    fn shards_say_what_failed() {
+        let shards = [
+            json!({"metadata": {"name": "a-0"}, "spec": {"node": "mac-1"}}),
+            json!({"metadata": {"name": "a-1"}, "spec": {"node": "mac-2"}, "status": {
+                "phase": "Failed", "progress": "40%",
+                "failure": {"reason": "BadWeights", "message": "no tensor `x`"}}}),
+        ];
+        assert_eq!(
+            shard_rows(&shards),
+            "\
+Shards:
+  Name   Node    Phase     Progress   Failure
+  a-0    mac-1   Pending
+  a-1    mac-2   Failed    40%        BadWeights: no tensor `x`
 "
         );
     }

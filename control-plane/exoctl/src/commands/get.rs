@@ -1,19 +1,24 @@
 //! `exoctl get`: tables as the server makes them, or whole objects; once or as they change.
 
-use std::{io::Write, time::Duration};
+use std::{cmp::Ordering, io::Write, time::Duration};
 
 use anyhow::{Context as _, bail};
 use futures::{TryStreamExt as _, pin_mut};
 use kube::core::WatchEvent;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::select::{self, Selected, nothing_found};
+use super::{
+    events,
+    select::{self, Selected, nothing_found},
+};
 use crate::{
     cli::{Get, Output},
-    error::Collector,
+    error::{Collector, is_not_found},
+    jsonpath::{JsonPath, compare},
     kinds::Kind,
+    output::Objects,
     server::{Form, Server},
-    table::{Printer, Style, Table},
+    table::{Printer, Row, Style, Table},
 };
 
 const EMPTY_WATCH_PAUSE: Duration = Duration::from_millis(250);
@@ -21,16 +26,19 @@ const EMPTY_WATCH_PAUSE: Duration = Duration::from_millis(250);
 pub(super) async fn run(args: &Get, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
     let selected = select::read(server, &args.kind, &args.names).await?;
     let named = selected.iter().any(|s| !s.names.is_empty());
-    if named && (args.select.labels.is_some() || args.select.all_namespaces) {
+    if named && args.select.is_given() {
         bail!("names go with neither a selector nor --all-namespaces");
     }
-    if args.watch {
+    if args.watch || args.watch_only {
+        if args.sort_by.is_some() {
+            bail!("--sort-by needs all there is: it doesn't go with --watch");
+        }
         return match selected.as_slice() {
             [one] if one.names.len() <= 1 => watch(args, server, one, out).await,
             _ => bail!("only one kind, or one object, can be watched at a time"),
         };
     }
-    match args.output {
+    match &args.output {
         None | Some(Output::Wide) => tables(args, server, &selected, out).await,
         Some(form) => objects(args, form, server, &selected, out).await,
     }
@@ -45,9 +53,17 @@ async fn tables(
     let mut failures = Collector::default();
     let mut printed = false;
     for one in selected {
+        let mut query = args.select.query();
+        let order = Order::of(args, one.kind);
+        if order.is_some() {
+            query.push(("includeObject", "Object"));
+        }
         let mut table = Table::default();
         for path in paths(args, server, one) {
-            let fetched = fetch_table(server, &path, &args.select.query()).await;
+            let fetched = fetch_table(server, &path, &query).await;
+            if args.ignore_not_found && fetched.as_ref().is_err_and(is_not_found) {
+                continue;
+            }
             if let Some(fetched) = failures.note(fetched)? {
                 table.column_definitions = fetched.column_definitions;
                 table.rows.extend(fetched.rows);
@@ -58,6 +74,9 @@ async fn tables(
                 note(&nothing_found(one.kind, &args.select, server));
             }
             continue;
+        }
+        if let Some(order) = order {
+            table.rows.sort_by(|a: &Row, b: &Row| order.compare(&a.object, &b.object));
         }
         if std::mem::replace(&mut printed, true) {
             writeln!(out)?;
@@ -75,9 +94,34 @@ async fn tables(
     failures.finish()
 }
 
+/// In which order objects are listed, where it isn't the server's.
+enum Order<'a> {
+    Path(&'a JsonPath),
+    /// Events, the newest last.
+    LastSeen,
+}
+
+impl<'a> Order<'a> {
+    fn of(args: &'a Get, kind: &Kind) -> Option<Self> {
+        let newest_last = || events::is_event(kind).then_some(Self::LastSeen);
+        args.sort_by.as_ref().map(Self::Path).or_else(newest_last)
+    }
+
+    /// Objects without a value come first.
+    fn compare(&self, a: &Value, b: &Value) -> Ordering {
+        match self {
+            Self::LastSeen => events::last_seen(a).cmp(events::last_seen(b)),
+            Self::Path(path) => match (path.find(a), path.find(b)) {
+                (Some(a), Some(b)) => compare(a, b),
+                (a, b) => a.is_some().cmp(&b.is_some()),
+            },
+        }
+    }
+}
+
 async fn objects(
     args: &Get,
-    form: Output,
+    form: &Output,
     server: &Server,
     selected: &[Selected<'_>],
     out: &mut dyn Write,
@@ -87,30 +131,29 @@ async fn objects(
     let mut asked_for_one = false;
     for one in selected {
         asked_for_one = selected.len() == 1 && one.names.len() == 1;
+        let mut objects = Vec::new();
         if one.names.is_empty() {
             let items = select::list(server, one.kind, &args.select).await;
-            let items = failures.note(items)?.unwrap_or_default();
-            found.extend(items.into_iter().map(|item| (one.kind, item)));
-            continue;
+            objects = failures.note(items)?.unwrap_or_default();
+        } else {
+            for path in paths(args, server, one) {
+                let object = server.get::<Value>(&path, &[], Form::Json).await;
+                if args.ignore_not_found && object.as_ref().is_err_and(is_not_found) {
+                    continue;
+                }
+                objects.extend(failures.note(object)?);
+            }
         }
-        for path in paths(args, server, one) {
-            let object = server.get::<Value>(&path, &[], Form::Json).await;
-            found.extend(failures.note(object)?.map(|object| (one.kind, object)));
+        if let Some(order) = Order::of(args, one.kind) {
+            objects.sort_by(|a, b| order.compare(a, b));
         }
+        found.extend(objects.into_iter().map(|object| (one.kind, object)));
     }
-    if form == Output::Name {
-        for (kind, object) in &found {
-            write_object(form, kind, object, out)?;
-        }
-    } else if asked_for_one {
-        if let Some((kind, object)) = found.first() {
-            write_object(form, kind, object, out)?;
-        }
-    } else {
-        let items: Vec<_> = found.into_iter().map(|(_, object)| object).collect();
-        let list = json!({"apiVersion": "v1", "kind": "List", "items": items,
-                          "metadata": {"resourceVersion": ""}});
-        write_value(form, &list, out)?;
+    let mut printer = Objects::new(form.clone(), args.show_managed_fields, !args.no_headers);
+    if !asked_for_one {
+        printer.list(found, out)?;
+    } else if let Some((kind, object)) = found.first() {
+        printer.one(kind, object, out)?;
     }
     failures.finish()
 }
@@ -129,12 +172,19 @@ fn style(args: &Get, kind: &Kind, several: bool) -> Style {
     Style {
         wide: args.output == Some(Output::Wide),
         with_namespace: args.select.all_namespaces && kind.namespaced,
+        with_labels: args.show_labels,
+        // Nobody calls an event by its name.
+        nameless: events::is_event(kind) && args.output.is_none() && !several,
         header: !args.no_headers,
         prefix: if several { kind.named("") } else { String::new() },
     }
 }
 
-async fn fetch_table(server: &Server, path: &str, query: &[(&str, &str)]) -> anyhow::Result<Table> {
+pub(super) async fn fetch_table(
+    server: &Server,
+    path: &str,
+    query: &[(&str, &str)],
+) -> anyhow::Result<Table> {
     let table: Table = server.get(path, query, Form::Table).await?;
     if table.kind != "Table" {
         bail!("the server can't print tables of {path}; use -o yaml");
@@ -161,6 +211,7 @@ async fn watch(
     if view.is_empty && !one.names.is_empty() {
         bail!("{} not found", one.kind.named(&one.names[0]));
     }
+    view.quiet = false;
     loop {
         let mut query = select.query();
         query.extend([("watch", "true"), ("resourceVersion", version.as_str())]);
@@ -195,28 +246,32 @@ async fn watch(
 /// How a watch is printed.
 struct View<'a> {
     form: Form,
-    output: Option<Output>,
     kind: &'a Kind,
     style: Style,
     columns: Vec<crate::table::Column>,
     printer: Option<Printer>,
+    objects: Objects,
     is_empty: bool,
+    /// Keeps to itself what is there already.
+    quiet: bool,
 }
 
 impl<'a> View<'a> {
     fn new(args: &Get, kind: &'a Kind) -> Self {
         let form = match args.output {
             None | Some(Output::Wide) => Form::Table,
-            Some(Output::Json | Output::Yaml | Output::Name) => Form::Json,
+            Some(_) => Form::Json,
         };
+        let output = args.output.clone().unwrap_or(Output::Json);
         Self {
             form,
-            output: args.output,
             kind,
             style: style(args, kind, false),
             columns: Vec::new(),
             printer: None,
+            objects: Objects::new(output, args.show_managed_fields, !args.no_headers),
             is_empty: true,
+            quiet: args.watch_only,
         }
     }
 
@@ -230,17 +285,23 @@ impl<'a> View<'a> {
     ) -> anyhow::Result<String> {
         let mut list: Value = server.get(path, query, self.form).await?;
         let version = list["metadata"]["resourceVersion"].as_str().map(str::to_owned);
+        let version = version.context("the server's list has no resourceVersion")?;
         if self.form == Form::Table {
             self.is_empty = list["rows"].as_array().is_none_or(Vec::is_empty);
+            if self.quiet {
+                list["rows"] = Value::Array(Vec::new());
+            }
             self.show(list, out)?;
         } else {
             let items = select::take_items(&mut list, self.kind);
             self.is_empty = items.is_empty();
-            for item in items {
-                self.show(item, out)?;
+            if !self.quiet {
+                for item in items {
+                    self.show(item, out)?;
+                }
             }
         }
-        version.context("the server's list has no resourceVersion")
+        Ok(version)
     }
 
     /// Prints a table or an object; returns the newest resource version it holds.
@@ -248,11 +309,7 @@ impl<'a> View<'a> {
         let version = match self.form {
             Form::Json => {
                 let version = value["metadata"]["resourceVersion"].as_str().map(str::to_owned);
-                let form = self.output.unwrap_or(Output::Json);
-                if form == Output::Yaml && !std::mem::replace(&mut self.is_empty, false) {
-                    writeln!(out, "---")?;
-                }
-                write_object(form, self.kind, &value, out)?;
+                self.objects.one(self.kind, &value, out)?;
                 version
             }
             Form::Table => {
@@ -271,54 +328,11 @@ impl<'a> View<'a> {
                     none => none.insert(Printer::new(columns, std::mem::take(style))),
                 };
                 printer.print(out, columns, &table.rows)?;
-                let last = table.rows.last();
-                last.map(|row| row.object.metadata.resource_version.clone())
+                table.rows.last().map(|row| row.metadata("resourceVersion").to_owned())
             }
         };
         out.flush()?;
         Ok(version.filter(|version| !version.is_empty()))
-    }
-}
-
-fn write_object(
-    form: Output,
-    kind: &Kind,
-    object: &Value,
-    out: &mut dyn Write,
-) -> anyhow::Result<()> {
-    if form == Output::Name {
-        let name = object["metadata"]["name"].as_str().unwrap_or_default();
-        writeln!(out, "{}", kind.named(name))?;
-        return Ok(());
-    }
-    write_value(form, object, out)
-}
-
-fn write_value(form: Output, value: &Value, out: &mut dyn Write) -> anyhow::Result<()> {
-    // kubectl prints fields by name, whatever their order on the wire.
-    let mut value = value.clone();
-    hide_managers(&mut value);
-    value.sort_all_objects();
-    match form {
-        Output::Yaml => write!(out, "{}", exo_crds::yaml::to_string(&value)?)?,
-        Output::Json | Output::Name | Output::Wide => {
-            // Pretty, as kubectl prints it, but with its indentation of four.
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(b"    ");
-            let mut serializer = serde_json::Serializer::with_formatter(&mut *out, formatter);
-            serde::Serialize::serialize(&value, &mut serializer)?;
-            writeln!(out)?;
-        }
-    }
-    Ok(())
-}
-
-/// Which client is responsible for which field is of no interest to people; kubectl hides it too.
-fn hide_managers(value: &mut Value) {
-    if let Some(metadata) = value.get_mut("metadata").and_then(Value::as_object_mut) {
-        metadata.remove("managedFields");
-    }
-    if let Some(Value::Array(items)) = value.get_mut("items") {
-        items.iter_mut().for_each(hide_managers);
     }
 }
 

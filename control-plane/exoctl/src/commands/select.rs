@@ -9,6 +9,74 @@ use crate::{
     server::{Form, Server},
 };
 
+/// One object of a cluster.
+#[derive(Clone, Debug)]
+pub(super) struct Found<'s> {
+    pub(super) kind: &'s Kind,
+    pub(super) namespace: String,
+    pub(super) name: String,
+}
+
+impl Found<'_> {
+    pub(super) fn path(&self) -> String {
+        self.kind.path(Some(&self.namespace), Some(&self.name))
+    }
+
+    /// As results are printed: `inferenceinstance.exo.dev/llama`.
+    pub(super) fn named(&self) -> String {
+        self.kind.named(&self.name)
+    }
+}
+
+/// The objects that a command changes: those named, or those of the kind that a rule finds: a
+/// selector, or `true` for all. Without `rule` the command takes names only.
+///
+/// # Errors
+/// When neither names nor the rule say which.
+pub(super) async fn found<'s>(
+    server: &'s Server,
+    words: (&str, &[String]),
+    rule: Option<(&Select, bool)>,
+) -> anyhow::Result<Vec<Found<'s>>> {
+    let mut found = Vec::new();
+    let none = Select::default();
+    let (select, all) = rule.unwrap_or((&none, false));
+    for Selected { kind, names } in read(server, words.0, words.1).await? {
+        let by_rule = all || select.labels.is_some() || select.fields.is_some();
+        if names.is_empty() && !by_rule {
+            let or = if rule.is_some() { ", -l SELECTOR or --all" } else { "" };
+            bail!("say which {}: names{or}", kind.api.plural);
+        }
+        if !names.is_empty() && (by_rule || select.all_namespaces) {
+            bail!("names go with neither a selector, --all nor --all-namespaces");
+        }
+        if names.is_empty() {
+            let items = list(server, kind, select).await?;
+            if items.is_empty() {
+                eprintln!("{}", nothing_found(kind, select, server));
+            }
+            found.extend(items.iter().map(|item| of_object(server, kind, item)));
+        }
+        let namespace = server.namespace().to_owned();
+        found.extend(names.into_iter().map(|name| Found {
+            kind,
+            namespace: namespace.clone(),
+            name,
+        }));
+    }
+    Ok(found)
+}
+
+/// Where an object of a list is.
+pub(super) fn of_object<'s>(server: &Server, kind: &'s Kind, object: &Value) -> Found<'s> {
+    let text = |field: &str| object["metadata"][field].as_str().map(str::to_owned);
+    Found {
+        kind,
+        namespace: text("namespace").unwrap_or_else(|| server.namespace().to_owned()),
+        name: text("name").unwrap_or_default(),
+    }
+}
+
 /// One kind and the names asked for; all of them when there are none.
 #[derive(Clone, Debug)]
 pub(super) struct Selected<'s> {
@@ -47,7 +115,7 @@ pub(super) async fn read<'s>(
 }
 
 /// Names end up in URLs; a wrong one must not reach another path.
-fn checked(name: &str) -> anyhow::Result<String> {
+pub(super) fn checked(name: &str) -> anyhow::Result<String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_' | ':');
     match !name.is_empty() && name != "." && name != ".." && name.chars().all(allowed) {
         true => Ok(name.to_owned()),
@@ -56,6 +124,11 @@ fn checked(name: &str) -> anyhow::Result<String> {
 }
 
 impl Select {
+    /// Whether anything was said that goes with no names.
+    pub(super) fn is_given(&self) -> bool {
+        self.labels.is_some() || self.fields.is_some() || self.all_namespaces
+    }
+
     /// The namespace that a list is about; `None` for all.
     pub(super) fn namespace<'s>(&self, server: &'s Server) -> Option<&'s str> {
         (!self.all_namespaces).then(|| server.namespace())

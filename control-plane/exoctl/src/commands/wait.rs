@@ -13,8 +13,9 @@ use crate::{
     cli::{Goal, Wait},
     error::Collector,
     jsonpath::plain,
-    kinds::Kind,
-    server::Server,
+    kinds::{Kind, closest, did_you_mean},
+    schema::Schemas,
+    server::{Form, Server},
 };
 
 /// What is waited for.
@@ -35,27 +36,23 @@ pub(super) async fn run(args: &Wait, server: &Server, out: &mut dyn Write) -> an
     };
     let deadline = Instant::now() + args.timeout;
     let mut failures = Collector::default();
-    for selected in select::read(server, first, rest).await? {
-        if selected.names.is_empty() {
-            bail!("say which {}: KIND/NAME", selected.kind.api.plural);
-        }
-        for name in &selected.names {
-            let target = Target {
-                kind: selected.kind,
-                namespace: server.namespace(),
-                name,
-                uid: None,
-                gives_up: false,
+    for one in select::found(server, (first, rest), Some((&args.select, args.all))).await? {
+        let target = Target {
+            kind: one.kind,
+            namespace: &one.namespace,
+            name: &one.name,
+            uid: None,
+            gives_up: false,
+        };
+        let waited = wait_for(server, &target, &args.goal, deadline, args.timeout).await;
+        if failures.note(waited)?.is_some() {
+            let met = match args.goal {
+                Goal::Create => "created",
+                Goal::Delete => "deleted",
+                Goal::Condition { .. } | Goal::Path { .. } => "condition met",
             };
-            let waited = wait_for(server, &target, &args.goal, deadline, args.timeout).await;
-            if failures.note(waited)?.is_some() {
-                let met = match args.goal {
-                    Goal::Delete => "deleted",
-                    Goal::Condition { .. } | Goal::Path { .. } => "condition met",
-                };
-                writeln!(out, "{} {met}", selected.kind.named(name))?;
-                out.flush()?;
-            }
+            writeln!(out, "{} {met}", one.named())?;
+            out.flush()?;
         }
     }
     failures.finish()
@@ -70,6 +67,17 @@ pub(super) async fn wait_for(
     deadline: Instant,
     timeout: Duration,
 ) -> anyhow::Result<()> {
+    let known = match goal {
+        Goal::Condition { .. } => has_conditions(target.kind),
+        Goal::Create | Goal::Delete | Goal::Path { .. } => None,
+    };
+    if known == Some(false) {
+        bail!(
+            "{} have no conditions: wait with --for=jsonpath={{.status.phase}}=VALUE, or for \
+             another field",
+            target.kind.api.plural
+        );
+    }
     // An error that repeats itself (no permission, no server) is seen at once here; watches only
     // retry.
     let path = target.kind.path(Some(target.namespace), Some(target.name));
@@ -81,10 +89,21 @@ pub(super) async fn wait_for(
     pin_mut!(objects);
     let mut teller = Teller::default();
     let named = target.kind.named(target.name);
+    let mut was_there = object.is_some();
     loop {
-        let State::NotYet(now) = State::of(goal, object.as_ref(), uid) else {
+        let State::NotYet(mut now) = State::of(goal, object.as_ref(), uid) else {
             return Ok(());
         };
+        match (&object, goal) {
+            (None, _) if was_there => bail!("{named} was deleted meanwhile"),
+            (None, _) => now += &similar(server, target).await,
+            (Some(object), Goal::Condition { kind, .. }) if known == Some(true) => {
+                if let Some(why) = never(object, kind) {
+                    bail!("{named} {why}");
+                }
+            }
+            (Some(_), _) => {}
+        }
         if let (true, Some(instance)) = (target.gives_up, &object) {
             let reason = hopeless::reason(server, target.namespace, instance);
             let reason = tokio::time::timeout_at(deadline, reason).await;
@@ -96,9 +115,10 @@ pub(super) async fn wait_for(
         match tokio::time::timeout_at(deadline, objects.next()).await {
             Ok(Some(Ok(seen))) => {
                 object = seen.and_then(|object| serde_json::to_value(object).ok());
+                was_there |= object.is_some();
             }
             // The connection may come back before the deadline.
-            Ok(Some(Err(_))) => {}
+            Ok(Some(Err(error))) => teller.tell(target, goal, &format!("trying again: {error}")),
             Ok(None) => bail!("the watch of {named} ended"),
             Err(_) => bail!(
                 "timed out after {timeout:?} waiting for {} of {named}: {now}",
@@ -106,6 +126,32 @@ pub(super) async fn wait_for(
             ),
         }
     }
+}
+
+/// The name that was meant, where an object of nearly that name is there.
+async fn similar(server: &Server, target: &Target<'_>) -> String {
+    let path = target.kind.path(Some(target.namespace), None);
+    let list: Value = server.get(&path, &[], Form::Json).await.unwrap_or_default();
+    let items = list["items"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let names = items.iter().filter_map(|item| item["metadata"]["name"].as_str());
+    did_you_mean(closest(target.name, names))
+}
+
+/// Whether objects of a kind have conditions; `None` for kinds that exoctl doesn't know.
+fn has_conditions(kind: &Kind) -> Option<bool> {
+    Schemas::built_in().has_conditions(&kind.api.api_version, &kind.api.kind)
+}
+
+/// Why an object of a known kind will never have a condition: it got all that there are at once.
+fn never(object: &Value, wanted: &str) -> Option<String> {
+    let conditions = object["status"]["conditions"].as_array()?;
+    let types: Vec<&str> = conditions.iter().filter_map(|c| c["type"].as_str()).collect();
+    let has_it = types.iter().any(|have| have.eq_ignore_ascii_case(wanted));
+    if types.is_empty() || has_it {
+        return None;
+    }
+    let meant = did_you_mean(closest(wanted, types.iter().copied()));
+    Some(format!("has no condition `{wanted}`, only {}{meant}", types.join(", ")))
 }
 
 /// How far a goal is.
@@ -123,12 +169,13 @@ impl State {
         let Some(object) = object else {
             return match goal {
                 Goal::Delete => Self::Reached,
-                Goal::Condition { .. } | Goal::Path { .. } => {
-                    Self::NotYet("it does not exist".to_owned())
+                Goal::Create | Goal::Condition { .. } | Goal::Path { .. } => {
+                    Self::NotYet("it does not exist yet".to_owned())
                 }
             };
         };
         match goal {
+            Goal::Create => Self::Reached,
             Goal::Delete => match uid == Some(&object["metadata"]["uid"]) {
                 false => Self::Reached,
                 true => Self::NotYet(match object["metadata"]["finalizers"].as_array() {
@@ -184,6 +231,7 @@ pub(super) fn is_stale(object: &Value, condition: &Value) -> bool {
 
 fn describe(goal: &Goal) -> String {
     match goal {
+        Goal::Create => "the creation".to_owned(),
         Goal::Delete => "the deletion".to_owned(),
         Goal::Condition { kind, status } if status == "True" => format!("condition {kind}"),
         Goal::Condition { kind, status } => format!("condition {kind}={status}"),
@@ -238,7 +286,25 @@ mod tests {
         check(starting, not_yet("Starting, rank 0 Loading on a, rank 1 Ready on b"));
         let bare = json!({"status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}});
         check(bare, not_yet("ready is Unknown"));
-        assert_eq!(State::of(&ready, None, None), not_yet("it does not exist"));
+        assert_eq!(State::of(&ready, None, None), not_yet("it does not exist yet"));
+    }
+
+    #[test]
+    fn some_conditions_never_come() {
+        let check = |object: Value, wanted: &str, expect: Option<&str>| {
+            assert_eq!(never(&object, wanted).as_deref(), expect, "{wanted}");
+        };
+        let instance = json!({"status": {"conditions": [{"type": "Placed"}, {"type": "Ready"}]}});
+        check(instance.clone(), "ready", None);
+        check(
+            instance,
+            "Redy",
+            Some("has no condition `Redy`, only Placed, Ready; did you mean `Ready`?"),
+        );
+        check(json!({}), "Redy", None);
+        let kinds = crate::kinds::Kinds::built_in();
+        assert_eq!(has_conditions(kinds.find("instance").unwrap()), Some(true));
+        assert_eq!(has_conditions(kinds.find("shard").unwrap()), Some(false));
     }
 
     #[test]

@@ -2,15 +2,16 @@
 
 use std::{path::PathBuf, process::Stdio, time::Duration};
 
-use exo_apiserver::{ApiServer, Identity, app, in_process};
+use exo_apiserver::{ApiServer, Identity, app, collect_garbage, in_process};
 use exo_store::Store;
 use k8s_openapi::{
+    api::core::v1::Event,
     apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
     apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp,
 };
 use kube::{
     Api, Client,
-    api::{Patch, PatchParams, PostParams},
+    api::{ListParams, Patch, PatchParams, PostParams},
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -22,12 +23,12 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 pub(crate) struct Cluster {
     pub(crate) client: Client,
     pub(crate) dir: TempDir,
-    server: tokio::task::JoinHandle<()>,
+    tasks: [tokio::task::JoinHandle<()>; 2],
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        self.server.abort();
+        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }
 
@@ -48,6 +49,7 @@ impl Cluster {
         exo_trust::install_crypto();
         let registry = prometheus::Registry::new();
         let server = ApiServer::new(Store::memory(), crds, &registry).unwrap();
+        let collecting = tokio::spawn(collect_garbage(server.clone(), std::future::pending()));
         let identity = Identity { name: "admin".into(), groups: vec!["system:masters".into()] };
         let router = in_process(app(server), identity);
         let client = Client::new(router.clone(), "default");
@@ -62,7 +64,7 @@ impl Cluster {
              contexts: [{{name: exo, context: {{cluster: exo, user: admin}}}}]\n"
         );
         std::fs::write(dir.path().join("kubeconfig"), kubeconfig).unwrap();
-        Self { client, dir, server }
+        Self { client, dir, tasks: [server, collecting] }
     }
 
     pub(crate) fn kubeconfig(&self) -> PathBuf {
@@ -129,6 +131,66 @@ impl Cluster {
         api.patch_status(&name, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
     }
 
+    /// Two machines, one half full, one with nothing known of it.
+    pub(crate) async fn create_nodes(&self) {
+        let api = Api::<exo_crds::Node>::all(self.client.clone());
+        for (name, rack) in [("mac-1", "a"), ("mac-2", "b")] {
+            let node = serde_json::from_value(json!({
+                "apiVersion": "exo.dev/v1alpha1", "kind": "Node",
+                "metadata": {"name": name, "labels": {"rack": rack}}, "spec": {},
+            }))
+            .unwrap();
+            api.create(&PostParams::default(), &node).await.unwrap();
+        }
+        let gib = 1_u64 << 30;
+        let memory = json!({"total": "64Gi", "free": "32Gi", "totalBytes": 64 * gib,
+            "usableBytes": 48 * gib, "freeBytes": 32 * gib});
+        let ready = condition(true, "AgentReports", "the agent reports");
+        let status = json!({"status": {"memory": memory, "os": "macos", "chip": "Apple M4",
+            "transports": ["ring"], "conditions": [ready],
+            "addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]}});
+        api.patch_status("mac-1", &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
+    }
+
+    /// The manual's shards anew, all of them on one node.
+    pub(crate) async fn move_shards(&self, node: &str) {
+        let api = Api::<exo_crds::Shard>::namespaced(self.client.clone(), "default");
+        for shard in api.list(&ListParams::default()).await.unwrap() {
+            let name = shard.metadata.name.unwrap();
+            let patch = json!({"spec": {"node": node}});
+            api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.unwrap();
+        }
+    }
+
+    /// What controllers write down: one event that repeated itself and a later one, told in the
+    /// wrong order.
+    pub(crate) async fn create_events(&self, name: &str) {
+        let instance =
+            Api::<exo_crds::InferenceInstance>::namespaced(self.client.clone(), "default")
+                .get(name)
+                .await
+                .unwrap();
+        let api = Api::<Event>::namespaced(self.client.clone(), "default");
+        let now = Timestamp::now().as_second();
+        let events = [
+            ("Warning", "ShardFailed", "no tensor `x`", 3, 10),
+            ("Normal", "Placed", "on mac-1, mac-2", 1, 60),
+        ];
+        for (kind, reason, message, count, ago_s) in events {
+            let time = Time(Timestamp::from_second(now - ago_s).unwrap());
+            let event = serde_json::from_value(json!({
+                "metadata": {"name": format!("{name}.{}", reason.to_lowercase())},
+                "involvedObject": {"apiVersion": "exo.dev/v1alpha1", "kind": "InferenceInstance",
+                    "name": name, "namespace": "default", "uid": instance.metadata.uid},
+                "type": kind, "reason": reason, "message": message, "count": count,
+                "firstTimestamp": time, "lastTimestamp": time,
+                "source": {"component": "instance-controller"},
+            }))
+            .unwrap();
+            api.create(&PostParams::default(), &event).await.unwrap();
+        }
+    }
+
     /// Does what agent and controller do when an instance of two ranks can't be loaded.
     pub(crate) async fn fail(&self, name: &str, permanent: bool) {
         let shards = Api::<exo_crds::Shard>::namespaced(self.client.clone(), "default");
@@ -148,7 +210,8 @@ impl Cluster {
         }
         let failure = json!({"reason": "BadWeights", "message": "no tensor `lm_head.weight`",
             "permanent": permanent});
-        let status = json!({"status": {"phase": "Failed", "failure": failure}});
+        let status = json!({"status": {"phase": "Failed", "failure": failure,
+            "lastLogLines": ["loading 8 layers", "error: no tensor `lm_head.weight`"]}});
         shards.patch_status(&shard, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
         // The controller's words follow the shard's.
         let message = match permanent {

@@ -28,6 +28,9 @@ async fn check(name: &str) {
             let _ = writeln!(transcript, "{line}");
             match action {
                 "create shards" => cluster.create_shards().await,
+                "nodes report" => cluster.create_nodes().await,
+                "shards move to mac-1" => cluster.move_shards("mac-1").await,
+                "chat had events" => cluster.create_events("chat").await,
                 "chat is ready" => cluster.set_ready("chat", true).await,
                 "chat is not ready" => cluster.set_ready("chat", false).await,
                 "chat is starting" => cluster.set_starting("chat").await,
@@ -65,7 +68,8 @@ async fn run(cluster: &Cluster, words: &str, transcript: &mut String) {
         Some((words, file)) => (words, fs::read_to_string(cluster.dir.path().join(file)).unwrap()),
         None => (words, String::new()),
     };
-    let args: Vec<&str> = words.split_whitespace().collect();
+    let args = split(words);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let output = cluster.run_with_input(&args, &input).await;
     let dir = cluster.dir.path().display().to_string();
     for line in output.stdout.lines() {
@@ -77,6 +81,26 @@ async fn run(cluster: &Cluster, words: &str, transcript: &mut String) {
     if output.code != 0 {
         let _ = writeln!(transcript, "? {}", output.code);
     }
+}
+
+/// Words as a shell splits them: spaces between braces belong to a word, for templates' sake.
+fn split(line: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut depth = 0_u32;
+    for c in line.chars() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        match (c, words.last_mut()) {
+            (' ', _) if depth == 0 => words.push(String::new()),
+            (c, Some(word)) => word.push(c),
+            (_, None) => {}
+        }
+    }
+    words.retain(|word| !word.is_empty());
+    words
 }
 
 /// Takes out what differs from run to run.
@@ -114,6 +138,26 @@ fn blot(line: &str, dir: &str) -> String {
 #[tokio::test]
 async fn resources() {
     check("resources.txt").await;
+}
+
+#[tokio::test]
+async fn changes() {
+    check("changes.txt").await;
+}
+
+#[tokio::test]
+async fn reads() {
+    check("reads.txt").await;
+}
+
+#[tokio::test]
+async fn nodes() {
+    check("nodes.txt").await;
+}
+
+#[tokio::test]
+async fn completion() {
+    check("completion.txt").await;
 }
 
 #[tokio::test]

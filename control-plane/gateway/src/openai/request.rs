@@ -3,6 +3,8 @@
 //! Wrong types and values out of range are refused with the field's path. Options that can't be
 //! honoured are refused too, rather than silently dropped; fields nobody knows are ignored.
 
+use std::collections::BTreeMap;
+
 use exo_crds::generate::{GenerateRequest, Prompt, SamplingParams};
 use serde_json::{Map, Value};
 
@@ -17,6 +19,11 @@ const MAX_STOPS: usize = 16;
 /// Each runs through a matcher for every token.
 const MAX_STOP_BYTES: usize = 1_024;
 const MAX_TOP_LOGPROBS: i64 = 20;
+const MAX_LOGIT_BIAS: f64 = 100.0;
+/// As OpenAI allows.
+const MAX_LOGIT_BIASES: usize = 1_024;
+/// Clients use 1 to 2; runners take no more than this.
+const MAX_REPETITION_PENALTY: f64 = 100.0;
 
 /// A chat request, read and checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,8 +36,8 @@ pub(crate) struct ChatRequest {
     messages: Vec<Value>,
     tools: Vec<Value>,
     max_tokens: Option<u32>,
-    temperature: f32,
-    top_p: f32,
+    /// Without the seed.
+    sampling: SamplingParams,
     stop: Vec<String>,
     logprobs: Option<u32>,
 }
@@ -47,8 +54,6 @@ impl ChatRequest {
         let fields = Fields::new(object, "");
         refuse_unsupported(fields)?;
         let stream = fields.bool("stream")?.unwrap_or(false);
-        let temperature = fields.number("temperature", 0.0, 2.0)?.unwrap_or(1.0);
-        let top_p = fields.number("top_p", 0.0, 1.0)?.unwrap_or(1.0);
         Ok(Self {
             model: fields.required_str("model")?.to_owned(),
             stream,
@@ -58,9 +63,7 @@ impl ChatRequest {
             messages: read_messages(fields)?,
             tools: read_tools(fields)?,
             max_tokens: read_max_tokens(fields)?,
-            temperature: temperature as f32,
-            // Zero keeps the most probable token, as everything just above zero does.
-            top_p: (top_p as f32).max(f32::MIN_POSITIVE),
+            sampling: read_sampling(fields)?,
             stop: read_stop(fields)?,
             logprobs: read_logprobs(fields)?,
         })
@@ -78,7 +81,7 @@ impl ChatRequest {
             prompt: Prompt::Chat { messages: self.messages, tools: self.tools },
             generated: Vec::new(),
             max_tokens: self.max_tokens,
-            sampling: SamplingParams { temperature: self.temperature, top_p: self.top_p, seed },
+            sampling: SamplingParams { seed, ..self.sampling },
             stop: self.stop,
             logprobs: self.logprobs,
             now,
@@ -90,14 +93,6 @@ fn refuse_unsupported(fields: Fields<'_>) -> Result<(), ApiError> {
     if fields.integer("n", 1..=128)?.unwrap_or(1) != 1 {
         return Err(fields.error("n", "must be 1: one answer is made per request"));
     }
-    for name in ["presence_penalty", "frequency_penalty"] {
-        if fields.number(name, -2.0, 2.0)?.unwrap_or(0.0) != 0.0 {
-            return Err(fields.error(name, "must be 0: penalties are not supported"));
-        }
-    }
-    if fields.object("logit_bias")?.is_some_and(|bias| !bias.is_empty()) {
-        return Err(fields.error("logit_bias", "must be empty: biases are not supported"));
-    }
     if let Some(format) = fields.object("response_format")? {
         let format = Fields::new(format, "response_format");
         if format.required_str("type")? != "text" {
@@ -105,6 +100,50 @@ fn refuse_unsupported(fields: Fields<'_>) -> Result<(), ApiError> {
         }
     }
     Ok(())
+}
+
+/// OpenAI's parameters and, as extensions, `top_k`, `min_p` and `repetition_penalty` as other
+/// servers know them.
+fn read_sampling(fields: Fields<'_>) -> Result<SamplingParams, ApiError> {
+    let number = |name: &str, low: f64, high: f64, default: f32| {
+        let number = fields.number(name, low, high)?;
+        Ok::<f32, ApiError>(number.map_or(default, |number| number as f32))
+    };
+    let repetition_penalty = number("repetition_penalty", 0.0, MAX_REPETITION_PENALTY, 1.0)?;
+    if repetition_penalty <= 0.0 {
+        return Err(fields.error("repetition_penalty", "must be above 0"));
+    }
+    // Some clients say that there is no limit with -1.
+    let top_k = fields.integer("top_k", -1..=i64::from(u32::MAX))?.unwrap_or(0);
+    Ok(SamplingParams {
+        temperature: number("temperature", 0.0, 2.0, 1.0)?,
+        top_k: u32::try_from(top_k).unwrap_or(0),
+        // Zero keeps the most probable token, as everything just above zero does.
+        top_p: number("top_p", 0.0, 1.0, 1.0)?.max(f32::MIN_POSITIVE),
+        min_p: number("min_p", 0.0, 1.0, 0.0)?,
+        repetition_penalty,
+        presence_penalty: number("presence_penalty", -2.0, 2.0, 0.0)?,
+        frequency_penalty: number("frequency_penalty", -2.0, 2.0, 0.0)?,
+        logit_bias: read_logit_bias(fields)?,
+        seed: 0,
+    })
+}
+
+/// Biases by token id.
+fn read_logit_bias(fields: Fields<'_>) -> Result<BTreeMap<u32, f32>, ApiError> {
+    let Some(object) = fields.object("logit_bias")? else {
+        return Ok(BTreeMap::new());
+    };
+    if object.len() > MAX_LOGIT_BIASES {
+        return Err(fields.error("logit_bias", &format!("may hold at most {MAX_LOGIT_BIASES}")));
+    }
+    let inner = Fields::new(object, "logit_bias");
+    let biases = object.keys().map(|key| {
+        let token = key.parse().map_err(|_| inner.error(key, "must be a token id"))?;
+        let bias = inner.number(key, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)?.unwrap_or(0.0);
+        Ok((token, bias as f32))
+    });
+    biases.collect()
 }
 
 fn read_stream_options(fields: Fields<'_>, stream: bool) -> Result<bool, ApiError> {
@@ -195,7 +234,9 @@ mod tests {
             "stream": true, "stream_options": {"include_usage": true}, "seed": -1,
             "max_tokens": 5, "max_completion_tokens": 7, "temperature": 0, "top_p": 0.5,
             "stop": "END", "logprobs": true, "top_logprobs": 3,
-            "user": "ann", "something_new": {"x": 1}, "n": 1, "presence_penalty": 0,
+            "user": "ann", "something_new": {"x": 1}, "n": 1, "presence_penalty": 0.5,
+            "frequency_penalty": -2, "logit_bias": {"50256": -100, "7": 1.5}, "top_k": 40,
+            "min_p": 0.25, "repetition_penalty": 1.5,
         })))
         .unwrap();
         assert!(request.stream && request.include_usage);
@@ -204,8 +245,20 @@ mod tests {
         assert_eq!(generate.max_tokens, Some(7));
         assert_eq!(generate.stop, ["END"]);
         assert_eq!(generate.logprobs, Some(3));
-        assert_eq!(generate.sampling.temperature, 0.0);
-        assert_eq!(generate.sampling.top_p, 0.5);
+        let expect = SamplingParams {
+            temperature: 0.0,
+            top_k: 40,
+            top_p: 0.5,
+            min_p: 0.25,
+            repetition_penalty: 1.5,
+            presence_penalty: 0.5,
+            frequency_penalty: -2.0,
+            logit_bias: BTreeMap::from([(7, 1.5), (50_256, -100.0)]),
+            seed: 1,
+        };
+        assert_eq!(generate.sampling, expect);
+        let unlimited = ChatRequest::read(&with(json!({"top_k": -1}))).unwrap();
+        assert_eq!(unlimited.into_generate("x".into(), 0, 0).sampling, SamplingParams::default());
     }
 
     #[test]
@@ -241,8 +294,14 @@ mod tests {
             json!({"stream": true, "stream_options": {"include_usage": 1}}),
             "stream_options.include_usage",
         );
-        check(json!({"presence_penalty": 1}), "presence_penalty");
-        check(json!({"logit_bias": {"5": 1}}), "logit_bias");
+        check(json!({"presence_penalty": 2.1}), "presence_penalty");
+        check(json!({"frequency_penalty": "x"}), "frequency_penalty");
+        check(json!({"repetition_penalty": 0}), "repetition_penalty");
+        check(json!({"top_k": 1.5}), "top_k");
+        check(json!({"min_p": 2}), "min_p");
+        check(json!({"logit_bias": [1]}), "logit_bias");
+        check(json!({"logit_bias": {"5": 101}}), "logit_bias.5");
+        check(json!({"logit_bias": {"a": 1}}), "logit_bias.a");
         check(json!({"response_format": {"type": "json_object"}}), "response_format.type");
         check(json!({"messages": {}}), "messages");
     }

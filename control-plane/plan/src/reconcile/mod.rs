@@ -13,6 +13,7 @@
 //! - What is observed was read after the last own writes, so that a shard just created is seen.
 
 mod build;
+mod events;
 mod status;
 mod verdict;
 
@@ -26,13 +27,13 @@ use std::{
 
 use exo_crds::{
     InferenceInstance, InferenceInstanceStatus, Model, Node, Rendezvous, ReplicaStatus,
-    SHARD_FINALIZER, Shard, ShardPhase,
+    SHARD_FINALIZER, Shard, ShardPhase, event::Occurrence,
 };
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use serde::Serialize;
 
 use self::verdict::{End, Verdict};
-use crate::{NodeState, Placing, memory_needed, place};
+use crate::{NodeState, Placing, Share, memory_needed, place};
 
 /// A first failure is often a neighbour's: try again soon, then ever more slowly.
 const FIRST_DELAY_S: i64 = 1;
@@ -69,6 +70,8 @@ pub struct Decision {
     pub status: InferenceInstanceStatus,
     /// When to look again though nothing has changed.
     pub requeue_after: Option<Duration>,
+    /// What there is to tell about the instance once the status is written.
+    pub events: Vec<Occurrence>,
 }
 
 /// One write. Names are of Shards in the instance's namespace.
@@ -142,7 +145,8 @@ pub fn reconcile(observed: &Observed<'_>) -> Decision {
     let mut actions = release_lost(observed.nodes, mine.iter().copied());
     let (mut replicas, mut retired) = (Vec::new(), Vec::new());
     let mut requeue_after = None;
-    let mut planner = Planner { observed, edited, nodes: node_states(observed) };
+    let nodes = node_states(observed);
+    let mut planner = Planner { observed, edited, nodes, events: Vec::new() };
     let indices: BTreeSet<u32> = (0..wanted)
         .chain(mine.iter().map(|shard| shard.spec.replica))
         .chain(before.replicas.iter().map(|replica| replica.index))
@@ -161,11 +165,10 @@ pub fn reconcile(observed: &Observed<'_>) -> Decision {
         replicas.push((outcome.status, outcome.state));
         requeue_after = earliest(requeue_after, outcome.requeue_after);
     }
-    Decision {
-        actions,
-        status: status::summarise(instance, &before, replicas, retired, observed.now),
-        requeue_after,
-    }
+    let status = status::summarise(instance, &before, replicas, retired, observed.now);
+    let mut events = planner.events;
+    events.extend(events::unplaceable(&before, &status));
+    Decision { actions, status, requeue_after, events }
 }
 
 /// Finalizers to take from shards that are being deleted on nodes that are gone or not Ready.
@@ -214,6 +217,8 @@ struct Planner<'a> {
     /// The instance's spec changed since the last status was written.
     edited: bool,
     nodes: Vec<NodeState>,
+    /// What is told, of all replicas.
+    events: Vec<Occurrence>,
 }
 
 impl Planner<'_> {
@@ -260,9 +265,13 @@ impl Planner<'_> {
                     *message = format!("{cause}; {message}");
                 }
                 outcome.actions = delete(&current);
+                if !outcome.actions.is_empty() {
+                    self.events.push(events::ended(index, &end));
+                }
                 outcome
             }
         };
+        self.events.extend(events::progress(known, &outcome.status));
         actions.append(&mut outcome.actions);
         outcome.actions = actions;
         outcome
@@ -403,7 +412,7 @@ impl Planner<'_> {
 }
 
 /// Nodes with the memory that is left when every shard holds what it will need.
-fn node_states(observed: &Observed<'_>) -> Vec<NodeState> {
+pub(crate) fn node_states(observed: &Observed<'_>) -> Vec<NodeState> {
     let mut states: Vec<NodeState> =
         observed.nodes.iter().map(|node| NodeState::observe(node, 0)).collect();
     for shard in observed.shards {
@@ -413,8 +422,13 @@ fn node_states(observed: &Observed<'_>) -> Vec<NodeState> {
         let Some(model) = observed.models.get(&shard.spec.model.name) else {
             continue;
         };
-        let layers = shard.spec.layers.range();
-        let needed = memory_needed(&model.spec, shard.spec.context_length, &layers);
+        let share = Share {
+            sharding: shard.spec.sharding,
+            rank: shard.spec.rank,
+            world_size: shard.spec.world_size,
+            layers: shard.spec.layers.range(),
+        };
+        let needed = memory_needed(&model.spec, shard.spec.context_length, &share);
         let held = shard.status.as_ref().and_then(|status| status.memory_bytes).unwrap_or(0);
         promise(&mut states, &shard.spec.node, needed.saturating_sub(held));
     }

@@ -2,7 +2,8 @@
 //!
 //! # Guarantees
 //! Every write is on disk (fsync) when it returns. A file of another format, of another node, or
-//! with damaged pages is refused with an error that names it; nothing is skipped or cut.
+//! with damaged pages is refused with an error that names it; nothing is skipped or cut. A last
+//! commit that is gone is refused too, if it was complete once: see [`mark`](super::mark).
 //!
 //! # Format 1
 //! Table `meta`: text to JSON: `format`, `node_id`, `vote`, `purged`, `snapshot` (its metadata).
@@ -11,7 +12,7 @@
 use std::{
     ops::RangeInclusive,
     path::{Path, PathBuf},
-    sync::{PoisonError, RwLock},
+    sync::{Mutex, PoisonError, RwLock},
 };
 
 use openraft::{Entry, LogId, SnapshotMeta, Vote};
@@ -21,7 +22,10 @@ use redb::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::TypeConfig;
+use super::{
+    MemberNode, TypeConfig,
+    mark::{Mark, MarkFile},
+};
 
 const FILE: &str = "store.redb";
 const FORMAT: u32 = 1;
@@ -32,6 +36,10 @@ const SNAPSHOT: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("snapshot
 const CACHE_BYTES: usize = 32 << 20;
 /// Snapshots are stored in parts of this size.
 const PART_BYTES: usize = 1 << 20;
+
+/// Below so much free space nothing new is taken on: the log grows by 64 MiB before a snapshot cuts
+/// it, and that is written beside the one before. Votes and the like still find room then.
+const RESERVE_BYTES: u64 = 128 << 20;
 
 /// Something is wrong with the store's file.
 #[derive(Debug, thiserror::Error)]
@@ -65,18 +73,38 @@ pub enum DiskError {
         #[source]
         source: serde_json::Error,
     },
+    #[error("starting the thread that writes {path}")]
+    Thread {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("{path} is closed")]
     Closed { path: PathBuf },
     #[error("{path} is damaged: {what}")]
     Inconsistent { path: PathBuf, what: String },
+    #[error(
+        "{path} is damaged: {what} was written, and is gone (if that loss is to be accepted: \
+         remove {mark})"
+    )]
+    Lost { path: PathBuf, mark: PathBuf, what: &'static str },
+    #[error("reading or writing {path}")]
+    Mark {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
 }
 
-pub(super) type Meta = SnapshotMeta<u64, openraft::BasicNode>;
+pub(super) type Meta = SnapshotMeta<u64, MemberNode>;
 
 pub(super) struct Disk {
     path: PathBuf,
+    /// 0 before the format is checked.
+    node_id: u64,
     /// `None` once closed.
     database: RwLock<Option<Database>>,
+    mark: Mutex<MarkFile>,
 }
 
 impl Disk {
@@ -84,8 +112,9 @@ impl Disk {
     pub(super) fn open(dir: &Path, node_id: u64) -> Result<Self, DiskError> {
         std::fs::create_dir_all(dir)
             .map_err(|source| DiskError::Folder { path: dir.to_owned(), source })?;
-        let disk = Self::open_file(dir)?;
+        let disk = Self { node_id, ..Self::open_file(dir)? };
         disk.check_format(node_id)?;
+        disk.check_mark()?;
         Ok(disk)
     }
 
@@ -97,7 +126,11 @@ impl Disk {
             .set_check_integrity_on_open(true)
             .create(&path)
             .map_err(|source| DiskError::Open { path: path.clone(), source: Box::new(source) })?;
-        Ok(Self { path, database: RwLock::new(Some(database)) })
+        let mark = MarkFile::open(dir).map_err(|source| {
+            let path = dir.join("store.mark");
+            DiskError::Mark { path, source }
+        })?;
+        Ok(Self { path, node_id: 0, database: RwLock::new(Some(database)), mark: Mutex::new(mark) })
     }
 
     /// The node to which the file of `dir` belongs, if there is one.
@@ -138,6 +171,60 @@ impl Disk {
         }
     }
 
+    pub(super) fn own_id(&self) -> u64 {
+        self.node_id
+    }
+
+    pub(super) fn no_thread(&self, source: std::io::Error) -> DiskError {
+        DiskError::Thread { path: self.path.clone(), source }
+    }
+
+    /// Nothing that was complete is gone. From here on the mark says what is there.
+    fn check_mark(&self) -> Result<(), DiskError> {
+        let last = self.last()?.map(|entry| entry.log_id);
+        let snapshot = self.meta::<Meta>("snapshot")?.and_then(|meta| meta.last_log_id);
+        let found = Mark { vote: self.vote()?, last: last.max(self.purged()?), snapshot };
+        let mut file = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
+        let mark = file.mark();
+        let what = if found.vote < mark.vote {
+            "a vote"
+        } else if found.snapshot < mark.snapshot {
+            "a snapshot"
+        } else if found.last < mark.last {
+            "the end of the log"
+        } else {
+            return Self::put_mark(&mut file, found);
+        };
+        let mark = file.path().to_owned();
+        Err(DiskError::Lost { path: self.path.clone(), mark, what })
+    }
+
+    fn put_mark(file: &mut MarkFile, mark: Mark) -> Result<(), DiskError> {
+        let path = file.path().to_owned();
+        file.write(mark).map_err(|source| DiskError::Mark { path, source })
+    }
+
+    fn set_mark(&self, change: impl FnOnce(&mut Mark)) -> Result<(), DiskError> {
+        let mut file = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut mark = file.mark().clone();
+        change(&mut mark);
+        Self::put_mark(&mut file, mark)
+    }
+
+    /// What is missing for taking on more, in words; `None` when there is room.
+    pub(super) fn is_full(&self) -> Option<String> {
+        let volume = rustix::fs::statvfs(&self.path).ok()?;
+        let free = volume.f_bavail.saturating_mul(volume.f_frsize);
+        (free < RESERVE_BYTES).then(|| {
+            format!(
+                "the disk is full: {} MiB are free at {}, {} MiB are needed for writing",
+                free >> 20,
+                self.path.display(),
+                RESERVE_BYTES >> 20
+            )
+        })
+    }
+
     fn read_tables(&self) -> Result<usize, DiskError> {
         self.access(|database| {
             let txn = database.begin_read()?;
@@ -164,6 +251,10 @@ impl Disk {
     pub(super) fn close(&self) {
         let mut database = self.database.write().unwrap_or_else(PoisonError::into_inner);
         *database = None;
+        let mark = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = mark.flush() {
+            tracing::warn!(%error, path = %mark.path().display(), "not flushed");
+        }
     }
 
     /// One durable transaction.
@@ -218,7 +309,8 @@ impl Disk {
         self.write(|txn| {
             txn.open_table(META)?.insert("vote", json(vote).as_slice())?;
             Ok(())
-        })
+        })?;
+        self.set_mark(|mark| mark.vote = Some(*vote))
     }
 
     pub(super) fn purged(&self) -> Result<Option<LogId<u64>>, DiskError> {
@@ -269,11 +361,19 @@ impl Disk {
             }
             Ok(())
         })?;
+        if let Some(last) = entries.last() {
+            self.set_mark(|mark| mark.last = Some(last.log_id))?;
+        }
         Ok(bytes)
     }
 
     /// Removes the entries from `index` on.
     pub(super) fn truncate(&self, index: u64) -> Result<(), DiskError> {
+        // First the mark: what it promises is there whenever this is cut short.
+        let before = index.checked_sub(1).map(|last| self.entries(last..=last)).transpose()?;
+        let last = before.and_then(|entries| entries.last().map(|entry| entry.log_id));
+        let last = last.max(self.purged()?);
+        self.set_mark(|mark| mark.last = last)?;
         self.write(|txn| {
             txn.open_table(LOG)?.retain_in(index.., |_, _| false)?;
             Ok(())
@@ -286,12 +386,29 @@ impl Disk {
             txn.open_table(META)?.insert("purged", json(id).as_slice())?;
             txn.open_table(LOG)?.retain_in(..=id.index, |_, _| false)?;
             Ok(())
-        })
+        })?;
+        self.set_mark(|mark| mark.last = mark.last.max(Some(*id)))
     }
 
-    /// Replaces the snapshot.
+    /// Replaces the snapshot, unless the one that is there is newer: one that was built here may
+    /// be ready only after another one came from the leader.
     pub(super) fn save_snapshot(&self, meta: &Meta, data: &[u8]) -> Result<(), DiskError> {
+        let mut damaged = None;
+        let mut saved = false;
         self.write(|txn| {
+            let present = match txn.open_table(META)?.get("snapshot")? {
+                Some(bytes) => self.parse::<Meta>(|| "`snapshot`".to_owned(), bytes.value()),
+                None => Ok(Meta::default()),
+            };
+            match present {
+                Ok(present) if present.last_log_id > meta.last_log_id => return Ok(()),
+                Ok(_) => {}
+                Err(error) => {
+                    damaged = Some(error);
+                    return Ok(());
+                }
+            }
+            saved = true;
             let mut table = txn.open_table(SNAPSHOT)?;
             table.retain(|_, _| false)?;
             for (number, part) in (0..).zip(data.chunks(PART_BYTES)) {
@@ -299,7 +416,12 @@ impl Disk {
             }
             txn.open_table(META)?.insert("snapshot", json(meta).as_slice())?;
             Ok(())
-        })
+        })?;
+        match damaged {
+            Some(error) => Err(error),
+            None if saved => self.set_mark(|mark| mark.snapshot = meta.last_log_id),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn snapshot(&self) -> Result<Option<(Meta, Vec<u8>)>, DiskError> {

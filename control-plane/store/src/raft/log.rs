@@ -1,12 +1,24 @@
 //! Raft's log: on disk, with its tail in memory for the entries that are about to be applied.
+//!
+//! One thread writes, in the order of the calls; appends that wait for it share a transaction.
+//!
+//! A leader sends its entries to the followers while it writes them itself: an append of its own
+//! proposals is reported as done at once. openraft then counts this node among those that have the
+//! entry, so an entry may be committed that is not on this disk yet. Nobody gets to know of that:
+//! [`Flushing`] holds back the state machine here, and what followers are told of commits, until the
+//! entry is flushed. And since another entry could take its place when this node is killed before,
+//! a leader that starts again stands for election anew, in a new term, instead of going on in the
+//! old one. Changes of membership, which count from the moment they are committed, are waited for.
 
 use std::{
     collections::{BTreeMap, Bound},
     fmt::Debug,
+    io,
     ops::{RangeBounds, RangeInclusive},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
+        mpsc,
     },
 };
 
@@ -15,7 +27,7 @@ use openraft::{
     StorageIOError, Vote,
     storage::{LogFlushed, RaftLogStorage},
 };
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot, watch};
 
 use super::{
     TypeConfig,
@@ -25,6 +37,8 @@ use super::{
 
 /// Entries kept in memory; an entry is read back right after it is written.
 const TAIL_ENTRIES: usize = 256;
+/// Appends of so many entries share a transaction.
+const SHARED_ENTRIES: usize = 1024;
 /// The log is cut by a snapshot after so many bytes, however few its entries.
 const SNAPSHOT_BYTES: u64 = 64 << 20;
 
@@ -33,8 +47,72 @@ const SNAPSHOT_BYTES: u64 = 64 << 20;
 pub(super) struct LogStore {
     disk: Arc<Disk>,
     tail: Arc<Mutex<Tail>>,
+    jobs: mpsc::Sender<Job>,
+    flushing: Flushing,
     proposals: Proposals,
     growth: Arc<Growth>,
+}
+
+/// What the writing thread does.
+enum Job {
+    Append {
+        entries: Vec<Entry<TypeConfig>>,
+        /// `None` when it was reported as done before.
+        done: Option<LogFlushed<TypeConfig>>,
+    },
+    Run(Box<dyn FnOnce(&Disk) -> Result<(), DiskError> + Send>, oneshot::Sender<Outcome>),
+}
+
+type Outcome = Result<(), DiskError>;
+
+/// How far the log is on disk, where it may have been reported as done before it was.
+#[derive(Clone, Debug)]
+pub(super) struct Flushing(Arc<watch::Sender<Progress>>);
+
+#[derive(Clone, Debug, Default)]
+struct Progress {
+    /// Up to here it may have been reported before it was so; 0 for never.
+    early: u64,
+    /// The newest entry on disk.
+    flushed: Option<LogId<u64>>,
+    failed: Option<String>,
+}
+
+impl Progress {
+    fn has(&self, index: u64) -> bool {
+        index > self.early || self.flushed.is_some_and(|flushed| index <= flushed.index)
+    }
+}
+
+impl Flushing {
+    fn new(flushed: Option<LogId<u64>>) -> Self {
+        Self(Arc::new(watch::Sender::new(Progress { early: 0, flushed, failed: None })))
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Progress)) {
+        self.0.send_modify(change);
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.0.borrow().failed.clone()
+    }
+
+    /// Waits until the entry at `index` is on disk.
+    pub(super) async fn reached(&self, index: u64) -> io::Result<()> {
+        let mut progress = self.0.subscribe();
+        // The sender lives in `self`.
+        let now = progress.wait_for(|p| p.failed.is_some() || p.has(index)).await;
+        match now.map_err(io::Error::other)?.failed.clone() {
+            Some(failed) => Err(io::Error::other(failed)),
+            None => Ok(()),
+        }
+    }
+
+    /// The same entry if it is on disk, or the newest one that is.
+    pub(super) fn at_most(&self, id: LogId<u64>) -> Option<LogId<u64>> {
+        let progress = self.0.borrow();
+        if progress.has(id.index) { Some(id) } else { progress.flushed.min(Some(id)) }
+    }
 }
 
 /// How much was appended since the last sign that it is enough.
@@ -62,6 +140,7 @@ struct Tail {
     entries: BTreeMap<u64, Entry<TypeConfig>>,
     last: Option<LogId<u64>>,
     purged: Option<LogId<u64>>,
+    vote: Option<Vote<u64>>,
 }
 
 type Result<T, E = StorageError<u64>> = std::result::Result<T, E>;
@@ -76,12 +155,36 @@ impl LogStore {
     pub(super) fn open(disk: Arc<Disk>) -> Result<Self, DiskError> {
         let purged = disk.purged()?;
         let last = disk.last()?.map(|entry| entry.log_id).or(purged);
+        // The vote for itself is no office: see above.
+        let vote = disk.vote()?.map(|vote| {
+            let Vote { leader_id, .. } = vote;
+            let own = leader_id.node_id == disk.own_id();
+            if own { Vote::new(leader_id.term, leader_id.node_id) } else { vote }
+        });
+        let growth = Arc::default();
+        let flushing = Flushing::new(last);
+        let (jobs, queue) = mpsc::channel();
+        let writing = Writing {
+            disk: Arc::clone(&disk),
+            growth: Arc::clone(&growth),
+            flushing: flushing.clone(),
+        };
+        std::thread::Builder::new()
+            .name("store-log".to_owned())
+            .spawn(move || writing.run(&queue))
+            .map_err(|source| disk.no_thread(source))?;
         Ok(Self {
-            tail: Arc::new(Mutex::new(Tail { entries: BTreeMap::new(), last, purged })),
+            tail: Arc::new(Mutex::new(Tail { entries: BTreeMap::new(), last, purged, vote })),
             disk,
+            jobs,
+            flushing,
             proposals: Proposals::default(),
-            growth: Arc::default(),
+            growth,
         })
+    }
+
+    pub(super) fn flushing(&self) -> Flushing {
+        self.flushing.clone()
     }
 
     pub(super) fn proposals(&self) -> Proposals {
@@ -96,16 +199,99 @@ impl LogStore {
         run(&mut self.tail.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Runs a write where it may block.
+    /// Has the thread do something after all that it was given before.
     async fn blocking(
         &self,
         run: impl FnOnce(&Disk) -> Result<(), DiskError> + Send + 'static,
     ) -> Result<(), AnyError> {
-        let disk = Arc::clone(&self.disk);
-        match tokio::task::spawn_blocking(move || run(&disk)).await {
+        let (done, outcome) = oneshot::channel();
+        self.send(Job::Run(Box::new(run), done))?;
+        match outcome.await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(AnyError::new(&error)),
             Err(error) => Err(AnyError::new(&error)),
+        }
+    }
+
+    fn send(&self, job: Job) -> Result<(), AnyError> {
+        self.jobs.send(job).map_err(|_| AnyError::error("the thread that writes the log is gone"))
+    }
+
+    /// Whether these are this leader's own proposals, and nothing but commands.
+    fn are_own(&self, entries: &[Entry<TypeConfig>]) -> bool {
+        let own = self.disk.own_id();
+        let Some(vote) = self.with_tail(|tail| tail.vote) else { return false };
+        vote.leader_id.node_id == own
+            && entries.iter().all(|entry| {
+                let LogId { leader_id, .. } = entry.log_id;
+                leader_id.node_id == own
+                    && leader_id.term == vote.leader_id.term
+                    && matches!(entry.payload, EntryPayload::Normal(_))
+            })
+    }
+}
+
+/// The thread that writes.
+struct Writing {
+    disk: Arc<Disk>,
+    growth: Arc<Growth>,
+    flushing: Flushing,
+}
+
+impl Writing {
+    /// Ends with the last handle of the log.
+    fn run(&self, queue: &mpsc::Receiver<Job>) {
+        let mut next = queue.recv().ok();
+        while let Some(job) = next.take() {
+            match job {
+                Job::Run(run, done) => {
+                    // Who asked may be gone.
+                    let _ = done.send(run(&self.disk));
+                }
+                Job::Append { entries, done } => {
+                    let mut entries = entries;
+                    let mut waiting: Vec<_> = done.into_iter().collect();
+                    while entries.len() < SHARED_ENTRIES {
+                        match queue.try_recv() {
+                            Ok(Job::Append { entries: more, done }) => {
+                                entries.extend(more);
+                                waiting.extend(done);
+                            }
+                            Ok(other) => {
+                                next = Some(other);
+                                break;
+                            }
+                            Err(_) => break,
+                        }
+                    }
+                    self.append(&entries, waiting);
+                }
+            }
+            if next.is_none() {
+                next = queue.recv().ok();
+            }
+        }
+    }
+
+    fn append(&self, entries: &[Entry<TypeConfig>], waiting: Vec<LogFlushed<TypeConfig>>) {
+        let result = match self.flushing.failure() {
+            // What comes after a hole in the log must not be there.
+            Some(failed) => Err(failed),
+            None => self.disk.append(entries).map_err(|error| AnyError::new(&error).to_string()),
+        };
+        match result {
+            Ok(bytes) => {
+                self.growth.add(bytes);
+                let last = entries.last().map(|entry| entry.log_id);
+                self.flushing.change(|progress| progress.flushed = last);
+                waiting.into_iter().for_each(|done| done.log_io_completed(Ok(())));
+            }
+            Err(failed) => {
+                for done in waiting {
+                    done.log_io_completed(Err(io::Error::other(failed.clone())));
+                }
+                self.flushing.change(|progress| progress.failed = Some(failed));
+            }
         }
     }
 }
@@ -118,10 +304,14 @@ impl Tail {
         (first <= range.start()).then(|| found().collect())
     }
 
-    fn push(&mut self, entry: Entry<TypeConfig>) {
+    /// What is not on disk yet stays here, whatever its number.
+    fn push(&mut self, entry: Entry<TypeConfig>, flushing: &Flushing) {
         self.last = Some(entry.log_id);
         self.entries.insert(entry.log_id.index, entry);
-        while self.entries.len() > TAIL_ENTRIES {
+        while self.entries.len() > TAIL_ENTRIES
+            && let Some((first, _)) = self.entries.first_key_value()
+            && flushing.0.borrow().flushed.is_some_and(|flushed| *first <= flushed.index)
+        {
             self.entries.pop_first();
         }
     }
@@ -173,11 +363,13 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let vote = *vote;
         self.blocking(move |disk| disk.save_vote(&vote))
             .await
-            .map_err(|error| StorageIOError::write_vote(error).into())
+            .map_err(StorageIOError::write_vote)?;
+        self.with_tail(|tail| tail.vote = Some(vote));
+        Ok(())
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote<u64>>> {
-        self.disk.vote().map_err(fault(StorageIOError::read_vote))
+        Ok(self.with_tail(|tail| tail.vote))
     }
 
     async fn append<I>(&mut self, entries: I, callback: LogFlushed<TypeConfig>) -> Result<()>
@@ -191,19 +383,24 @@ impl RaftLogStorage<TypeConfig> for LogStore {
                 self.proposals.reached_log(request.mark);
             }
         }
-        let written = entries.clone();
-        let growth = self.growth();
-        let append = move |disk: &Disk| {
-            growth.add(disk.append(&written)?);
-            Ok(())
-        };
-        self.blocking(append).await.map_err(StorageIOError::write_logs)?;
+        if let Some(failed) = self.flushing.failure() {
+            return Err(StorageIOError::write_logs(AnyError::error(failed)).into());
+        }
+        let own = self.are_own(&entries);
+        let last = entries.last().map_or(0, |entry| entry.log_id.index);
         self.with_tail(|tail| {
-            for entry in entries {
-                tail.push(entry);
+            for entry in &entries {
+                tail.push(entry.clone(), &self.flushing);
             }
         });
-        callback.log_io_completed(Ok(()));
+        let (early, done) = if own { (Some(callback), None) } else { (None, Some(callback)) };
+        if early.is_some() {
+            self.flushing.change(|progress| progress.early = progress.early.max(last));
+        }
+        self.send(Job::Append { entries, done }).map_err(StorageIOError::write_logs)?;
+        if let Some(callback) = early {
+            callback.log_io_completed(Ok(()));
+        }
         Ok(())
     }
 
@@ -215,6 +412,11 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         self.with_tail(|tail| {
             tail.entries.split_off(&log_id.index);
             tail.last = last.map(|entry| entry.log_id).or(tail.purged);
+            let last = tail.last;
+            self.flushing.change(|progress| {
+                progress.early = progress.early.min(log_id.index.saturating_sub(1));
+                progress.flushed = last;
+            });
         });
         Ok(())
     }
@@ -227,5 +429,41 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             tail.last = tail.last.max(Some(log_id));
         });
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use openraft::CommittedLeaderId;
+
+    use super::*;
+
+    fn id(index: u64) -> LogId<u64> {
+        LogId::new(CommittedLeaderId::new(1, 1), index)
+    }
+
+    #[tokio::test]
+    async fn only_what_was_reported_early_is_waited_for() {
+        let flushing = Flushing::new(Some(id(3)));
+        for index in [1, 3, 4, 99] {
+            flushing.reached(index).await.unwrap();
+            assert_eq!(flushing.at_most(id(index)), Some(id(index)));
+        }
+        flushing.change(|progress| progress.early = 5);
+        flushing.reached(3).await.unwrap();
+        flushing.reached(6).await.unwrap();
+        assert_eq!(flushing.at_most(id(4)), Some(id(3)), "followers are told of what is on disk");
+        let waiting = tokio::spawn({
+            let flushing = flushing.clone();
+            async move { flushing.reached(5).await }
+        });
+        flushing.change(|progress| progress.flushed = Some(id(4)));
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        flushing.change(|progress| progress.flushed = Some(id(5)));
+        waiting.await.unwrap().unwrap();
+
+        flushing.change(|progress| progress.failed = Some("no room".to_owned()));
+        assert!(flushing.reached(6).await.unwrap_err().to_string().contains("no room"));
     }
 }

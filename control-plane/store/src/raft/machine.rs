@@ -3,13 +3,14 @@
 use std::{io::Cursor, sync::Arc};
 
 use openraft::{
-    AnyError, BasicNode, Entry, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot,
+    AnyError, Entry, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot,
     StorageError, StorageIOError, StoredMembership, storage::RaftStateMachine,
 };
 
 use super::{
-    Request, Response, SnapshotData, TypeConfig,
+    MemberNode, Request, Response, SnapshotData, TypeConfig,
     disk::{Disk, DiskError, Meta},
+    log::Flushing,
 };
 use crate::{
     command,
@@ -22,8 +23,9 @@ type Result<T, E = StorageError<u64>> = std::result::Result<T, E>;
 pub(super) struct StateMachine {
     shared: Arc<Shared>,
     disk: Arc<Disk>,
+    flushing: Option<Flushing>,
     applied: Option<LogId<u64>>,
-    membership: StoredMembership<u64, BasicNode>,
+    membership: StoredMembership<u64, MemberNode>,
 }
 
 impl StateMachine {
@@ -32,6 +34,7 @@ impl StateMachine {
         let mut machine = Self {
             shared: Shared::new(State::default()),
             disk: Arc::clone(disk),
+            flushing: None,
             applied: None,
             membership: StoredMembership::default(),
         };
@@ -40,6 +43,11 @@ impl StateMachine {
             machine.adopt(&meta, image);
         }
         Ok(machine)
+    }
+
+    /// Applies only what this log has on disk.
+    pub(super) fn after(&mut self, flushing: Flushing) {
+        self.flushing = Some(flushing);
     }
 
     pub(super) fn shared(&self) -> &Arc<Shared> {
@@ -67,7 +75,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 
     async fn applied_state(
         &mut self,
-    ) -> Result<(Option<LogId<u64>>, StoredMembership<u64, BasicNode>)> {
+    ) -> Result<(Option<LogId<u64>>, StoredMembership<u64, MemberNode>)> {
         Ok((self.applied, self.membership.clone()))
     }
 
@@ -78,6 +86,12 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     {
         let mut responses = Vec::new();
         for entry in entries {
+            if let Some(flushing) = &self.flushing {
+                flushing
+                    .reached(entry.log_id.index)
+                    .await
+                    .map_err(|error| StorageIOError::apply(entry.log_id, AnyError::new(&error)))?;
+            }
             self.applied = Some(entry.log_id);
             responses.push(match entry.payload {
                 EntryPayload::Blank => Response(Vec::new()),
@@ -140,7 +154,7 @@ pub(super) struct SnapshotBuilder {
     /// Taken by the first build.
     image: Option<StateImage>,
     applied: Option<LogId<u64>>,
-    membership: StoredMembership<u64, BasicNode>,
+    membership: StoredMembership<u64, MemberNode>,
     disk: Arc<Disk>,
 }
 

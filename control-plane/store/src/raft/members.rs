@@ -6,14 +6,14 @@ use std::{
 };
 
 use openraft::{
-    BasicNode, ChangeMembers, RaftMetrics,
+    ChangeMembers, RaftMetrics,
     error::{ChangeMembershipError, ClientWriteError, RaftError},
 };
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
-    NodeRaft,
+    MemberNode, NodeRaft,
     network::json,
     node::{Node, Place, Refusal},
 };
@@ -29,6 +29,8 @@ const HAND_OVER: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
     pub id: u64,
+    /// Empty for a member of which nobody has said it.
+    pub name: String,
     /// `IP:port`.
     pub address: String,
     /// Decides with the others; a learner only follows.
@@ -43,18 +45,26 @@ pub(super) enum Change {
     AddLearner {
         id: u64,
         address: String,
+        #[serde(default)]
+        name: String,
     },
     /// Exactly these; former voters become learners.
     Voters {
         ids: BTreeSet<u64>,
     },
+    /// These learners become voters too.
+    Promote {
+        ids: BTreeSet<u64>,
+    },
     Remove {
         id: u64,
     },
-    /// A node moved.
+    /// A node moved, or was given another name.
     Address {
         id: u64,
         address: String,
+        #[serde(default)]
+        name: String,
     },
 }
 
@@ -68,6 +78,7 @@ impl Node {
             .nodes()
             .map(|(id, node)| Member {
                 id: *id,
+                name: node.name.clone(),
                 address: node.addr.clone(),
                 is_voter: voters.contains(id),
             })
@@ -107,10 +118,10 @@ impl Node {
         let known = self.members();
         let voters: BTreeSet<u64> = known.iter().filter(|m| m.is_voter).map(|m| m.id).collect();
         let moved = match change {
-            Change::AddLearner { id, address } | Change::Address { id, address } => {
-                known.iter().any(|m| m.id == *id && m.address != *address)
+            Change::AddLearner { id, address, name } | Change::Address { id, address, name } => {
+                known.iter().any(|m| m.id == *id && (m.address != *address || m.name != *name))
             }
-            Change::Voters { .. } | Change::Remove { .. } => false,
+            Change::Voters { .. } | Change::Promote { .. } | Change::Remove { .. } => false,
         };
         // A change has two steps. It goes on when the caller goes away in between.
         let work = tokio::spawn(carry_out(self.raft.clone(), change.clone(), voters, moved));
@@ -129,17 +140,19 @@ async fn carry_out(
     voters: BTreeSet<u64>,
     moved: bool,
 ) -> Result<(), Failure> {
-    if let (true, Change::AddLearner { id, address } | Change::Address { id, address }) =
-        (moved, &change)
+    if let (
+        true,
+        Change::AddLearner { id, address, name } | Change::Address { id, address, name },
+    ) = (moved, &change)
     {
-        let node = BTreeMap::from([(*id, BasicNode::new(address))]);
+        let node = BTreeMap::from([(*id, MemberNode::of(name, address))]);
         raft.change_membership(ChangeMembers::SetNodes(node), true).await?;
     }
     match change {
-        Change::AddLearner { id, address } => {
-            let added = raft.add_learner(id, BasicNode::new(address), false).await?;
+        Change::AddLearner { id, address, name } => {
+            let added = raft.add_learner(id, MemberNode::of(&name, &address), false).await?;
             // Until it has all that came before it, or this node no longer leads.
-            let caught_up = |m: &RaftMetrics<u64, BasicNode>| {
+            let caught_up = |m: &RaftMetrics<u64, MemberNode>| {
                 m.replication.as_ref().is_none_or(|followers| {
                     followers.get(&id).is_some_and(|matching| *matching >= Some(added.log_id))
                 })
@@ -149,6 +162,9 @@ async fn carry_out(
         }
         Change::Voters { ids } => {
             raft.change_membership(ids, true).await?;
+        }
+        Change::Promote { ids } => {
+            raft.change_membership(ChangeMembers::AddVoterIds(ids), true).await?;
         }
         Change::Remove { id } => {
             let ids = BTreeSet::from([id]);
@@ -169,7 +185,7 @@ async fn carry_out(
 /// silent until they have chosen another, or for a while if nobody tells it of that.
 async fn hand_over(raft: &NodeRaft) {
     let own_id = raft.metrics().borrow().id;
-    let leads_without_vote = |m: &RaftMetrics<u64, BasicNode>| {
+    let leads_without_vote = |m: &RaftMetrics<u64, MemberNode>| {
         let membership = m.membership_config.membership();
         m.current_leader == Some(own_id) && !membership.voter_ids().any(|id| id == own_id)
     };
@@ -183,7 +199,7 @@ async fn hand_over(raft: &NodeRaft) {
     raft.runtime_config().heartbeat(true);
 }
 
-type Failure = RaftError<u64, ClientWriteError<u64, BasicNode>>;
+type Failure = RaftError<u64, ClientWriteError<u64, MemberNode>>;
 
 fn refusal(error: Failure) -> Refusal {
     match error {

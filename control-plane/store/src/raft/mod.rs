@@ -7,6 +7,7 @@ mod call;
 mod disk;
 mod log;
 mod machine;
+mod mark;
 mod members;
 mod network;
 mod node;
@@ -14,6 +15,7 @@ mod reads;
 mod routes;
 #[cfg(test)]
 mod tests;
+mod voters;
 mod writer;
 
 use std::{
@@ -25,7 +27,7 @@ use std::{
     time::Duration,
 };
 
-use openraft::{BasicNode, Raft, RaftMetrics, ServerState, SnapshotPolicy};
+use openraft::{Raft, RaftMetrics, ServerState, SnapshotPolicy};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, task::JoinHandle};
 
@@ -58,7 +60,7 @@ openraft::declare_raft_types!(
         D = Request,
         R = Response,
         NodeId = u64,
-        Node = BasicNode,
+        Node = MemberNode,
 );
 
 /// What one log entry orders: commands that arrived while the entry before was on its way.
@@ -76,6 +78,22 @@ pub(crate) struct Request {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Response(Vec<Outcome>);
 
+/// What the membership says of a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MemberNode {
+    /// `IP:port`.
+    addr: String,
+    /// Empty in what was written before nodes had names.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    name: String,
+}
+
+impl MemberNode {
+    fn of(name: &str, address: &str) -> Self {
+        Self { addr: address.to_owned(), name: name.to_owned() }
+    }
+}
+
 type NodeRaft = Raft<TypeConfig>;
 
 /// Where a node keeps the store, and who it is.
@@ -84,6 +102,8 @@ pub struct RaftConfig {
     /// Folder of the store's file; made if absent.
     pub dir: PathBuf,
     pub node_id: u64,
+    /// What people call this node; tells members apart for them.
+    pub name: String,
     /// Where other nodes reach this one, `IP:port`.
     pub address: String,
 }
@@ -98,10 +118,11 @@ pub enum OpenError {
 }
 
 /// Followers hear from the leader this often; a call to a follower may take as long.
-const HEARTBEAT_MS: u64 = 100;
+const HEARTBEAT_MS: u64 = 150;
 /// A follower that hears nothing of the leader for the upper bound, and then for a random time
-/// between both, stands for election: a new leader is there within a second.
-const ELECTION_MS: (u64, u64) = (200, 400);
+/// between both, stands for election: a new leader is there within a second. Several heartbeats fit
+/// in, so that a busy machine does not lose its leader.
+const ELECTION_MS: (u64, u64) = (300, 450);
 /// Log entries between snapshots: replaying so many takes well under a second.
 const SNAPSHOT_EVERY: u64 = 10_000;
 /// Log entries kept behind a snapshot, for followers that are a little behind.
@@ -169,31 +190,34 @@ impl RaftBackend {
             .await
             .map_err(|error| OpenError::Raft(error.to_string()))??;
         let disk = Arc::new(disk);
-        let machine = StateMachine::load(&disk)?;
+        let mut machine = StateMachine::load(&disk)?;
         let shared = Arc::clone(machine.shared());
         let log = LogStore::open(Arc::clone(&disk))?;
         let (proposals, growth) = (log.proposals(), log.growth());
+        machine.after(log.flushing());
         let caller = Caller::new(config.node_id, peering.as_ref());
-        let peers = Peers(caller.clone());
+        let peers = Peers { caller: caller.clone(), flushing: log.flushing() };
         let raft = NodeRaft::new(config.node_id, settings()?, peers, log, machine)
             .await
             .map_err(|e| fault(&e))?;
         let joins = peering.is_some_and(|p| p.begin == Begin::Join);
-        if !joins && !raft.is_initialized().await.map_err(|e| fault(&e))? {
-            let node = BasicNode::new(&config.address);
+        let is_new = !raft.is_initialized().await.map_err(|e| fault(&e))?;
+        if is_new && !joins {
+            let node = MemberNode::of(&config.name, &config.address);
             raft.initialize(BTreeMap::from([(config.node_id, node)]))
                 .await
                 .map_err(|e| fault(&e))?;
         }
-        start_alone(&raft, config.node_id).await?;
-        let node = Arc::new(Node { id: config.node_id, raft, caller, proposals });
+        start_alone(&raft, config.node_id, is_new).await?;
+        let node =
+            Arc::new(Node { id: config.node_id, raft, caller, proposals, disk: Arc::clone(&disk) });
         let now = leadership(&node.metrics().borrow());
         let (leads_sender, leads) = watch::channel(now.is_leader);
         let (sender, leadership) = watch::channel(now);
         let tasks = vec![
             tokio::spawn(follow_leadership(node.metrics(), sender, leads_sender)),
             tokio::spawn(snapshot_by_size(Arc::clone(&node), growth)),
-            tokio::spawn(tell_address(Arc::clone(&node), config.address)),
+            tokio::spawn(tell_address(Arc::clone(&node), config.name, config.address)),
         ];
         let (writer, reads) = (Writer::start(Arc::clone(&node)), Reads::start(Arc::clone(&node)));
         Ok(Self { node, writer, reads, leadership, leads, tasks, disk, shared })
@@ -216,8 +240,30 @@ impl RaftBackend {
         self.node.members()
     }
 
-    pub(crate) async fn add_learner(&self, id: u64, address: String) -> Result<(), StoreError> {
-        self.node.change(&Change::AddLearner { id, address }).await
+    pub(crate) async fn add_learner(
+        &self,
+        id: u64,
+        name: String,
+        address: String,
+    ) -> Result<(), StoreError> {
+        self.node.change(&Change::AddLearner { id, address, name }).await
+    }
+
+    /// Promotes learners while this node leads, until the store is shut down.
+    pub(crate) async fn keep_voters(&self) {
+        voters::keep(&self.node).await;
+    }
+
+    /// Waits until Raft stops, and says why.
+    pub(crate) async fn stopped(&self) -> String {
+        let mut metrics = self.node.metrics();
+        match metrics.wait_for(|m| m.running_state.is_err()).await {
+            Ok(now) => match &now.running_state {
+                Err(error) => error.to_string(),
+                Ok(()) => "it runs".to_owned(),
+            },
+            Err(_) => "it was shut down".to_owned(),
+        }
     }
 
     pub(crate) async fn set_voters(&self, ids: BTreeSet<u64>) -> Result<(), StoreError> {
@@ -233,7 +279,7 @@ impl RaftBackend {
         let failed = |error: &dyn std::error::Error| StoreError::Unavailable(error.to_string());
         let applied = self.metrics().last_applied;
         self.node.raft.trigger().snapshot().await.map_err(|e| failed(&e))?;
-        let reached = |m: &RaftMetrics<u64, BasicNode>| m.snapshot >= applied;
+        let reached = |m: &RaftMetrics<u64, MemberNode>| m.snapshot >= applied;
         let wait = self.node.raft.wait(Some(START_LIMIT));
         wait.metrics(reached, "a snapshot").await.map_err(|e| failed(&e))?;
         let behind = applied.map_or(0, |id| id.index);
@@ -253,7 +299,7 @@ impl RaftBackend {
         self.leads.clone()
     }
 
-    pub(crate) fn metrics(&self) -> RaftMetrics<u64, BasicNode> {
+    pub(crate) fn metrics(&self) -> RaftMetrics<u64, MemberNode> {
         self.node.metrics().borrow().clone()
     }
 
@@ -272,9 +318,9 @@ impl RaftBackend {
     }
 }
 
-/// Waits until a single voter leads and has applied its log. It stands for election at once when
-/// it is new, and resumes its own leadership when it restarts, so no timeout passes here.
-async fn start_alone(raft: &NodeRaft, node_id: u64) -> Result<(), OpenError> {
+/// Waits until a single voter leads and has applied its log. It stands for election at once, so no
+/// timeout passes here.
+async fn start_alone(raft: &NodeRaft, node_id: u64, is_new: bool) -> Result<(), OpenError> {
     // Asked of the core itself: the metrics may still be those of before the start.
     let alone = raft
         .with_raft_state(move |state| state.membership_state.effective().voter_ids().eq([node_id]))
@@ -282,6 +328,10 @@ async fn start_alone(raft: &NodeRaft, node_id: u64) -> Result<(), OpenError> {
         .map_err(|e| fault(&e))?;
     if !alone {
         return Ok(());
+    }
+    // A new one has begun to do so.
+    if !is_new {
+        raft.trigger().elect().await.map_err(|e| fault(&e))?;
     }
     raft.wait(Some(START_LIMIT))
         .metrics(
@@ -296,7 +346,7 @@ async fn start_alone(raft: &NodeRaft, node_id: u64) -> Result<(), OpenError> {
     Ok(())
 }
 
-fn leadership(metrics: &RaftMetrics<u64, BasicNode>) -> Leadership {
+fn leadership(metrics: &RaftMetrics<u64, MemberNode>) -> Leadership {
     let leader = metrics.current_leader;
     let membership = metrics.membership_config.membership();
     Leadership {
@@ -308,11 +358,15 @@ fn leadership(metrics: &RaftMetrics<u64, BasicNode>) -> Leadership {
 
 /// Copies who leads out of openraft's metrics, which change with every write.
 async fn follow_leadership(
-    mut metrics: watch::Receiver<RaftMetrics<u64, BasicNode>>,
+    mut metrics: watch::Receiver<RaftMetrics<u64, MemberNode>>,
     leadership_sender: watch::Sender<Leadership>,
     leads: watch::Sender<bool>,
 ) {
     let tell = |now: Leadership| {
+        if *leadership_sender.borrow() != now {
+            let leader = now.leader.as_deref().unwrap_or("none");
+            tracing::info!(leader, term = now.term, here = now.is_leader, "the store's leader");
+        }
         set_if_changed(&leads, now.is_leader);
         set_if_changed(&leadership_sender, now);
     };
@@ -338,12 +392,12 @@ async fn snapshot_by_size(node: Arc<Node>, growth: Arc<Growth>) {
 }
 
 /// Has the others call this node where it is now, if it was elsewhere before.
-async fn tell_address(node: Arc<Node>, address: String) {
+async fn tell_address(node: Arc<Node>, name: String, address: String) {
     let known = node.members().into_iter().find(|member| member.id == node.id);
-    if known.is_none_or(|known| known.address == address) {
+    if known.is_none_or(|known| known.address == address && known.name == name) {
         return;
     }
-    let change = Change::Address { id: node.id, address };
+    let change = Change::Address { id: node.id, address, name };
     if let Err(error) = node.change(&change).await {
         tracing::warn!(%error, "the other voters don't know this node's new address");
     }

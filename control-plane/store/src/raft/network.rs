@@ -3,7 +3,7 @@
 use std::{io, time::Duration};
 
 use openraft::{
-    BasicNode, SnapshotMeta, Vote,
+    SnapshotMeta, Vote,
     error::{
         Fatal, InstallSnapshotError, NetworkError, PayloadTooLarge, RPCError, RaftError,
         RemoteError, Unreachable,
@@ -15,10 +15,12 @@ use openraft::{
     },
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tokio::time::timeout;
 
 use super::{
-    TypeConfig,
+    MemberNode, TypeConfig,
     call::{CallError, Caller, Target},
+    log::Flushing,
 };
 
 /// A body of appends ends about here; longer ones are cut in two.
@@ -26,22 +28,29 @@ const APPEND_BYTES: usize = 8 << 20;
 /// An unreachable node is tried again after this long.
 const RETRY: Duration = Duration::from_millis(200);
 
+/// A follower hears of commits at most so much later, so that it need not be told again.
+const FLUSH_PATIENCE: Duration = Duration::from_millis(20);
+
 /// Makes connections.
-pub(super) struct Peers(pub(super) Caller);
+pub(super) struct Peers {
+    pub(super) caller: Caller,
+    pub(super) flushing: Flushing,
+}
 
 /// One other node.
 pub(super) struct Peer {
     caller: Caller,
+    flushing: Flushing,
     target: Target,
 }
 
-type Result<T, E = RaftError<u64>> = std::result::Result<T, RPCError<u64, BasicNode, E>>;
+type Result<T, E = RaftError<u64>> = std::result::Result<T, RPCError<u64, MemberNode, E>>;
 
 /// What stands before a chunk's bytes, in one line of JSON.
 #[derive(Serialize, Deserialize)]
 struct ChunkHead {
     vote: Vote<u64>,
-    meta: SnapshotMeta<u64, BasicNode>,
+    meta: SnapshotMeta<u64, MemberNode>,
     offset: u64,
     done: bool,
 }
@@ -89,7 +98,7 @@ impl Peer {
     }
 }
 
-fn fault<E: std::error::Error>(error: CallError) -> RPCError<u64, BasicNode, E> {
+fn fault<E: std::error::Error>(error: CallError) -> RPCError<u64, MemberNode, E> {
     match error {
         // Pauses before the next try.
         CallError::NotDone(text) => Unreachable::new(&io::Error::other(text)).into(),
@@ -100,17 +109,26 @@ fn fault<E: std::error::Error>(error: CallError) -> RPCError<u64, BasicNode, E> 
 impl RaftNetworkFactory<TypeConfig> for Peers {
     type Network = Peer;
 
-    async fn new_client(&mut self, id: u64, node: &BasicNode) -> Peer {
-        Peer { caller: self.0.clone(), target: Target { id, address: node.addr.clone() } }
+    async fn new_client(&mut self, id: u64, node: &MemberNode) -> Peer {
+        Peer {
+            caller: self.caller.clone(),
+            flushing: self.flushing.clone(),
+            target: Target { id, address: node.addr.clone() },
+        }
     }
 }
 
 impl RaftNetwork<TypeConfig> for Peer {
     async fn append_entries(
         &mut self,
-        request: AppendEntriesRequest<TypeConfig>,
+        mut request: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<u64>> {
+        // A commit counts when it is on this disk too; see `log`.
+        if let Some(commit) = request.leader_commit {
+            let _ = timeout(FLUSH_PATIENCE, self.flushing.reached(commit.index)).await;
+            request.leader_commit = self.flushing.at_most(commit);
+        }
         let body = json(&request);
         if body.len() > APPEND_BYTES && request.entries.len() > 1 {
             let half = request.entries.len() as u64 / 2;

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use openraft::{BasicNode, RaftMetrics, ServerState};
+use openraft::{RaftMetrics, ServerState};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::watch,
@@ -18,8 +18,9 @@ use tokio::{
 };
 
 use super::{
-    NodeRaft,
+    MemberNode, NodeRaft,
     call::{CallError, Caller, Target},
+    disk::Disk,
 };
 use crate::StoreError;
 
@@ -42,6 +43,8 @@ pub(super) enum Refusal {
     Unavailable(String),
     /// Nothing was done, and never will be.
     Invalid(String),
+    /// Nothing was done: the leader's disk has no room.
+    Full(String),
     Unknown(String),
 }
 
@@ -51,6 +54,7 @@ impl From<Refusal> for StoreError {
             Refusal::NotLeader { leader } => Self::NotLeader { leader },
             Refusal::Unavailable(text) => Self::Unavailable(text),
             Refusal::Invalid(text) => Self::Invalid(text),
+            Refusal::Full(text) => Self::Full(text),
             Refusal::Unknown(text) => Self::Unknown(text),
         }
     }
@@ -110,6 +114,7 @@ pub(super) struct Node {
     pub(super) raft: NodeRaft,
     pub(super) caller: Caller,
     pub(super) proposals: Proposals,
+    pub(super) disk: Arc<Disk>,
 }
 
 /// Where an order goes now.
@@ -121,7 +126,7 @@ pub(super) enum Place {
 }
 
 impl Node {
-    pub(super) fn metrics(&self) -> watch::Receiver<RaftMetrics<u64, BasicNode>> {
+    pub(super) fn metrics(&self) -> watch::Receiver<RaftMetrics<u64, MemberNode>> {
         self.raft.metrics()
     }
 
@@ -137,13 +142,9 @@ impl Node {
                 Place::Nowhere("this node has lost its vote and hands over".to_owned())
             }
             Some(id) if id == self.id && metrics.state == ServerState::Leader => {
-                match metrics.millis_since_quorum_ack {
-                    Some(ms) if ms > QUORUM_LOST_MS && membership.voter_ids().count() > 1 => {
-                        Place::Nowhere(format!(
-                            "no majority of voters has answered this leader for {ms} ms"
-                        ))
-                    }
-                    _ => Place::Here,
+                match quorum_lost(&metrics) {
+                    Some(why) => Place::Nowhere(why),
+                    None => Place::Here,
                 }
             }
             Some(id) if id != self.id => match membership.get_node(&id) {
@@ -151,6 +152,20 @@ impl Node {
                 None => Place::Nowhere(format!("the leader {id} is not a member")),
             },
             _ => Place::Nowhere("no leader is known".to_owned()),
+        }
+    }
+
+    /// Waits until this node leads without a majority, and says so.
+    pub(super) async fn loses_quorum(&self) -> String {
+        let mut metrics = self.raft.metrics();
+        loop {
+            if let Some(why) = quorum_lost(&metrics.borrow_and_update()) {
+                return why;
+            }
+            // Raft tells of its state with every heartbeat; a sender that is gone tells nothing.
+            if metrics.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
         }
     }
 
@@ -171,4 +186,12 @@ impl Node {
             metrics.wait_for(|m| m.last_applied.is_some_and(|applied| applied.index >= index));
         index == 0 || matches!(timeout_at(deadline, reached).await, Ok(Ok(_)))
     }
+}
+
+/// Why this leader can't commit anything, if it leads and can't.
+fn quorum_lost(metrics: &RaftMetrics<u64, MemberNode>) -> Option<String> {
+    let several = metrics.membership_config.membership().voter_ids().count() > 1;
+    let ms = metrics.millis_since_quorum_ack.filter(|ms| *ms > QUORUM_LOST_MS)?;
+    (several && metrics.state == ServerState::Leader)
+        .then(|| format!("no majority of voters has answered this leader for {ms} ms"))
 }

@@ -78,6 +78,7 @@ async fn catch_up(node: &Node) -> Result<(), Refusal> {
                         Refusal::NotLeader { .. } => "no leader was found in time".to_owned(),
                         Refusal::Unavailable(text)
                         | Refusal::Invalid(text)
+                        | Refusal::Full(text)
                         | Refusal::Unknown(text) => text,
                     }));
                 }

@@ -14,10 +14,11 @@ use axum::{
     response::{IntoResponse as _, Response},
     routing::post,
 };
+use openraft::raft::AppendEntriesRequest;
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
-    RaftBackend,
+    RaftBackend, TypeConfig,
     call::{BASE, BODY_LIMIT_BYTES, TARGET},
     members::Change,
     network::{decode_chunk, json},
@@ -34,6 +35,7 @@ pub(crate) fn routes(backend: Arc<RaftBackend>) -> Router {
         .route(&path("vote"), post(vote))
         .route(&path("snapshot"), post(snapshot))
         .route(&path("read-index"), post(read))
+        .route(&path("applied"), post(applied))
         .route(&path("write"), post(write))
         .route(&path("members"), post(members))
         .layer(middleware::from_fn_with_state(Arc::clone(&backend), check_target))
@@ -74,7 +76,17 @@ fn answer<A: Serialize>(value: &A) -> Response {
 }
 
 async fn append(State(backend): Backend, body: Bytes) -> Response {
-    with(&body, |request| backend.node.raft.append_entries(request)).await
+    let request: AppendEntriesRequest<TypeConfig> = match serde_json::from_slice(&body) {
+        Ok(request) => request,
+        Err(error) => return (StatusCode::BAD_REQUEST, error.to_string()).into_response(),
+    };
+    // Signs of life need no room. Without the rest this node falls behind, and catches up later.
+    match backend.node.disk.is_full() {
+        Some(problem) if !request.entries.is_empty() => {
+            (StatusCode::SERVICE_UNAVAILABLE, problem).into_response()
+        }
+        _ => answer(&backend.node.raft.append_entries(request).await),
+    }
 }
 
 async fn vote(State(backend): Backend, body: Bytes) -> Response {
@@ -86,6 +98,11 @@ async fn snapshot(State(backend): Backend, body: Bytes) -> Response {
         Some(chunk) => answer(&backend.node.raft.install_snapshot(chunk).await),
         None => (StatusCode::BAD_REQUEST, "not a part of a snapshot").into_response(),
     }
+}
+
+/// How far this node is; a sign of life as well.
+async fn applied(State(backend): Backend) -> Response {
+    answer(&backend.metrics().last_applied.map_or(0, |id| id.index))
 }
 
 async fn read(State(backend): Backend) -> Response {

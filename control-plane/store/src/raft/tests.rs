@@ -49,7 +49,12 @@ fn log_entries_keep_their_form_on_disk() {
 }
 
 fn config(dir: &Path) -> RaftConfig {
-    RaftConfig { dir: dir.to_owned(), node_id: 1, address: "127.0.0.1:8443".into() }
+    RaftConfig {
+        dir: dir.to_owned(),
+        node_id: 1,
+        name: "a".into(),
+        address: "127.0.0.1:8443".into(),
+    }
 }
 
 async fn put(store: &Store, key: &str, value: &str) -> u64 {
@@ -142,6 +147,133 @@ async fn a_file_that_is_not_ours_is_refused_by_name() {
     let store = Store::raft(config(dir.path())).await.unwrap();
     assert!(store.get("/a").await.unwrap().is_some());
     store.shutdown().await;
+}
+
+/// What a killed process leaves: the files as they are, without a word of good-bye.
+fn files_as_they_are(from: &Path) -> TempDir {
+    let to = TempDir::new().unwrap();
+    for file in ["store.redb", "store.mark"] {
+        fs::copy(from.join(file), to.path().join(file)).unwrap();
+    }
+    to
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_complete_last_commit_that_is_damaged_is_no_torn_one() {
+    let dir = TempDir::new().unwrap();
+    let store = Store::raft(config(dir.path())).await.unwrap();
+    put(&store, "/a", "1").await;
+    let torn = files_as_they_are(dir.path());
+    put(&store, "/b", &"y".repeat(100_000)).await;
+    let killed = files_as_they_are(dir.path());
+
+    let again = Store::raft(config(killed.path())).await.unwrap();
+    assert!(again.get("/b").await.unwrap().is_some());
+    again.shutdown().await;
+
+    // The same, and a bit of the last commit flips: it was acknowledged, so it can't be passed over.
+    let killed = files_as_they_are(dir.path());
+    let file = killed.path().join("store.redb");
+    let mut bytes = fs::read(&file).unwrap();
+    let at = bytes.windows(64).position(|w| w == [b'y'; 64]).unwrap() + 5_000;
+    bytes[at] ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    let Err(error) = Store::raft(config(killed.path())).await else { panic!("opened") };
+    let message = error.to_string();
+    assert!(message.contains("the end of the log was written, and is gone"), "{message}");
+    assert!(message.contains("remove") && message.contains("store.mark"), "{message}");
+    // Who accepts the loss says so.
+    fs::remove_file(killed.path().join("store.mark")).unwrap();
+    let again = Store::raft(config(killed.path())).await.unwrap();
+    assert!(again.get("/a").await.unwrap().is_some());
+    assert!(again.get("/b").await.unwrap().is_none());
+    again.shutdown().await;
+
+    // The end of the file was written, and the process killed before the mark: nothing is wrong.
+    fs::copy(torn.path().join("store.mark"), dir.path().join("store.mark")).unwrap();
+    store.shutdown().await;
+    drop(store);
+    fs::copy(torn.path().join("store.mark"), dir.path().join("store.mark")).unwrap();
+    let again = Store::raft(config(dir.path())).await.unwrap();
+    assert!(again.get("/b").await.unwrap().is_some());
+    again.shutdown().await;
+
+    fs::write(dir.path().join("store.mark"), "{}\n00").unwrap();
+    let Err(error) = Store::raft(config(dir.path())).await else { panic!("opened") };
+    assert!(error.to_string().contains("store.mark"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_starts_again_begins_a_new_term() {
+    let dir = TempDir::new().unwrap();
+    let mut terms = Vec::new();
+    for round in 0..3 {
+        let store = Store::raft(config(dir.path())).await.unwrap();
+        assert!(store.is_leader());
+        put(&store, "/a", &round.to_string()).await;
+        terms.push(store.leadership().borrow().term);
+        store.shutdown().await;
+    }
+    // In the old one it may have sent entries to others that are not on its own disk.
+    assert!(terms.is_sorted_by(|a, b| a < b), "{terms:?}");
+}
+
+fn log_id(term: u64, index: u64) -> openraft::LogId<u64> {
+    openraft::LogId::new(openraft::CommittedLeaderId::new(term, 1), index)
+}
+
+#[test]
+fn an_older_snapshot_does_not_replace_a_newer_one() {
+    let dir = TempDir::new().unwrap();
+    let disk = Disk::open(dir.path(), 1).unwrap();
+    let meta = |index| disk::Meta {
+        last_log_id: Some(log_id(1, index)),
+        snapshot_id: index.to_string(),
+        ..disk::Meta::default()
+    };
+    disk.save_snapshot(&meta(10), b"ten").unwrap();
+    disk.save_snapshot(&meta(5), b"five").unwrap();
+    assert_eq!(disk.snapshot().unwrap(), Some((meta(10), b"ten".to_vec())));
+    disk.save_snapshot(&meta(11), b"eleven").unwrap();
+    assert_eq!(disk.snapshot().unwrap(), Some((meta(11), b"eleven".to_vec())));
+    disk.close();
+    drop(disk);
+    Disk::open(dir.path(), 1).unwrap();
+}
+
+#[test]
+fn a_log_that_was_cut_on_purpose_opens_again() {
+    let dir = TempDir::new().unwrap();
+    let entry = |term, index| openraft::Entry::<TypeConfig> {
+        log_id: log_id(term, index),
+        payload: openraft::EntryPayload::Blank,
+    };
+    let reopened = || Disk::open(dir.path(), 1).unwrap();
+    let disk = reopened();
+    disk.append(&[entry(1, 1), entry(1, 2), entry(1, 3)]).unwrap();
+    disk.truncate(2).unwrap();
+    drop(disk);
+    let disk = reopened();
+    assert_eq!(disk.last().unwrap().unwrap().log_id, log_id(1, 1));
+    disk.append(&[entry(2, 2)]).unwrap();
+    disk.purge(&log_id(2, 2)).unwrap();
+    drop(disk);
+    let disk = reopened();
+    assert_eq!(disk.last().unwrap(), None);
+    disk.truncate(1).unwrap();
+    disk.save_vote(&openraft::Vote::new(3, 1)).unwrap();
+    drop(disk);
+    assert_eq!(reopened().vote().unwrap(), Some(openraft::Vote::new(3, 1)));
+}
+
+#[test]
+fn nodes_without_names_are_read_as_before() {
+    let node: MemberNode = serde_json::from_str(r#"{"addr":"127.0.0.1:1"}"#).unwrap();
+    assert_eq!(node, MemberNode::of("", "127.0.0.1:1"));
+    assert_eq!(serde_json::to_string(&node).unwrap(), r#"{"addr":"127.0.0.1:1"}"#);
+    let named = MemberNode::of("a", "127.0.0.1:1");
+    let literal = r#"{"addr":"127.0.0.1:1","name":"a"}"#;
+    assert_eq!(serde_json::to_string(&named).unwrap(), literal);
 }
 
 impl RaftBackend {

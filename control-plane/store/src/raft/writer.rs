@@ -202,6 +202,9 @@ enum Proposal {
 }
 
 async fn propose(node: &Node, commands: &[Command]) -> Proposal {
+    if let Some(problem) = node.disk.is_full() {
+        return Proposal::Refused(Refusal::Full(problem));
+    }
     let mark = node.proposals.begin();
     let request = Request { time_ms: now_ms(), commands: commands.to_vec(), mark };
     match node.raft.client_write_ff(request).await {
@@ -219,7 +222,14 @@ impl Proposal {
             Self::Begun { mark, answer } => (mark, answer),
             Self::Refused(refusal) => return Err(refusal),
         };
-        let result = timeout_at(deadline, answer).await;
+        // Cancel-safe: what the other branch waits for is looked at again by whoever asks next.
+        let result = tokio::select! {
+            result = timeout_at(deadline, answer) => result,
+            why = node.loses_quorum() => {
+                node.proposals.end(mark);
+                return Err(Refusal::Unknown(why));
+            }
+        };
         let logged = node.proposals.end(mark);
         match result {
             Ok(Ok(Ok(done))) => {

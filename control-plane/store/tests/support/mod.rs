@@ -30,6 +30,10 @@ use tokio::{
 /// Nothing in these tests takes so long.
 pub const LIMIT: Duration = Duration::from_secs(20);
 
+fn name(id: u64) -> String {
+    format!("n{id}")
+}
+
 type Blocked = Arc<Mutex<BTreeSet<u64>>>;
 
 struct Running {
@@ -65,6 +69,7 @@ impl Node {
         let config = RaftConfig {
             dir: self.dir.path().to_owned(),
             node_id: self.id,
+            name: name(self.id),
             address: self.address.to_string(),
         };
         let peering = Peering { client: client.clone(), scheme: "http".to_owned(), begin };
@@ -124,7 +129,7 @@ impl Cluster {
     pub async fn join(&mut self, id: u64) {
         let node = Node::new(id, &self.client, Begin::Join).await;
         let first = self.nodes.iter().find(|n| n.running.is_some()).unwrap();
-        first.store().add_learner(id, &node.address.to_string()).await.unwrap();
+        first.store().add_learner(id, &name(id), &node.address.to_string()).await.unwrap();
         self.nodes.push(node);
     }
 

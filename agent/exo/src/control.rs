@@ -1,0 +1,361 @@
+//! How a node becomes part of a cluster's control plane.
+//!
+//! It takes three steps, each of which may be repeated. The node gets its certificate like any
+//! other node (`join.rs`). With that it asks for the key of the cluster's authority, over a
+//! connection on which both sides have proved to belong to the cluster, and signs itself a
+//! certificate of the control plane: only callers who have one are let near the replicated store.
+//! Last, when it serves the API, it has itself added to the store's members.
+//!
+//! Never: who votes (that is the store's matter).
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::{Context as _, bail};
+use axum::{
+    Json, Router,
+    extract::{ConnectInfo, DefaultBodyLimit, Request, State},
+    http::StatusCode,
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use exo_store::{Member, Store};
+use exo_trust::{
+    Authority, GROUP_CONTROL_PLANE, GROUP_NODES, Peer, Subject, bootstrap_client, reqwest_client,
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+use tokio::time::sleep;
+use tracing::{info, warn};
+
+use crate::{
+    data_dir::{DataDir, NODE_USER_PREFIX, Standing},
+    join,
+};
+
+const CLUSTER_PATH: &str = "/exo/v1/cluster";
+const KEY_PATH: &str = "/exo/v1/control-plane/key";
+pub(crate) const MEMBERS_PATH: &str = "/exo/v1/control-plane/members";
+/// A request is an id and an address.
+const MAX_BODY: usize = 16 * 1024;
+/// For a question to a peer that changes nothing.
+const ASK_LIMIT: Duration = Duration::from_secs(5);
+/// A new member gets all of the store before the answer.
+const ADD_LIMIT: Duration = Duration::from_secs(75);
+/// Between two rounds of asking all peers.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+type Groups = &'static [&'static str];
+/// Nodes that hold the store.
+const MEMBERS: Groups = &[GROUP_CONTROL_PLANE];
+/// All nodes: a certificate names one organisation.
+const NODES: Groups = &[GROUP_NODES, GROUP_CONTROL_PLANE];
+
+/// How a node of the control plane begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// With a cluster of its own.
+    Found,
+    /// With what is in its data directory.
+    Resume,
+    /// As a part of the cluster that these peers belong to.
+    Join(Vec<String>),
+}
+
+/// What the flags and the data directory come to.
+pub(crate) fn start(standing: Standing, peers: &[String]) -> anyhow::Result<Start> {
+    match (standing, peers) {
+        (Standing::Nothing | Standing::Authority, []) => Ok(Start::Found),
+        (Standing::ControlPlane, _) => Ok(Start::Resume),
+        (Standing::Joining(asked), []) => Ok(Start::Join(asked)),
+        (Standing::Agent, []) => bail!(
+            "the data directory belongs to a node that runs models only. Go on like that with \
+             `--no-control-plane --peers HOST:8443`, take part in the control plane with `--peers \
+             HOST:8443`, or begin a cluster in another --data-dir"
+        ),
+        (
+            Standing::Nothing | Standing::Authority | Standing::Joining(_) | Standing::Agent,
+            peers,
+        ) => Ok(Start::Join(peers.to_vec())),
+    }
+}
+
+/// Whether a node may run models only with what is in its data directory.
+pub(crate) fn check_agent(standing: &Standing) -> anyhow::Result<()> {
+    match standing {
+        Standing::Nothing | Standing::Agent => Ok(()),
+        Standing::ControlPlane | Standing::Authority | Standing::Joining(_) => bail!(
+            "the data directory holds a part of a cluster's control plane: leave out \
+             --no-control-plane, or use another --data-dir. (For good: `exoctl delete node` this \
+             one, and remove the directory.)"
+        ),
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct ClusterInfo {
+    name: String,
+    /// The authority's certificate, PEM.
+    ca: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct KeyAnswer {
+    /// PEM.
+    ca_key: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewMember {
+    id: u64,
+    /// `IP:port` of its API.
+    address: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct MemberInfo {
+    pub(crate) id: u64,
+    pub(crate) name: String,
+    pub(crate) address: String,
+    pub(crate) voter: bool,
+}
+
+/// What a node knows of the control plane.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Members {
+    /// The one that answers leads the store.
+    pub(crate) leads: bool,
+    pub(crate) members: Vec<MemberInfo>,
+}
+
+/// What the routes need.
+pub(crate) struct Host {
+    pub(crate) store: Store,
+    pub(crate) cluster: String,
+    pub(crate) ca: String,
+    pub(crate) ca_key: String,
+}
+
+impl Host {
+    pub(crate) fn new(store: Store, cluster: &str, authority: &Authority) -> Self {
+        Self {
+            store,
+            cluster: cluster.to_owned(),
+            ca: authority.certificate_pem().to_owned(),
+            ca_key: authority.key_pem().to_owned(),
+        }
+    }
+}
+
+/// The routes, for the API port; and the store's own, for members of the control plane.
+pub(crate) fn routes(host: Host) -> Router {
+    let raft =
+        exo_store::raft_routes(&host.store).layer(middleware::from_fn_with_state(MEMBERS, only));
+    let members = Router::new()
+        .route(MEMBERS_PATH, post(add_member))
+        .layer(middleware::from_fn_with_state(MEMBERS, only));
+    let nodes = Router::new()
+        .route(KEY_PATH, post(hand_over_key))
+        .route(MEMBERS_PATH, get(list_members))
+        .layer(middleware::from_fn_with_state(NODES, only));
+    Router::new()
+        .route(CLUSTER_PATH, get(cluster))
+        .merge(members)
+        .merge(nodes)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(Arc::new(host))
+        .merge(raft)
+}
+
+/// Refuses callers whose certificate names none of these groups.
+async fn only(
+    State(groups): State<Groups>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    request: Request,
+    next: Next,
+) -> Response {
+    match peer.certificate {
+        None => (StatusCode::UNAUTHORIZED, "a client certificate is needed").into_response(),
+        Some(subject) if subject.groups.iter().any(|g| groups.contains(&g.as_str())) => {
+            next.run(request).await
+        }
+        Some(_) => {
+            (StatusCode::FORBIDDEN, format!("only for {}", groups.join(", "))).into_response()
+        }
+    }
+}
+
+async fn cluster(State(host): State<Arc<Host>>) -> Json<ClusterInfo> {
+    Json(ClusterInfo { name: host.cluster.clone(), ca: host.ca.clone() })
+}
+
+async fn hand_over_key(
+    State(host): State<Arc<Host>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+) -> Json<KeyAnswer> {
+    let node = node_name(peer.certificate.as_ref());
+    info!(node, from = %peer.address, "node joins the control plane: it gets the authority's key");
+    Json(KeyAnswer { ca_key: host.ca_key.clone() })
+}
+
+async fn list_members(State(host): State<Arc<Host>>) -> Json<Members> {
+    let info = |member: Member| MemberInfo {
+        id: member.id,
+        name: member.name,
+        address: member.address,
+        voter: member.is_voter,
+    };
+    let members = host.store.members().into_iter().map(info).collect();
+    Json(Members { leads: host.store.is_leader(), members })
+}
+
+async fn add_member(
+    State(host): State<Arc<Host>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Json(new): Json<NewMember>,
+) -> Response {
+    let name = node_name(peer.certificate.as_ref());
+    let added = async {
+        // A machine whose data was lost comes back under its name: what it was before is gone.
+        for old in host.store.members().into_iter().filter(|m| m.name == name && m.id != new.id) {
+            warn!(node = name, id = old.id, "replacing a member of the same name");
+            host.store.remove_node(old.id).await?;
+        }
+        host.store.add_learner(new.id, &name, &new.address).await
+    };
+    match added.await {
+        Ok(()) => {
+            info!(node = name, address = new.address, "node is a member of the control plane");
+            Json(json!({})).into_response()
+        }
+        Err(error) => {
+            warn!(node = name, %error, "node could not be made a member of the control plane");
+            let body = Json(json!({"error": error.to_string()}));
+            (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
+        }
+    }
+}
+
+fn node_name(subject: Option<&Subject>) -> String {
+    let name = subject.map_or("", |subject| subject.name.as_str());
+    name.strip_prefix(NODE_USER_PREFIX).unwrap_or(name).to_owned()
+}
+
+/// The first two steps: afterwards the authority is in the data directory.
+pub(crate) async fn adopt(
+    data: &DataDir,
+    peers: &[String],
+    (name, cluster): (&str, &str),
+) -> anyhow::Result<()> {
+    let first = if data.has_current_identity() {
+        join::first_member(&data.tls(), peers).await
+    } else {
+        join::join_first(data, peers, (name, cluster)).await?
+    };
+    let client = reqwest_client(&data.tls())?;
+    let mut failures = Vec::new();
+    for peer in std::iter::once(first).chain(peers.iter().map(String::as_str)) {
+        let request = client.post(format!("https://{peer}{KEY_PATH}")).timeout(ASK_LIMIT);
+        match ask::<KeyAnswer>(request).await {
+            Ok(answer) => {
+                data.begin_joining(peers)?;
+                return data.adopt_authority(&answer.ca_key);
+            }
+            Err(error) => failures.push(format!("{peer}: {error:#}")),
+        }
+    }
+    failures.dedup();
+    bail!("no peer let this node into the control plane\n  {}", failures.join("\n  "))
+}
+
+/// The last step, once this node serves the API: has the store's leader add it. Peers that don't
+/// answer are asked again for ever; the log says so.
+pub(crate) async fn become_member(
+    data: &DataDir,
+    peers: &[String],
+    (id, address): (u64, &str),
+) -> anyhow::Result<()> {
+    let client = reqwest_client(&data.tls())?;
+    let mut complained = false;
+    loop {
+        for peer in peers {
+            let new = NewMember { id, address: address.to_owned() };
+            let url = format!("https://{peer}{MEMBERS_PATH}");
+            match ask::<Value>(client.post(url).json(&new).timeout(ADD_LIMIT)).await {
+                Ok(_) => return data.end_joining(),
+                Err(error) if !complained => {
+                    warn!(peer, "can't join the control plane yet: {error:#}");
+                }
+                Err(_) => {}
+            }
+        }
+        complained = true;
+        sleep(ASK_AGAIN).await;
+    }
+}
+
+/// Whether a peer belongs to the cluster whose data this node has; peers that don't answer prove
+/// nothing.
+pub(crate) async fn check_same_cluster(ca: &str, peers: &[String]) -> anyhow::Result<()> {
+    let client = bootstrap_client()?;
+    for peer in peers {
+        let request = client.get(format!("https://{peer}{CLUSTER_PATH}")).timeout(ASK_LIMIT);
+        match ask::<ClusterInfo>(request).await {
+            Ok(info) if info.ca.trim() != ca.trim() => bail!(
+                "the data directory belongs to another cluster than {peer} (`{}`): to join that \
+                 one, give this node another --data-dir; to go on with its own, leave out --peers",
+                info.name
+            ),
+            Ok(_) => return Ok(()),
+            Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// What a node of the control plane says of its members.
+pub(crate) async fn members_at(client: &reqwest::Client, address: &str) -> anyhow::Result<Members> {
+    ask(client.get(format!("https://{address}{MEMBERS_PATH}")).timeout(ASK_LIMIT)).await
+}
+
+async fn ask<T: DeserializeOwned>(request: reqwest::RequestBuilder) -> anyhow::Result<T> {
+    let response = request.send().await.context("can't be reached")?;
+    let status = response.status();
+    if !status.is_success() {
+        let text = response.text().await.unwrap_or_default();
+        let error = serde_json::from_str::<Value>(&text)
+            .ok()
+            .and_then(|value| value["error"].as_str().map(str::to_owned));
+        bail!("{}", error.unwrap_or_else(|| format!("answered {status} {text}")));
+    }
+    response.json().await.context("sent an unreadable answer")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_data_directory_is_never_used_for_something_else() {
+        let peers = ["a:1".to_owned()];
+        let joining = || Standing::Joining(vec!["b:2".to_owned()]);
+        assert_eq!(start(Standing::Nothing, &[]).unwrap(), Start::Found);
+        assert_eq!(start(Standing::Nothing, &peers).unwrap(), Start::Join(peers.to_vec()));
+        assert_eq!(start(Standing::Authority, &[]).unwrap(), Start::Found);
+        assert_eq!(start(Standing::Authority, &peers).unwrap(), Start::Join(peers.to_vec()));
+        assert_eq!(start(Standing::ControlPlane, &[]).unwrap(), Start::Resume);
+        assert_eq!(start(Standing::ControlPlane, &peers).unwrap(), Start::Resume);
+        assert_eq!(start(joining(), &[]).unwrap(), Start::Join(vec!["b:2".to_owned()]));
+        assert_eq!(start(joining(), &peers).unwrap(), Start::Join(peers.to_vec()));
+        assert_eq!(start(Standing::Agent, &peers).unwrap(), Start::Join(peers.to_vec()));
+        let error = start(Standing::Agent, &[]).unwrap_err().to_string();
+        assert!(error.contains("--no-control-plane --peers"), "{error}");
+
+        check_agent(&Standing::Nothing).unwrap();
+        check_agent(&Standing::Agent).unwrap();
+        check_agent(&joining()).unwrap_err();
+        let error = check_agent(&Standing::ControlPlane).unwrap_err().to_string();
+        assert!(error.contains("exoctl delete node"), "{error}");
+    }
+}

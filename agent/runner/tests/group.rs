@@ -1,0 +1,182 @@
+//! Ranks that run by hand, and what they say when one of them does not come, is killed or stops.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[allow(dead_code, reason = "shared with other tests")]
+#[path = "serve/model.rs"]
+mod model;
+
+use std::{
+    fs::{self, File},
+    io::Read as _,
+    net::{SocketAddr, TcpListener},
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::json;
+use tempfile::TempDir;
+
+/// For what takes a second or two on an idle machine.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Ports that were free a moment ago; all are held until the last is known.
+fn free_addresses(count: usize) -> Vec<SocketAddr> {
+    let held: Vec<_> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    held.iter().map(|listener| listener.local_addr().unwrap()).collect()
+}
+
+struct Ranks {
+    dir: TempDir,
+    addresses: Vec<SocketAddr>,
+}
+
+struct Rank {
+    child: Child,
+    log: std::path::PathBuf,
+}
+
+impl Ranks {
+    fn new(count: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        model::write(dir.path(), &[]);
+        let addresses = free_addresses(count);
+        let hosts: Vec<_> = addresses.iter().map(|address| [address.to_string()]).collect();
+        fs::write(dir.path().join("hosts.json"), json!(hosts).to_string()).unwrap();
+        Self { dir, addresses }
+    }
+
+    /// A long answer, which rank 0 prints as it comes.
+    fn start(&self, rank: usize, arguments: &[&str]) -> Rank {
+        let log = self.dir.path().join(format!("log-{rank}"));
+        let child = Command::new(env!("CARGO_BIN_EXE_exo-runner"))
+            .args(["generate", "--prompt-ids", "1,2,3", "--max-tokens", "4000", "--model"])
+            .arg(self.dir.path())
+            .args(arguments)
+            .env("MLX_RANK", rank.to_string())
+            .env("MLX_HOSTFILE", self.dir.path().join("hosts.json"))
+            .stdout(Stdio::piped())
+            .stderr(File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        Rank { child, log }
+    }
+
+    /// Starts all and waits until the answer has begun.
+    fn start_all(&self, arguments: &[&str]) -> Vec<Rank> {
+        let mut ranks: Vec<_> =
+            (0..self.addresses.len()).map(|rank| self.start(rank, arguments)).collect();
+        let mut text = [0; 8];
+        let began = ranks[0].child.stdout.as_mut().unwrap().read_exact(&mut text);
+        assert!(began.is_ok(), "no answer: {}", ranks[0].log());
+        ranks
+    }
+
+    /// As messages name it.
+    fn name(&self, rank: usize) -> String {
+        format!("rank {rank} ({})", self.addresses[rank])
+    }
+}
+
+impl Rank {
+    fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap()
+    }
+
+    fn signal(&self, name: &str) {
+        let id = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-s", name, &id]).status().unwrap().success());
+    }
+
+    fn exit(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + LIMIT;
+        // Nobody else reads on: the rank must not wait for that.
+        drop(self.child.stdout.take());
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "it does not end: {}", self.log());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits for its failure; returns what it says.
+    fn failure(&mut self) -> String {
+        let status = self.exit();
+        let log = self.log();
+        assert_eq!(status.code(), Some(1), "{log}");
+        log
+    }
+}
+
+impl Drop for Rank {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Kills a rank in the middle of an answer; the others must end and say who is gone.
+fn killed(count: usize, killed: usize, arguments: &[&str]) {
+    let ranks = Ranks::new(count);
+    let mut running = ranks.start_all(arguments);
+    let began = Instant::now();
+    running[killed].signal("KILL");
+    for rank in (0..count).filter(|rank| *rank != killed) {
+        let log = running[rank].failure();
+        let beside = (rank + 1) % count == killed || (killed + 1) % count == rank;
+        // Who is not beside the rank that was killed sees one that has ended for that.
+        let gone = (0..count).any(|other| log.contains(&ranks.name(other)));
+        let named = if beside { log.contains(&ranks.name(killed)) } else { gone };
+        assert!(named, "rank {rank}: {log}");
+        assert!(log.contains("gone"), "rank {rank}: {log}");
+    }
+    // Not by the limit on stalls, which is longer.
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+}
+
+#[test]
+fn a_rank_of_a_pipeline_that_is_killed_is_named_by_those_beside_it() {
+    killed(3, 1, &[]);
+    killed(4, 2, &[]);
+}
+
+#[test]
+fn a_rank_of_a_team_that_is_killed_is_named_by_the_other() {
+    killed(2, 1, &["--sharding", "tensor"]);
+    killed(2, 0, &["--sharding", "tensor"]);
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_named() {
+    let ranks = Ranks::new(3);
+    let mut running: Vec<_> =
+        (0..2).map(|rank| ranks.start(rank, &["--stall-limit", "3"])).collect();
+    for rank in &mut running {
+        let log = rank.failure();
+        assert!(log.contains("forming the group of ranks made no progress for 3 s"), "{log}");
+        assert!(log.contains(&ranks.name(2)), "{log}");
+        assert!(log.contains("not connected"), "{log}");
+    }
+}
+
+#[test]
+fn a_rank_that_stops_is_not_waited_for_without_end() {
+    let ranks = Ranks::new(2);
+    let mut running = ranks.start_all(&["--stall-limit", "4"]);
+    running[1].signal("STOP");
+    let log = running[0].failure();
+    assert!(log.contains("a step made no progress for 4 s"), "{log}");
+    assert!(log.contains(&format!("{} does not answer", ranks.name(1))), "{log}");
+}
+
+#[test]
+fn a_host_file_that_is_missing_is_an_error() {
+    let ranks = Ranks::new(2);
+    fs::remove_file(Path::new(ranks.dir.path()).join("hosts.json")).unwrap();
+    let log = ranks.start(0, &[]).failure();
+    assert!(log.contains("the 'ring' group could not be formed"), "{log}");
+}

@@ -1,0 +1,374 @@
+//! Watches in all their forms, what the limits refuse, and the metrics.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::Write as _,
+    process::{Command, Stdio},
+};
+
+use axum::{
+    Router,
+    body::{Body, BodyDataStream},
+    http::{Method, Request, StatusCode},
+};
+use exo_apiserver::{ApiServer, Identity, Limits, app, in_process};
+use exo_store::{HistoryLimits, Store};
+use futures::StreamExt as _;
+use prometheus::TextEncoder;
+use serde_json::{Value, json};
+use support::{INSTANCES, NODES, SHARDS, Server, instance, node, shard};
+use tower::ServiceExt as _;
+
+/// Everything that a watch which ends says, line by line.
+async fn watch(server: &Server, path: &str) -> Vec<Value> {
+    let request = Request::get(path).body(Body::empty()).unwrap();
+    let response = server.router.clone().oneshot(request).await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK, "{path}");
+    lines(response.into_body().into_data_stream()).await
+}
+
+async fn lines(mut body: BodyDataStream) -> Vec<Value> {
+    let mut text = Vec::new();
+    while let Some(part) = body.next().await {
+        text.extend_from_slice(&part.unwrap());
+    }
+    let text = String::from_utf8(text).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// What the lines are and whom they concern.
+fn told(lines: &[Value]) -> Vec<String> {
+    lines
+        .iter()
+        .map(|line| {
+            let name = line["object"]["metadata"]["name"].as_str().unwrap_or("-");
+            format!("{} {name}", line["type"].as_str().unwrap())
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn bookmarks_tell_of_progress_elsewhere() {
+    let server = support::start();
+    server.call(Method::POST, INSTANCES, Some(instance("a"))).await;
+    let since = server.store.revision();
+    for n in 0..5 {
+        server.call(Method::POST, NODES, Some(node(&format!("n{n}")))).await;
+    }
+    let path = format!(
+        "{INSTANCES}?watch=1&allowWatchBookmarks=true&timeoutSeconds=1&resourceVersion={since}"
+    );
+    let lines = watch(&server, &path).await;
+    assert_eq!(told(&lines), ["BOOKMARK -"]);
+    let version = lines[0]["object"]["metadata"]["resourceVersion"].as_str().unwrap();
+    assert_eq!(version, server.store.revision().to_string());
+    assert_eq!(lines[0]["object"]["kind"], "InferenceInstance");
+    // From there on nothing was missed.
+    server.call(Method::POST, INSTANCES, Some(instance("b"))).await;
+    let path = format!("{INSTANCES}?watch=1&timeoutSeconds=1&resourceVersion={version}");
+    assert_eq!(told(&watch(&server, &path).await), ["ADDED b"], "no bookmark unasked");
+}
+
+/// However an object was written, in whatever order of its fields.
+#[tokio::test]
+async fn lists_and_watches_show_what_get_shows() {
+    let server = support::start();
+    let odd = r#"{"spec": {"model": "m", "environment": {"metadata": "\"metadata\":{"}},
+        "metadata": {"annotations": {"a": "{\"metadata\":{"}, "name": "odd"},
+        "kind": "InferenceInstance", "apiVersion": "exo.dev/v1alpha1"}"#;
+    let request = Request::post(INSTANCES).body(Body::from(odd)).unwrap();
+    assert_eq!(server.send(request).await.0, StatusCode::CREATED);
+    server.call(Method::POST, INSTANCES, Some(instance("plain"))).await;
+    let events = "/apis/events.k8s.io/v1/namespaces/default/events";
+    let event = json!({
+        "apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": {"name": "e"}, "note": "n",
+    });
+    server.call(Method::POST, events, Some(event)).await;
+    for (collection, names) in [(INSTANCES, &["odd", "plain"][..]), (events, &["e"])] {
+        let mut objects = Vec::new();
+        for name in names {
+            objects.push(server.get(&format!("{collection}/{name}")).await.1);
+        }
+        assert_eq!(server.get(collection).await.1["items"], json!(objects));
+        let lines = watch(&server, &format!("{collection}?watch=1&timeoutSeconds=1")).await;
+        let told: Vec<Value> = lines.iter().map(|line| line["object"].clone()).collect();
+        assert_eq!(json!(told), json!(objects));
+        // The same by a selector, for which every object is looked into.
+        let some = format!("{collection}?labelSelector=!none");
+        assert_eq!(server.get(&some).await.1["items"], json!(objects));
+    }
+    let since = server.store.revision();
+    let path = format!("{INSTANCES}/odd");
+    let patch = json!({"metadata": {"labels": {"a": "b"}}});
+    let (_, patched) = server.call(Method::PATCH, &path, Some(patch)).await;
+    server.call(Method::DELETE, &path, None).await;
+    let query = format!("{INSTANCES}?watch=1&timeoutSeconds=1&resourceVersion={since}");
+    let lines = watch(&server, &query).await;
+    assert_eq!(told(&lines), ["MODIFIED odd", "DELETED odd"]);
+    assert_eq!(lines[0]["object"], patched);
+    let mut gone = patched;
+    gone["metadata"]["resourceVersion"] = json!(server.store.revision().to_string());
+    assert_eq!(lines[1]["object"], gone);
+}
+
+#[tokio::test]
+async fn initial_events_come_as_asked() {
+    let server = support::start();
+    server.call(Method::POST, INSTANCES, Some(instance("a"))).await;
+    let since = server.store.revision();
+    server.call(Method::POST, INSTANCES, Some(instance("b"))).await;
+    let check = async |query: &str, expect: &[&str]| {
+        let path = format!("{INSTANCES}?watch=1&timeoutSeconds=1&{query}");
+        let lines = watch(&server, &path).await;
+        assert_eq!(told(&lines), expect, "{query}");
+        lines
+    };
+    check("", &["ADDED a", "ADDED b"]).await;
+    check("resourceVersion=0", &["ADDED a", "ADDED b"]).await;
+    check(&format!("resourceVersion={since}"), &["ADDED b"]).await;
+    check("sendInitialEvents=false&resourceVersionMatch=NotOlderThan", &[]).await;
+    let streamed = "sendInitialEvents=true&resourceVersionMatch=NotOlderThan";
+    check(streamed, &["ADDED a", "ADDED b"]).await;
+    let marked = check(
+        &format!("{streamed}&allowWatchBookmarks=true"),
+        &["ADDED a", "ADDED b", "BOOKMARK -", "BOOKMARK -"],
+    )
+    .await;
+    let mark = &marked[2]["object"]["metadata"];
+    assert_eq!(mark["annotations"]["k8s.io/initial-events-end"], "true");
+    assert_eq!(mark["resourceVersion"], server.store.revision().to_string());
+    assert_eq!(marked[3]["object"]["metadata"].get("annotations"), None);
+    // The position is a lower bound here, so there is more than happened after it.
+    let bounded = format!("{streamed}&resourceVersion={since}");
+    check(&bounded, &["ADDED a", "ADDED b"]).await;
+    for bad in ["sendInitialEvents=true", "sendInitialEvents=true&resourceVersionMatch=Exact"] {
+        assert_eq!(server.get(&format!("{INSTANCES}?watch=1&{bad}")).await.0.as_u16(), 400);
+    }
+}
+
+#[tokio::test]
+async fn objects_come_and_go_by_the_selector() {
+    let server = support::start();
+    server.call(Method::POST, SHARDS, Some(shard("a", "m1", 0))).await;
+    let since = server.store.revision();
+    let label = |value: Value| json!({"metadata": {"labels": {"team": value}}});
+    let a = format!("{SHARDS}/a");
+    for value in [json!("x"), json!("x2"), json!("x"), Value::Null] {
+        server.call(Method::PATCH, &a, Some(label(value))).await;
+    }
+    server.call(Method::DELETE, &a, None).await;
+    let path =
+        format!("{SHARDS}?watch=1&timeoutSeconds=1&labelSelector=team%3Dx&resourceVersion={since}");
+    let lines = watch(&server, &path).await;
+    assert_eq!(told(&lines), ["ADDED a", "DELETED a", "ADDED a", "DELETED a"]);
+}
+
+fn gauge(server: &Server, name: &str) -> f64 {
+    let families = server.registry.gather();
+    let family = families.iter().find(|family| family.name() == name);
+    family.map_or(0.0, |family| family.get_metric()[0].get_gauge().get_value())
+}
+
+/// A watcher that does not read costs nothing: the server keeps no events for it, and tells it in
+/// the end that it has missed some.
+#[tokio::test]
+async fn a_watcher_that_does_not_read_is_cut_off() {
+    const HISTORY: usize = 64;
+    let limits = HistoryLimits { events: HISTORY, ..HistoryLimits::DEFAULT };
+    let server = support::start_on(Store::memory_with(limits));
+    server.store.register_metrics(&server.registry).unwrap();
+    server.call(Method::POST, INSTANCES, Some(instance("a"))).await;
+    let open = async |since: u64| {
+        let path = format!("{INSTANCES}?watch=1&resourceVersion={since}");
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        let response = server.router.clone().oneshot(request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        response.into_body().into_data_stream()
+    };
+    let since = server.store.revision();
+    let (slow, mut quick) = (open(since).await, open(since).await);
+    let mut seen = 0;
+    for n in 0..10 * HISTORY {
+        let patch = json!({"metadata": {"annotations": {"n": format!("{n:04}")}}});
+        let path = format!("{INSTANCES}/a");
+        assert_eq!(server.call(Method::PATCH, &path, Some(patch)).await.0, StatusCode::OK);
+        let told = quick.next().await.unwrap().unwrap();
+        seen += told.iter().filter(|byte| **byte == b'\n').count();
+    }
+    assert_eq!(seen, 10 * HISTORY, "who reads misses nothing");
+    assert!(gauge(&server, "exo_store_history_events") <= HISTORY as f64);
+    let last = lines(slow).await;
+    assert_eq!(told(&last), ["ERROR -"]);
+    let status = &last[0]["object"];
+    assert_eq!((&status["code"], &status["reason"]), (&json!(410), &json!("Expired")));
+    drop(quick);
+    assert_eq!(gauge(&server, "apiserver_watches"), 0.0);
+}
+
+fn limited(limits: Limits) -> Router {
+    let registry = prometheus::Registry::new();
+    let server =
+        ApiServer::with_limits(Store::memory(), &exo_crds::all(), &registry, limits).unwrap();
+    in_process(app(server), Identity { name: "test".into(), groups: Vec::new() })
+}
+
+#[tokio::test]
+async fn lists_that_are_too_large_come_in_parts() {
+    let router = limited(Limits { list_bytes: 2_000, ..Limits::default() });
+    let call = async |method: Method, path: String, body: Option<Value>| {
+        let body = body.map_or_else(Body::empty, |body| Body::from(body.to_string()));
+        let request = Request::builder().method(method).uri(path).body(body).unwrap();
+        let response = router.clone().oneshot(request).await.unwrap();
+        let code = response.status();
+        let bytes = axum::body::to_bytes(response.into_body(), usize::MAX).await.unwrap();
+        (code.as_u16(), serde_json::from_slice::<Value>(&bytes).unwrap())
+    };
+    for n in 0..20 {
+        let made = call(Method::POST, NODES.into(), Some(node(&format!("n{n:02}")))).await;
+        assert_eq!(made.0, 201, "{}", made.1);
+    }
+    let (code, refusal) = call(Method::GET, NODES.into(), None).await;
+    assert_eq!((code, &refusal["reason"]), (413, &json!("RequestEntityTooLarge")));
+    let mut names = Vec::new();
+    let (mut token, mut pages) = (String::new(), 0);
+    loop {
+        let path = format!("{NODES}?limit=1000&continue={token}");
+        let (code, page) = call(Method::GET, path, None).await;
+        assert_eq!(code, 200, "{page}");
+        let items = page["items"].as_array().unwrap();
+        names.extend(items.iter().map(|n| n["metadata"]["name"].as_str().unwrap().to_owned()));
+        pages += 1;
+        match page["metadata"]["continue"].as_str() {
+            Some(next) => token = next.to_owned(),
+            None => break,
+        }
+    }
+    assert!(pages > 2, "{pages}");
+    assert_eq!(names, (0..20).map(|n| format!("n{n:02}")).collect::<Vec<_>>());
+    // A few of them fit.
+    let few = format!("{NODES}?fieldSelector=metadata.name%3Dn07");
+    assert_eq!(call(Method::GET, few, None).await.0, 200);
+}
+
+/// One sample of the text format: name, labels, value.
+fn sample(line: &str) -> (String, String, f64) {
+    let (series, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("{line}"));
+    let (name, labels) = match series.split_once('{') {
+        Some((name, labels)) => (name, labels.strip_suffix('}').unwrap()),
+        None => (series, ""),
+    };
+    let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    assert!(name.chars().all(is_name) && !name.starts_with(|c: char| c.is_ascii_digit()), "{line}");
+    let value = if value == "+Inf" { f64::INFINITY } else { value.parse().unwrap() };
+    (name.to_owned(), labels.to_owned(), value)
+}
+
+/// The name of the family that a sample belongs to, by the types known so far.
+fn family<'a>(name: &'a str, types: &BTreeMap<String, String>) -> &'a str {
+    let parts = ["_bucket", "_sum", "_count"].iter();
+    let histogram = parts.filter_map(|part| name.strip_suffix(part));
+    let mut histogram = histogram.filter(|base| types.get(*base).is_some_and(|t| t == "histogram"));
+    histogram.next().unwrap_or(name)
+}
+
+/// What `promtool check metrics` looks at, and more: each family has help and a type before its
+/// samples and stands in one place, names end as their types and units want it, no series comes
+/// twice, buckets count up to their sum.
+#[tokio::test]
+async fn metrics_are_well_formed() {
+    let server = support::start();
+    server.store.register_metrics(&server.registry).unwrap();
+    server.call(Method::POST, INSTANCES, Some(instance("a"))).await;
+    watch(&server, &format!("{INSTANCES}?watch=1&timeoutSeconds=1")).await;
+    server.get(&format!("{INSTANCES}/absent")).await;
+    let text = TextEncoder::new().encode_to_string(&server.registry.gather()).unwrap();
+    let (mut types, mut series) = (BTreeMap::new(), BTreeSet::new());
+    let (mut helped, mut closed) = (BTreeSet::new(), BTreeSet::new());
+    let mut current = String::new();
+    let mut bucket = (String::new(), 0.0);
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix("# HELP ") {
+            let (name, help) = rest.split_once(' ').unwrap();
+            assert!(!help.is_empty() && helped.insert(name.to_owned()), "{line}");
+            continue;
+        }
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = rest.split_once(' ').unwrap();
+            assert!(helped.contains(name), "{line}");
+            assert_eq!(kind == "counter", name.ends_with("_total"), "{line}");
+            types.insert(name.to_owned(), kind.to_owned());
+            continue;
+        }
+        let (name, labels, value) = sample(line);
+        let base = family(&name, &types).to_owned();
+        assert!(types.contains_key(&base), "no type before {line}");
+        if base != current {
+            assert!(closed.insert(base.clone()), "{base} stands in two places");
+            current = base;
+        }
+        assert!(series.insert((name.clone(), labels.clone())), "twice: {line}");
+        if name.ends_with("_bucket") {
+            let (group, _) = labels.split_once("le=").unwrap();
+            if bucket.0 != group {
+                bucket = (group.to_owned(), 0.0);
+            }
+            assert!(value >= bucket.1, "{line}");
+            bucket.1 = value;
+        }
+    }
+    for wanted in [
+        "apiserver_request_duration_seconds",
+        "apiserver_current_inflight_requests",
+        "apiserver_watches",
+        "apiserver_watch_events_total",
+        "exo_store_objects",
+        "exo_store_bytes",
+        "exo_raft_term",
+        "exo_raft_is_leader",
+        "exo_raft_log_index",
+        "exo_raft_applied_index",
+    ] {
+        assert!(types.contains_key(wanted), "{wanted} in {text}");
+    }
+    assert!(text.contains("apiserver_watch_events_total{resource=\"inferenceinstances\"} 1\n"));
+    check_by_promtool(&text);
+}
+
+/// Prometheus' own check, where it is installed.
+fn check_by_promtool(text: &str) {
+    let (input, mut pipe) = std::io::pipe().unwrap();
+    let mut command = Command::new("promtool");
+    command.args(["check", "metrics"]).stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let Ok(running) = command.spawn() else {
+        return;
+    };
+    drop(command);
+    pipe.write_all(text.as_bytes()).unwrap();
+    drop(pipe);
+    let output = running.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.is_empty(), "{said}");
+}
+
+#[tokio::test]
+async fn refusals_are_counted() {
+    let registry = prometheus::Registry::new();
+    let limits = Limits { in_flight: 0, watches_per_client: 0, ..Limits::default() };
+    let server =
+        ApiServer::with_limits(Store::memory(), &exo_crds::all(), &registry, limits).unwrap();
+    let router = in_process(app(server), Identity { name: "test".into(), groups: Vec::new() });
+    for path in [INSTANCES.to_owned(), format!("{INSTANCES}?watch=1")] {
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        let response = router.clone().oneshot(request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(response.headers()["retry-after"], "1");
+    }
+    let text = TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+    for limit in ["in_flight", "watches"] {
+        let line = format!("apiserver_rejected_requests_total{{limit=\"{limit}\"}} 1\n");
+        assert!(text.contains(&line), "{text}");
+    }
+}

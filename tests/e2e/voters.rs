@@ -1,0 +1,216 @@
+//! Three nodes hold the control plane: any one of them may be lost.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    process::{Command, Output},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use exo_tests::{Admin, Cluster, Exo, Trio, binary, root, wait_for};
+use serde_json::{Value, json};
+
+use crate::failures::{counting_at, text_of};
+
+const CALL_LIMIT: Duration = Duration::from_secs(10);
+
+/// Names of the objects that were acknowledged, with the time of the answer.
+type Acknowledged = Arc<Mutex<Vec<(String, Instant)>>>;
+
+/// Creates one object after the other until told to stop.
+async fn write_until(admin: Admin, writer: usize, stop: Arc<AtomicBool>, done: Acknowledged) {
+    for i in 0.. {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let name = format!("load-{writer}-{i}");
+        let body = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+            "metadata": {"name": name}, "spec": {"holderIdentity": name}});
+        let answer = admin.client.post(admin.leases()).json(&body).send().await;
+        if answer.is_ok_and(|answer| answer.status().is_success()) {
+            done.lock().unwrap().push((name, Instant::now()));
+        }
+    }
+}
+
+async fn lease_names(admin: &Admin) -> Option<Vec<String>> {
+    let answer = admin.client.get(admin.leases()).send().await.ok()?;
+    let list: Value = answer.error_for_status().ok()?.json().await.ok()?;
+    let items = list["items"].as_array()?;
+    Some(items.iter().filter_map(|l| l["metadata"]["name"].as_str().map(str::to_owned)).collect())
+}
+
+fn node(trio: &Trio, through: usize, name: &str) -> anyhow::Result<Value> {
+    Ok(serde_json::from_str(&trio.exoctl_ok(through, &["get", "node", name, "-o", "json"])?)?)
+}
+
+fn kubectl_works(trio: &Trio, through: usize) {
+    let exo = &trio.nodes[through];
+    let output = Command::new("kubectl")
+        .arg("--kubeconfig")
+        .arg(exo.data_dir.join("kubeconfig"))
+        .args(["get", "nodes.exo.dev", "-o", "name"])
+        .env("HOME", trio.place.dir.join("kubectl-cache"))
+        .output();
+    let Ok(output) = output else {
+        assert!(std::env::var_os("CI").is_none(), "kubectl is missing in CI");
+        return;
+    };
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("mac-1") && text.contains("mac-3"), "{output:?}");
+}
+
+#[test]
+fn the_loss_of_the_leader_costs_a_moment_and_nothing_else() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let mut trio = Trio::start(&[]).unwrap();
+    let leader = trio.leader().unwrap();
+    let survivors: Vec<usize> = (0..3).filter(|at| *at != leader).collect();
+    // It knows the leader alone, and hears of the others from that.
+    let peer = trio.nodes[leader].api().unwrap().trim_start_matches("https://").to_owned();
+    let agent = ["--no-control-plane", "--peers", &peer];
+    let _agent = Exo::launch(&trio.place, "mac-4", &agent).unwrap();
+    for name in ["mac-1", "mac-2", "mac-3", "mac-4"] {
+        trio.exoctl_ok(survivors[0], &["wait", &format!("node/{name}"), "--for=condition=Ready"])
+            .unwrap();
+    }
+    (0..3).for_each(|at| kubectl_works(&trio, at));
+    wait_for("the agent to know all members", || {
+        let members = fs::read_to_string(trio.place.dir.join("mac-4/members")).unwrap_or_default();
+        Ok((members.lines().count() == 3).then_some(()))
+    })
+    .unwrap();
+
+    // Served through every node, whichever the shards are on.
+    let sample = root().join("manifests/samples/tiny.yaml");
+    let sample = sample.to_str().unwrap();
+    trio.exoctl_ok(survivors[0], &["apply", "-f", sample, "--wait"]).unwrap();
+    let ask = |at: usize| counting_at(trio.nodes[at].gateway().unwrap()).spawn().unwrap();
+    let answers = (0..3).map(|at| {
+        let mut curl = ask(at);
+        let text = text_of(BufReader::new(curl.stdout.take().unwrap()).lines());
+        curl.wait().unwrap();
+        text
+    });
+    let answers: Vec<String> = answers.collect();
+    assert!(answers[0].contains("98") && answers.iter().all(|a| *a == answers[0]), "{answers:?}");
+
+    // Writes and a stream are under way when the leader is killed.
+    let (stop, done) = (Arc::new(AtomicBool::new(false)), Acknowledged::default());
+    let writers: Vec<_> = survivors
+        .iter()
+        .map(|at| {
+            let admin = Admin::of(&trio.nodes[*at], CALL_LIMIT).unwrap();
+            let (stop, done) = (Arc::clone(&stop), Arc::clone(&done));
+            runtime.spawn(write_until(admin, *at, stop, done))
+        })
+        .collect();
+    let count = || done.lock().unwrap().len();
+    wait_for("writes", || Ok((count() > 50).then_some(()))).unwrap();
+    let mut curl = ask(survivors[0]);
+    let mut lines = BufReader::new(curl.stdout.take().unwrap()).lines();
+    let head: Vec<_> = lines.by_ref().take(4).collect();
+    let killed = Instant::now();
+    trio.nodes[leader].kill().unwrap();
+    let gap = wait_for("the next acknowledged write", || {
+        let done = done.lock().unwrap();
+        // What was on its way may still be answered in the first moment.
+        let after = |at: &Instant| at.duration_since(killed) > Duration::from_millis(50);
+        let times = done.iter().map(|(_, at)| at);
+        Ok(times.filter(|at| **at > killed && after(at)).min().map(|at| at.duration_since(killed)))
+    })
+    .unwrap_or_else(|error| panic!("{error:#}{}", trio.logs()));
+    eprintln!("next acknowledged write {gap:.0?} after the leader's death");
+    let before = count();
+    wait_for("more writes", || Ok((count() > before + 50).then_some(()))).unwrap();
+    let text = text_of(head.into_iter().chain(lines));
+    curl.wait().unwrap();
+    assert_eq!(text, answers[0], "no token lost, none twice");
+    stop.store(true, Ordering::Relaxed);
+    for writer in writers {
+        runtime.block_on(writer).unwrap();
+    }
+
+    // The agent has found another API server.
+    let beat = |trio: &Trio| -> anyhow::Result<String> {
+        Ok(node(trio, survivors[0], "mac-4")?["status"]["lastHeartbeatTime"].to_string())
+    };
+    let last = beat(&trio).unwrap();
+    wait_for("a heartbeat of the agent", || Ok((beat(&trio)? != last).then_some(()))).unwrap();
+
+    trio.nodes[leader].restart().unwrap();
+    trio.wait_for_voters(leader, 3).unwrap();
+    let acknowledged = done.lock().unwrap().clone();
+    for at in 0..3 {
+        let admin = Admin::of(&trio.nodes[at], CALL_LIMIT).unwrap();
+        let found = runtime.block_on(lease_names(&admin)).unwrap();
+        let lost: Vec<_> = acknowledged.iter().filter(|(name, _)| !found.contains(name)).collect();
+        assert!(lost.is_empty(), "{} of {} lost: {lost:?}", lost.len(), acknowledged.len());
+        kubectl_works(&trio, at);
+    }
+}
+
+#[test]
+fn a_lost_member_goes_with_its_node_and_another_takes_its_place() {
+    let mut trio = Trio::start(&[]).unwrap();
+    let leader = trio.leader().unwrap();
+    let lost = if leader == 2 { 1 } else { 2 };
+    let name = trio.nodes[lost].name.clone();
+    trio.exoctl_ok(leader, &["wait", &format!("node/{name}"), "--for=condition=Ready"]).unwrap();
+    wait_for("its Node to be held", || {
+        let node = node(&trio, leader, &name)?;
+        Ok(node["metadata"]["finalizers"].to_string().contains("control-plane").then_some(()))
+    })
+    .unwrap();
+    trio.nodes[lost].kill().unwrap();
+    trio.exoctl_ok(leader, &["delete", "node", &name]).unwrap();
+    trio.wait_for_voters(leader, 2).unwrap();
+
+    let peer = trio.nodes[leader].api().unwrap().trim_start_matches("https://").to_owned();
+    let args = ["--port", "0", "--api-port", "0", "--peers", &peer];
+    let fourth = Exo::start(&trio.place, "mac-4", &args).unwrap();
+    trio.nodes.push(fourth);
+    trio.wait_for_voters(3, 3).unwrap();
+
+    // The lost one comes back, and is told.
+    drop(trio.nodes[lost].restart());
+    let code = wait_for("the end of the node that was taken out", || trio.nodes[lost].exit_code());
+    assert_eq!(code.unwrap(), 1, "{}", trio.logs());
+    let log = trio.nodes[lost].log();
+    assert!(log.contains("was taken out of the cluster"), "{log}");
+    assert!(trio.exoctl(leader, &["get", "nodes"]).unwrap().status.success());
+}
+
+fn refused(data_dir: &std::path::Path, args: &[&str], needle: &str) {
+    let Output { status, stderr, .. } = Command::new(binary("exo").unwrap())
+        .args(["--listen", "127.0.0.1", "--port", "0", "--api-port", "0", "--data-dir"])
+        .arg(data_dir)
+        .args(args)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&stderr);
+    assert_eq!(status.code(), Some(1), "{args:?}: {text}");
+    assert!(text.contains(needle), "{args:?}: {text}");
+}
+
+#[test]
+fn what_cannot_work_is_refused_with_a_way_out() {
+    let mut cluster = Cluster::start().unwrap();
+    let other = Cluster::start().unwrap();
+    let peer = other.first.api().unwrap().trim_start_matches("https://").to_owned();
+    cluster.second.kill().unwrap();
+    cluster.first.kill().unwrap();
+    let (plane, agent) = (&cluster.first.data_dir, &cluster.second.data_dir);
+    refused(agent, &["--name", "mac-2"], "runs models only");
+    let both = ["--name", "mac-1", "--no-control-plane", "--peers", &peer];
+    refused(plane, &both, "holds a part of a cluster's control plane");
+    refused(plane, &["--name", "mac-1", "--peers", &peer], "belongs to another cluster");
+    let new = cluster.path().join("new");
+    let wrong = ["--name", "mac-9", "--cluster", "office", "--peers", &peer];
+    refused(&new, &wrong, "this is cluster `exo`, not `office`");
+    refused(&new, &["--name", "mac-1", "--peers", &peer], "choose another --name");
+}
