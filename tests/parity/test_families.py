@@ -2,9 +2,11 @@
 
 Where all values are float32 (also between packed weights), and on one rank or in a pipeline, exo-runner does what
 mlx-lm does: all tokens must be the same, and all logits within a thousandth of their range. In a tensor-parallel team
-with values in 16 bits each rank rounds its part of a sum. There the same holds against mlx-lm's own tensor parallel
-mode, where that can split the model; against mlx-lm on one rank, and against its own loop, which feeds the last token
-of a prompt alone, what rounding does to mlx-lm itself is the measure (see compare.py)."""
+with values in 16 bits each rank rounds its part of a sum. There the same holds on two ranks against mlx-lm's own tensor
+parallel mode, where that can split the model; against mlx-lm on one rank, and against its own loop, which feeds the
+last token of a prompt alone, what rounding does to mlx-lm itself is the measure (see compare.py). Random weights make
+that much: no token stands out as in a trained model, and MLX's products with packed weights on a CPU add up in the
+type of their input, in bfloat16 with 8 bits."""
 
 import random
 import shutil
@@ -204,8 +206,12 @@ def test_same_as_mlx_lm(checkpoints, teams, table, family_case):
         as_team = compare.agreement(found["tokens"], logprobs, expect)
     kind = "experts" if has_experts(case.family) else "dense"
     table[kind, case.form, case.split].append((same, own_loop, made.both_ways, as_team, made.noise))
-    if as_team:
+    # Of two ranks' parts there is one sum. With more, MLX's ring adds up each element in an order that depends on the
+    # size of the whole, and exo-runner needs only the last position behind the last layer.
+    if as_team and ranks == 2:
         compare.check_same(as_team)
+    elif as_team:
+        compare.check_rounded(as_team, made.noise)
     if rounded(case.form) and layers == "tensor":
         compare.check_rounded(same, made.noise)
     else:
