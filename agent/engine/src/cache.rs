@@ -7,18 +7,13 @@ use mlx_rs::ops::{concatenate, zeros_dtype};
 
 use crate::mlx::{slice, slice_update};
 
-/// Positions added at a time: rare enough that copying on growth does not matter, few enough that sequences waste
-/// little.
+/// Positions added at a time: rare enough that neither copying on growth matters nor that a device has to prepare
+/// anew for other sizes, few enough that short sequences waste little.
 const GROWTH: i32 = 256;
-/// The same for short sequences, of which many may be open at once.
-const SHORT_GROWTH: i32 = 64;
-/// Up to here a sequence counts as short.
-const SHORT: i32 = 512;
 
 /// Positions that a buffer for `len` of them has.
 pub(crate) fn capacity(len: i32) -> i32 {
-    let growth = if len <= SHORT { SHORT_GROWTH } else { GROWTH };
-    (len + growth - 1) / growth * growth
+    (len + GROWTH - 1) / GROWTH * GROWTH
 }
 
 /// Key and value buffers of shape `[rows, kv_heads, capacity, head_dim]`, of which the first `len` positions are set.
@@ -191,7 +186,7 @@ mod tests {
 
     #[test]
     fn buffers_have_room_for_what_is_asked() {
-        for (len, expect) in [(1, 64), (64, 64), (65, 128), (512, 512), (513, 768), (769, 1024)] {
+        for (len, expect) in [(1, 256), (256, 256), (257, 512), (513, 768)] {
             assert_eq!(capacity(len), expect);
         }
     }

@@ -492,11 +492,11 @@ mod tests {
     #[test]
     fn whoever_is_put_off_sees_a_pause_only() {
         // Enough for both prompts, but not for both answers.
-        let mut bench = Bench::with_memory(4, 2 * exo_engine::cache_positions(120 + 64));
-        let texts = ["a".repeat(120), "b".repeat(120)];
+        let mut bench = Bench::with_memory(4, 2 * exo_engine::cache_positions(250 + 64));
+        let texts = ["a".repeat(250), "b".repeat(250)];
         let answers: Vec<_> = (texts.iter())
             .map(|text| {
-                let (submission, receiver) = bench.long_submission(text, 200);
+                let (submission, receiver) = bench.long_submission(text, 400);
                 bench.driver.take(Order::Submit(Box::new(submission)));
                 receiver
             })
