@@ -17,9 +17,6 @@ TINY = {
 }
 SMALL = TINY | {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2048,
                 "num_attention_heads": 12, "vocab_size": 32000}
-# Some 2 GB in 16 bit, most of it in layers that divide by 4.
-MEDIUM = TINY | {"hidden_size": 2048, "num_hidden_layers": 20, "intermediate_size": 5632,
-                 "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 8000}
 LLAMA_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
               "original_max_position_embeddings": 8192}
 # Llama 3.2 1B, 3.1 8B, and 3.1 70B with a quarter of its layers.
@@ -39,7 +36,6 @@ SHAPES = {
     "tiny-f32": dict(config=TINY),
     "134m-bf16": dict(config=SMALL, dtype=mx.bfloat16),
     "134m-4bit": dict(config=SMALL, dtype=mx.bfloat16, bits=4),
-    "1g-bf16": dict(config=MEDIUM, dtype=mx.bfloat16),
     "1b-bf16": dict(config=LLAMA_1B, dtype=mx.bfloat16),
     "1b-4bit": dict(config=LLAMA_1B, dtype=mx.bfloat16, bits=4),
     "8b-bf16": dict(config=LLAMA_8B, dtype=mx.bfloat16),

@@ -38,7 +38,7 @@ pub(crate) fn on_device(array: Array) -> Result<Array, Exception> {
     Ok(copy)
 }
 
-pub(super) fn is_cuda() -> bool {
+fn is_cuda() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
     *FOUND.get_or_init(|| {
         let mut found = false;

@@ -7,7 +7,7 @@ use mlx_rs::error::Exception;
 use mlx_rs::ops::{multiply, sigmoid};
 use mlx_rs::{Array, Device, DeviceType};
 
-use super::array::{finish, is_cuda};
+use super::array::finish;
 use super::take_error;
 
 /// `silu(gate) · up`, for shapes that are equal.
@@ -15,7 +15,7 @@ pub(crate) fn gated(gate: &Array, up: &Array) -> Result<Array, Exception> {
     thread_local! {
         static FUSED: OnceCell<Option<Compiled>> = const { OnceCell::new() };
     }
-    FUSED.with(|fused| match fused.get_or_init(|| Compiled::where_it_pays(gated_graph)) {
+    FUSED.with(|fused| match fused.get_or_init(|| Compiled::for_gpu(gated_graph)) {
         Some(compiled) => compiled.apply([gate, up]),
         None => gated_steps(gate, up),
     })
@@ -58,11 +58,10 @@ type Graph = extern "C" fn(*mut mlx_sys::mlx_vector_array, mlx_sys::mlx_vector_a
 struct Compiled(mlx_sys::mlx_closure);
 
 impl Compiled {
-    /// None where it does not pay. MLX's CPU backend would start a C++ compiler, which few machines have. On CUDA a
-    /// fused kernel takes the host longer to launch (28 µs on an H100's host) than three plain ones.
-    fn where_it_pays(graph: Graph) -> Option<Self> {
+    /// None without a GPU: MLX's CPU backend would start a C++ compiler, which few machines have.
+    fn for_gpu(graph: Graph) -> Option<Self> {
         let device = Device::try_default().and_then(|device| device.get_type());
-        if !matches!(device, Ok(DeviceType::Gpu)) || is_cuda() {
+        if !matches!(device, Ok(DeviceType::Gpu)) {
             return None;
         }
         // SAFETY: the function lives for ever; `compiled` is a new handle that MLX sets.

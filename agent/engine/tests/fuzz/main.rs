@@ -81,6 +81,7 @@ fn outcome(result: &Result<(), EngineError>) -> &'static str {
             LoadError::MissingFile { .. } => "missing file",
             LoadError::Split { .. } => "can't be split",
             LoadError::Mismatch(_) => "mismatch",
+            LoadError::Device { .. } => "no room on the device",
         },
         Err(EngineError::Mlx(_)) => "MLX refused",
         Err(_) => "step refused",

@@ -79,27 +79,33 @@ async fn a_reflector_holds_what_the_server_has() {
 #[error("{0}")]
 struct Failed(String);
 
+struct Context {
+    api: Api<InferenceInstance>,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+async fn reconcile(
+    object: Arc<InferenceInstance>,
+    context: Arc<Context>,
+) -> Result<Action, Failed> {
+    finalizer(&context.api, "exo.dev/test", object, |event| async {
+        let line = match event {
+            finalizer::Event::Apply(object) => format!("apply {}", object.spec.replicas),
+            finalizer::Event::Cleanup(_) => "cleanup".to_owned(),
+        };
+        context.log.lock().unwrap().push(line);
+        Ok::<_, Failed>(Action::await_change())
+    })
+    .await
+    .map_err(|error| Failed(error.to_string()))
+}
+
 #[tokio::test]
 async fn a_controller_cleans_up_before_an_object_goes() {
     let server = support::start();
     let api: Api<InferenceInstance> = Api::default_namespaced(server.client());
     let log: Arc<Mutex<Vec<String>>> = Arc::default();
-    let context = Arc::new((api.clone(), Arc::clone(&log)));
-    let reconcile =
-        |object: Arc<InferenceInstance>,
-         context: Arc<(Api<InferenceInstance>, Arc<Mutex<Vec<String>>>)>| async move {
-            let log = Arc::clone(&context.1);
-            finalizer(&context.0, "exo.dev/test", object, |event| async move {
-                let line = match event {
-                    finalizer::Event::Apply(object) => format!("apply {}", object.spec.replicas),
-                    finalizer::Event::Cleanup(_) => "cleanup".to_owned(),
-                };
-                log.lock().unwrap().push(line);
-                Ok::<_, Failed>(Action::await_change())
-            })
-            .await
-            .map_err(|error| Failed(error.to_string()))
-        };
+    let context = Arc::new(Context { api: api.clone(), log: Arc::clone(&log) });
     let controller = Controller::new(api.clone(), watcher::Config::default())
         .run(reconcile, |_, _, _| Action::requeue(Duration::from_millis(50)), context)
         .for_each(async |_| {});
