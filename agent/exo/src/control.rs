@@ -29,6 +29,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use crate::{
+    config::StoreChoice,
     data_dir::{DataDir, NODE_USER_PREFIX, Standing},
     join,
 };
@@ -103,6 +104,38 @@ struct ClusterInfo {
 struct KeyAnswer {
     /// PEM.
     ca_key: String,
+    store: StoreKind,
+}
+
+/// Where a cluster keeps its state. All of its nodes must agree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum StoreKind {
+    Raft,
+    Etcd,
+}
+
+impl StoreKind {
+    pub(crate) fn of(choice: &StoreChoice) -> Self {
+        match choice {
+            StoreChoice::Raft => Self::Raft,
+            StoreChoice::Etcd(_) => Self::Etcd,
+        }
+    }
+
+    /// Whether a node with this choice may join a cluster with that one.
+    fn check(self, cluster: Self) -> anyhow::Result<()> {
+        match (self, cluster) {
+            (Self::Raft, Self::Etcd) => bail!(
+                "the cluster keeps its state in etcd: start this node with the same --store as the \
+                 others"
+            ),
+            (Self::Etcd, Self::Raft) => {
+                bail!("the cluster keeps its state on its nodes: leave out --store")
+            }
+            (Self::Raft, Self::Raft) | (Self::Etcd, Self::Etcd) => Ok(()),
+        }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -133,14 +166,16 @@ pub(crate) struct Members {
 pub(crate) struct Host {
     pub(crate) store: Store,
     pub(crate) cluster: String,
+    pub(crate) kind: StoreKind,
     pub(crate) ca: String,
     pub(crate) ca_key: String,
 }
 
 impl Host {
-    pub(crate) fn new(store: Store, cluster: &str, authority: &Authority) -> Self {
+    pub(crate) fn new(store: Store, kind: StoreKind, cluster: &str, authority: &Authority) -> Self {
         Self {
             store,
+            kind,
             cluster: cluster.to_owned(),
             ca: authority.certificate_pem().to_owned(),
             ca_key: authority.key_pem().to_owned(),
@@ -196,7 +231,7 @@ async fn hand_over_key(
 ) -> Json<KeyAnswer> {
     let node = node_name(peer.certificate.as_ref());
     info!(node, from = %peer.address, "node joins the control plane: it gets the authority's key");
-    Json(KeyAnswer { ca_key: host.ca_key.clone() })
+    Json(KeyAnswer { ca_key: host.ca_key.clone(), store: host.kind })
 }
 
 async fn list_members(State(host): State<Arc<Host>>) -> Json<Members> {
@@ -247,6 +282,7 @@ pub(crate) async fn adopt(
     data: &DataDir,
     peers: &[String],
     (name, cluster): (&str, &str),
+    kind: StoreKind,
 ) -> anyhow::Result<()> {
     let first = if data.has_current_identity() {
         join::first_member(&data.tls(), peers).await
@@ -259,6 +295,7 @@ pub(crate) async fn adopt(
         let request = client.post(format!("https://{peer}{KEY_PATH}")).timeout(ASK_LIMIT);
         match ask::<KeyAnswer>(request).await {
             Ok(answer) => {
+                kind.check(answer.store)?;
                 data.begin_joining(peers)?;
                 return data.adopt_authority(&answer.ca_key);
             }
@@ -335,6 +372,16 @@ async fn ask<T: DeserializeOwned>(request: reqwest::RequestBuilder) -> anyhow::R
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_nodes_keep_the_state_in_one_place() {
+        use StoreKind::{Etcd, Raft};
+        Raft.check(Raft).unwrap();
+        Etcd.check(Etcd).unwrap();
+        assert!(Raft.check(Etcd).unwrap_err().to_string().contains("same --store"));
+        assert!(Etcd.check(Raft).unwrap_err().to_string().contains("leave out --store"));
+        assert_eq!(serde_json::to_string(&Etcd).unwrap(), r#""etcd""#);
+    }
 
     #[test]
     fn a_data_directory_is_never_used_for_something_else() {

@@ -70,7 +70,8 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
             match &start {
                 Start::Join(peers) => {
                     let name = (config.node_name.as_str(), config.cluster.as_str());
-                    control::adopt(&data, peers, name).await?;
+                    let kind = control::StoreKind::of(&store);
+                    control::adopt(&data, peers, name, kind).await?;
                 }
                 Start::Resume => {
                     control::check_same_cluster(&data.authority_pem()?, &peers).await?;
@@ -206,7 +207,8 @@ impl ControlPlane {
         let router = exo_apiserver::app(server.clone());
         let own = Identity { name: "system:exo".to_owned(), groups: vec![GROUP_ADMINS.to_owned()] };
         let client = Client::new(in_process(router.clone(), own), "default");
-        let control = control::Host::new(store.clone(), &config.cluster, &authority);
+        let kind = control::StoreKind::of(choice);
+        let control = control::Host::new(store.clone(), kind, &config.cluster, &authority);
         let host = join::Host {
             authority,
             store: store.clone(),
