@@ -9,12 +9,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use exo_engine::distributed::Group;
-use exo_engine::{DeviceTimes, Engine, LoadConfig, Sampling, Step, derive_shard_seed};
+use exo_engine::{DeviceTimes, Engine, Feed, LoadConfig, Sampling, SeqId, derive_shard_seed};
 use serde::Serialize;
 
-use crate::generate::{
-    SEQUENCE, Sharding, ignore_broken_pipe, parse_layers, prefill, share, share_of,
-};
+use crate::generate::{Sharding, ignore_broken_pipe, parse_layers, prefill, share, share_of};
+use crate::guard;
 
 /// Tokens decoded before the first measured round: kernels are compiled, clocks go up.
 const WARM_UP_TOKENS: usize = 16;
@@ -30,6 +29,9 @@ pub(crate) struct Args {
     /// Tokens to generate per round.
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_tokens: usize,
+    /// Sequences that are decoded together, one measurement each.
+    #[arg(long, value_name = "B", value_delimiter = ',', default_value = "1")]
+    batch: Vec<usize>,
     /// Rounds of each measurement; the medians are reported.
     #[arg(long, value_name = "N", default_value_t = 3)]
     rounds: usize,
@@ -39,6 +41,9 @@ pub(crate) struct Args {
     /// Layers of this rank, from 0, the end not included. Without it the ranks split the layers evenly.
     #[arg(long, value_name = "A..B", value_parser = parse_layers)]
     layers: Option<Range<usize>>,
+    /// With several ranks: give up when a step, or meeting the others, takes longer.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    stall_limit: u32,
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,
@@ -64,9 +69,15 @@ struct Report {
 /// Medians over the rounds.
 #[derive(Serialize)]
 struct Run {
+    /// Of each sequence.
     prompt_tokens: usize,
+    /// Of each sequence.
     max_tokens: usize,
+    /// Sequences decoded together.
+    batch: usize,
+    /// Of the first sequence; the prompts are fed one after the other.
     time_to_first_token_s: f64,
+    /// Of all sequences, as the next.
     prefill_tokens_per_s: f64,
     decode_tokens_per_s: f64,
     /// Of a decode step, the mean over a round.
@@ -87,6 +98,7 @@ struct StepMs {
 /// What one round took.
 struct Round {
     first_token_s: f64,
+    prefill_s: f64,
     decode_s: f64,
     device: DeviceTimes,
 }
@@ -95,6 +107,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     ensure!(args.max_tokens > 1, "--max-tokens must be at least 2");
     ensure!(args.rounds > 0, "--rounds must be at least 1");
     ensure!(args.prompt_tokens.iter().all(|n| *n > 0), "--prompt-tokens must be at least 1");
+    ensure!(args.batch.iter().all(|n| *n > 0), "--batch must be at least 1");
+    guard::start(Duration::from_secs(args.stall_limit.into()))?;
+    guard::watch("forming the group of ranks");
     let group = Group::from_env()?;
     let (rank, ranks) = group.as_ref().map_or((0, 1), |g| (g.rank(), g.size()));
     let (layers, sharding) =
@@ -107,19 +122,21 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         context_length: 0,
     };
     let started = Instant::now();
-    let mut engine = Engine::load(&config, &mut |_| {})?;
+    guard::watch_loading();
+    let mut engine = Engine::load(&config, &mut |_| guard::watch_loading())?;
     let load_s = started.elapsed().as_secs_f64();
-    let runs: anyhow::Result<Vec<Run>> = args
-        .prompt_tokens
-        .iter()
-        .map(|&length| measure(&mut engine, group.as_ref(), length, args))
-        .collect();
+    let mut runs = Vec::new();
+    for &length in &args.prompt_tokens {
+        for &batch in &args.batch {
+            runs.push(measure(&mut engine, group.as_ref(), length, batch, args)?);
+        }
+    }
     let report = Report {
         model_type: engine.info().model_type.clone(),
         ranks,
         weight_bytes: engine.info().weight_bytes,
         load_s,
-        runs: runs?,
+        runs,
         peak_memory_bytes: engine.peak_memory_bytes(),
         peak_resident_bytes: peak_resident_bytes(),
     };
@@ -134,29 +151,31 @@ fn measure(
     engine: &mut Engine,
     group: Option<&Group>,
     length: usize,
+    batch: usize,
     args: &Args,
 ) -> anyhow::Result<Run> {
     let (wanted, max_context) = (length + args.max_tokens, engine.info().max_context);
     ensure!(wanted <= max_context, "{wanted} tokens do not fit the context of {max_context}");
     let vocab_size = engine.info().vocab_size as u64;
     let token = |i: usize| (derive_shard_seed(0, 0, i as u64) % vocab_size) as u32;
-    let prompt: Vec<u32> = (0..length).map(token).collect();
-    round(engine, group, &prompt, args.max_tokens.min(WARM_UP_TOKENS))?;
+    let prompt = |row: usize| (row * length..(row + 1) * length).map(token).collect();
+    let prompts: Vec<Vec<u32>> = (0..batch).map(prompt).collect();
+    round(engine, group, &prompts, args.max_tokens.min(WARM_UP_TOKENS))?;
     let rounds: anyhow::Result<Vec<Round>> =
-        (0..args.rounds).map(|_| round(engine, group, &prompt, args.max_tokens)).collect();
+        (0..args.rounds).map(|_| round(engine, group, &prompts, args.max_tokens)).collect();
     let rounds = rounds?;
     let steps = (args.max_tokens - 1) as f64;
     let median_of = |f: &dyn Fn(&Round) -> f64| median(rounds.iter().map(f).collect());
     let step_ms = |f: &dyn Fn(&Round) -> f64| median_of(f) * 1e3 / steps;
     let seconds = Duration::as_secs_f64;
-    let first_token_s = median_of(&|r| r.first_token_s);
-    let decode_s = median_of(&|r| r.decode_s);
+    let rows = batch as f64;
     Ok(Run {
         prompt_tokens: length,
         max_tokens: args.max_tokens,
-        time_to_first_token_s: first_token_s,
-        prefill_tokens_per_s: length as f64 / first_token_s,
-        decode_tokens_per_s: steps / decode_s,
+        batch,
+        time_to_first_token_s: median_of(&|r| r.first_token_s),
+        prefill_tokens_per_s: rows * length as f64 / median_of(&|r| r.prefill_s),
+        decode_tokens_per_s: rows * steps / median_of(&|r| r.decode_s),
         step_ms: StepMs {
             total: step_ms(&|r| r.decode_s),
             build: step_ms(&|r| r.decode_s - seconds(&r.device.submit) - seconds(&r.device.wait)),
@@ -166,31 +185,44 @@ fn measure(
     })
 }
 
-/// Feeds the prompt and draws `max_tokens` likeliest tokens, whatever they are.
+/// Feeds the prompts one after the other, then draws `max_tokens` likeliest tokens for each together, whatever they
+/// are.
 fn round(
     engine: &mut Engine,
     group: Option<&Group>,
-    prompt: &[u32],
+    prompts: &[Vec<u32>],
     max_tokens: usize,
 ) -> anyhow::Result<Round> {
-    engine.open(SEQUENCE, &Sampling::greedy());
     let started = Instant::now();
-    let drawn = prefill(engine, prompt)?;
-    let mut token = share(group, drawn.as_ref())?;
+    let (mut tokens, mut first_token_s) = (Vec::new(), 0.0);
+    for (seq, prompt) in (0..).zip(prompts) {
+        engine.open(seq, &Sampling::greedy());
+        let drawn = prefill(engine, seq, prompt)?;
+        tokens.push(share(group, drawn.as_ref())?);
+        if seq == 0 {
+            first_token_s = started.elapsed().as_secs_f64();
+        }
+    }
     let first = Instant::now();
     DeviceTimes::take();
     let mut shared = Duration::ZERO;
     for draw in 1..max_tokens as u64 {
-        let drawn = engine.step(&Step::Decode { seq: SEQUENCE, token, draw })?;
+        guard::watch("a step");
+        let feed = |(seq, &token): (SeqId, &u32)| Feed { seq, token, draw };
+        let feeds: Vec<Feed> = (0..).zip(&tokens).map(feed).collect();
+        let drawn = engine.decode(&feeds)?;
         let asked = Instant::now();
-        token = share(group, drawn.as_ref())?;
+        for (row, token) in tokens.iter_mut().enumerate() {
+            *token = share(group, drawn.get(row))?;
+        }
         shared += asked.elapsed();
     }
     let decode_s = first.elapsed().as_secs_f64();
     let mut device = DeviceTimes::take();
     device.wait += shared;
-    engine.close(SEQUENCE);
-    Ok(Round { first_token_s: first.duration_since(started).as_secs_f64(), decode_s, device })
+    (0..prompts.len() as SeqId).for_each(|seq| engine.close(seq));
+    let prefill_s = first.duration_since(started).as_secs_f64();
+    Ok(Round { first_token_s, prefill_s, decode_s, device })
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -222,14 +254,23 @@ fn table(report: &Report) -> String {
         mib(report.peak_memory_bytes),
     )];
     lines.push(format!(
-        "{:>7} {:>12} {:>9} {:>12} {:>8} {:>8} {:>8} {:>8}",
-        "PROMPT", "PREFILL/S", "FIRST MS", "DECODE/S", "STEP MS", "BUILD", "SUBMIT", "WAIT",
+        "{:>7} {:>6} {:>12} {:>9} {:>12} {:>8} {:>8} {:>8} {:>8}",
+        "PROMPT",
+        "BATCH",
+        "PREFILL/S",
+        "FIRST MS",
+        "DECODE/S",
+        "STEP MS",
+        "BUILD",
+        "SUBMIT",
+        "WAIT",
     ));
     for run in &report.runs {
         let step = run.step_ms;
         lines.push(format!(
-            "{:>7} {:>12.1} {:>9.1} {:>12.1} {:>8.3} {:>8.3} {:>8.3} {:>8.3}",
+            "{:>7} {:>6} {:>12.1} {:>9.1} {:>12.1} {:>8.3} {:>8.3} {:>8.3} {:>8.3}",
             run.prompt_tokens,
+            run.batch,
             run.prefill_tokens_per_s,
             run.time_to_first_token_s * 1e3,
             run.decode_tokens_per_s,

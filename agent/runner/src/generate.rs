@@ -20,7 +20,7 @@ use crate::{guard, sampling};
 /// Prompt tokens fed at a time: enough to fill any device, few enough to bound temporary memory.
 const PREFILL_CHUNK: usize = 2048;
 
-pub(crate) const SEQUENCE: SeqId = 0;
+const SEQUENCE: SeqId = 0;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -273,7 +273,7 @@ fn generate(
     let mut detokenizer = Detokenizer::new();
 
     let started = Instant::now();
-    let mut drawn = prefill(engine, prompt)?;
+    let mut drawn = prefill(engine, SEQUENCE, prompt)?;
     // When the first token came, and the latest one.
     let mut times: Option<(Instant, Instant)> = None;
     let (mut tokens, mut logprobs, mut finish_reason) = (Vec::new(), Vec::new(), "length");
@@ -316,7 +316,11 @@ fn generate(
     })
 }
 
-pub(crate) fn prefill(engine: &mut Engine, prompt: &[u32]) -> anyhow::Result<Option<StepOutput>> {
+pub(crate) fn prefill(
+    engine: &mut Engine,
+    seq: SeqId,
+    prompt: &[u32],
+) -> anyhow::Result<Option<StepOutput>> {
     let mut drawn = None;
     let mut left = prompt;
     while !left.is_empty() {
@@ -325,7 +329,7 @@ pub(crate) fn prefill(engine: &mut Engine, prompt: &[u32]) -> anyhow::Result<Opt
         let sample = rest.is_empty();
         let tokens = chunk.to_vec();
         guard::watch("a part of the prompt");
-        drawn = engine.step(&Step::Prefill { seq: SEQUENCE, tokens, sample, draw: 0 })?;
+        drawn = engine.step(&Step::Prefill { seq, tokens, sample, draw: 0 })?;
     }
     Ok(drawn)
 }
