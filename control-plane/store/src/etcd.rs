@@ -145,7 +145,9 @@ impl EtcdBackend {
             .collect();
         let reads: Vec<_> = txn.compare.iter().map(|c| TxnOp::get(key(&c.key), None)).collect();
         let order = EtcdTxn::new().when(compares).and_then(changes).or_else(reads);
-        let answer = bounded(self.client.kv_client().txn(order)).await.map_err(write_fault)?;
+        let answer = bounded(self.client.kv_client().txn(order))
+            .await
+            .map_err(|error| write_fault(&error))?;
         let revision = unsigned(answer.header().map_or(0, |h| h.revision()));
         if answer.succeeded() {
             self.reach(revision).await?;
@@ -174,7 +176,8 @@ impl EtcdBackend {
             match bounded(kv.compact(signed(revision), None)).await {
                 // Another node was first.
                 Err(Error::GRpcStatus(status)) if status.message().contains("compacted") => {}
-                answer => drop(answer.map_err(write_fault)?),
+                Ok(_) => {}
+                Err(error) => return Err(write_fault(&error)),
             }
         }
         Ok(outcome)
@@ -235,8 +238,8 @@ async fn bounded<T>(call: impl Future<Output = Result<T, Error>>) -> Result<T, E
 }
 
 /// gRPC's codes, by number: what was certainly not carried out.
-fn write_fault(error: Error) -> StoreError {
-    let code = match &error {
+fn write_fault(error: &Error) -> StoreError {
+    let code = match error {
         Error::GRpcStatus(status) => i32::from(status.code()),
         _ => -1,
     };

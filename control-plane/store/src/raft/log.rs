@@ -60,9 +60,10 @@ enum Job {
         /// `None` when it was reported as done before.
         done: Option<LogFlushed<TypeConfig>>,
     },
-    Run(Box<dyn FnOnce(&Disk) -> Result<(), DiskError> + Send>, oneshot::Sender<Outcome>),
+    Run(DiskWork, oneshot::Sender<Outcome>),
 }
 
+type DiskWork = Box<dyn FnOnce(&Disk) -> Result<(), DiskError> + Send>;
 type Outcome = Result<(), DiskError>;
 
 /// How far the log is on disk, where it may have been reported as done before it was.
