@@ -40,7 +40,7 @@ pub(super) fn trouble() -> Option<String> {
     RING.get()?.trouble()
 }
 
-/// As [`trouble`], but if all neighbours are connected, names them: one of them does not go on. For whoever has
+/// As `trouble`, but if all neighbours are connected, names them: one of them does not go on. For whoever has
 /// waited too long for the group.
 pub fn suspects() -> Option<String> {
     let ring = RING.get()?;
