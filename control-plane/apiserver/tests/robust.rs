@@ -248,5 +248,5 @@ proptest! {
 /// More of them on demand: `EXO_FUZZ_CASES=100000`.
 fn cases() -> u32 {
     let wanted = std::env::var("EXO_FUZZ_CASES").ok();
-    wanted.and_then(|cases| cases.parse().ok()).unwrap_or(400)
+    wanted.and_then(|cases| cases.parse().ok()).unwrap_or(150)
 }
