@@ -263,7 +263,10 @@ async fn kill_leaders(exo: &mut Exo, kills: u64) {
 mod etcd {
     use etcd_client::{Client, GetOptions, WatchOptions};
 
-    use super::*;
+    use super::{
+        Arc, CLIENTS, Child, Command, Duration, Instant, SocketAddr, Stdio, TempDir, Writer,
+        free_address, load, report,
+    };
 
     /// A Shard with its status and managed fields has about this size.
     const VALUE_BYTES: usize = 1_500;
