@@ -13,8 +13,8 @@ use crate::{
     server::{Form, Server},
 };
 
-/// Nobody waits longer for a word.
-const LIMIT: Duration = Duration::from_secs(2);
+/// Nobody waits longer for a word; a server that is away costs the connection's own limit.
+const LIMIT: Duration = Duration::from_secs(10);
 
 pub(super) fn script(shell: Shell, out: &mut dyn Write) -> anyhow::Result<()> {
     Ok(out.write_all(completion::script(shell).as_bytes())?)
