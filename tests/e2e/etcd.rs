@@ -1,7 +1,7 @@
 //! The cluster's state in etcd, instead of on the nodes.
 
 use std::{
-    net::{SocketAddr, TcpListener},
+    net::{SocketAddr, TcpListener, TcpStream},
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -40,7 +40,9 @@ impl Etcd {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        Some(Self { process, address, dir })
+        let started = Self { process, address, dir };
+        wait_for("etcd", || Ok(TcpStream::connect(address).ok())).unwrap();
+        Some(started)
     }
 }
 

@@ -241,8 +241,10 @@ async fn list_members(State(host): State<Arc<Host>>) -> Json<Members> {
         address: member.address,
         voter: member.is_voter,
     };
+    // A leader that was cut off may believe that it still leads: the others confirm it first.
+    let leads = host.store.is_leader() && host.store.current_revision().await.is_ok();
     let members = host.store.members().into_iter().map(info).collect();
-    Json(Members { leads: host.store.is_leader(), members })
+    Json(Members { leads, members })
 }
 
 async fn add_member(

@@ -33,6 +33,8 @@ pub(crate) const PATH: &str = "/exo/v1/join";
 const MAX_BODY: usize = 64 * 1024;
 /// How long a peer may take to say that it is there.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
+/// A peer that accepts the call and never answers must not keep the others from being asked.
+const ASK_LIMIT: Duration = Duration::from_secs(15);
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -204,6 +206,7 @@ async fn ask(
 ) -> anyhow::Result<JoinResponse> {
     let response = client
         .post(format!("https://{peer}{PATH}"))
+        .timeout(ASK_LIMIT)
         .json(body)
         .send()
         .await

@@ -253,6 +253,33 @@ async fn lists_that_are_too_large_come_in_parts() {
     assert_eq!(call(Method::GET, few, None).await.0, 200);
 }
 
+#[tokio::test]
+async fn a_limit_that_ends_with_a_page_of_the_store_goes_on() {
+    // The server reads so many at a time.
+    const PAGE: usize = 1000;
+    let router = limited(Limits::default());
+    let call = async |method: Method, path: String, body: Body| {
+        let request = Request::builder().method(method).uri(path).body(body).unwrap();
+        let response = router.clone().oneshot(request).await.unwrap();
+        let code = response.status().as_u16();
+        let bytes = axum::body::to_bytes(response.into_body(), usize::MAX).await.unwrap();
+        let answer = serde_json::from_slice::<Value>(&bytes).unwrap();
+        assert!(code < 300, "{answer}");
+        answer
+    };
+    for n in 0..=PAGE {
+        let body = Body::from(node(&format!("n{n:04}")).to_string());
+        call(Method::POST, NODES.into(), body).await;
+    }
+    let first = call(Method::GET, format!("{NODES}?limit={PAGE}"), Body::empty()).await;
+    assert_eq!(first["items"].as_array().unwrap().len(), PAGE);
+    let token = first["metadata"]["continue"].as_str().unwrap();
+    let path = format!("{NODES}?limit={PAGE}&continue={token}");
+    let rest = call(Method::GET, path, Body::empty()).await;
+    assert_eq!(rest["items"][0]["metadata"]["name"], "n1000");
+    assert_eq!(rest["items"].as_array().unwrap().len(), 1);
+}
+
 /// One sample of the text format: name, labels, value.
 fn sample(line: &str) -> (String, String, f64) {
     let (series, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("{line}"));

@@ -343,7 +343,8 @@ fn in_order(rows: &[RowId], drawn: &[Drawn]) -> Result<Array, Exception> {
         return Ok(one.draw.tokens.clone());
     }
     let all: Vec<RowId> = drawn.iter().flat_map(|drawn| drawn.rows.iter().copied()).collect();
-    let place = |row: &RowId| all.iter().position(|other| other == row).map(|at| at as u32);
+    // A row that was taken back may stand twice: its newest draw is the last.
+    let place = |row: &RowId| all.iter().rposition(|other| other == row).map(|at| at as u32);
     let places: Vec<u32> = rows.iter().filter_map(place).collect();
     assert_eq!(places.len(), rows.len(), "every row was drawn for");
     let tokens: Vec<Array> = drawn.iter().map(|drawn| drawn.draw.tokens.clone()).collect();

@@ -121,7 +121,7 @@ async fn read_page(
     let max_bytes = call.server.flow().limits().list_bytes;
     loop {
         let query =
-            ListQuery { prefix: prefix.clone(), after: after.take(), limit: PAGE, revision };
+            ListQuery { prefix: prefix.clone(), after: after.clone(), limit: PAGE, revision };
         let listing = if local { store.list_local(&query) } else { store.list(&query).await };
         let listing = listing.map_err(expired)?;
         // Further pages are of the same revision, which is here by now.

@@ -1,11 +1,11 @@
 //! `exoctl cordon`, `uncordon` and `drain`.
 
-use std::io::Write;
+use std::{io::Write, time::Duration};
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use http::Method;
 use serde_json::{Value, json};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::{
     change_query, dry_run_suffix,
@@ -14,9 +14,12 @@ use super::{
 };
 use crate::{
     cli::{Drain, DryRun, Goal, Nodes, Select},
-    error::{Collector, is_not_found},
+    error::{Collector, refused},
     server::{Form, MERGE_PATCH, Server},
 };
+
+/// Before looking again at shards that were replaced while they were being deleted.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 pub(super) async fn run(
     nodes: &Nodes,
@@ -93,6 +96,11 @@ pub(super) async fn drain(
     failures.finish()
 }
 
+/// Whether the object that was meant is not there any more, or not under its name.
+fn is_gone(error: &anyhow::Error) -> bool {
+    refused(error).is_some_and(|refused| refused.is_not_found() || refused.is_conflict())
+}
+
 /// Deletes the node's shards until there are none: their controllers place the replicas anew, and
 /// one of them may have placed a shard here just before the node was cordoned.
 async fn empty(
@@ -119,12 +127,12 @@ async fn empty(
         for object in &shards {
             let shard = select::of_object(server, kind, object);
             let uid = object["metadata"]["uid"].clone();
-            // Another one that took its name meanwhile is not meant.
+            // Another one that took its name meanwhile is looked at anew.
             let body = json!({"preconditions": {"uid": uid}});
             let is_going = object["metadata"]["deletionTimestamp"].is_string();
             if !is_going {
                 match server.send(Method::DELETE, &shard.path(), &query, Some(&body)).await {
-                    Err(error) if is_not_found(&error) => continue,
+                    Err(error) if is_gone(&error) => continue,
                     deleted => deleted?,
                 };
                 let suffix = dry_run_suffix(args.dry_run);
@@ -135,6 +143,10 @@ async fn empty(
         }
         if args.dry_run.is_some() {
             return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "shards kept coming back for {:?}", args.timeout);
+        if gone.is_empty() {
+            sleep(LOOK_AGAIN).await;
         }
         for (shard, uid) in gone {
             let target = wait::Target {

@@ -211,6 +211,12 @@ impl Disk {
         Self::put_mark(&mut file, mark)
     }
 
+    /// Before what it no longer promises goes: the loss of power may keep either alone.
+    fn flush_mark(&self) -> Result<(), DiskError> {
+        let file = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
+        file.flush().map_err(|source| DiskError::Mark { path: file.path().to_owned(), source })
+    }
+
     /// What is missing for taking on more, in words; `None` when there is room.
     pub(super) fn is_full(&self) -> Option<String> {
         let volume = rustix::fs::statvfs(&self.path).ok()?;
@@ -374,6 +380,7 @@ impl Disk {
         let last = before.and_then(|entries| entries.last().map(|entry| entry.log_id));
         let last = last.max(self.purged()?);
         self.set_mark(|mark| mark.last = last)?;
+        self.flush_mark()?;
         self.write(|txn| {
             txn.open_table(LOG)?.retain_in(index.., |_, _| false)?;
             Ok(())

@@ -245,6 +245,8 @@ impl Writing {
         let mut next = queue.recv().ok();
         while let Some(job) = next.take() {
             match job {
+                // After a hole in the log nothing more is promised: whoever waits sees `done` go.
+                Job::Run(..) if self.flushing.failure().is_some() => {}
                 Job::Run(run, done) => {
                     // Who asked may be gone.
                     let _ = done.send(run(&self.disk));
@@ -298,11 +300,15 @@ impl Writing {
 }
 
 impl Tail {
-    /// The entries of a range, if all of it is here.
-    fn get(&self, range: &RangeInclusive<u64>) -> Option<Vec<Entry<TypeConfig>>> {
-        let (first, _) = self.entries.first_key_value()?;
-        let found = || self.entries.range(range.clone()).map(|(_, e)| e.clone());
-        (first <= range.start()).then(|| found().collect())
+    /// What of a range is here, and where the rest of it ends: that lies before, and on disk.
+    fn get(&self, range: &RangeInclusive<u64>) -> (Option<u64>, Vec<Entry<TypeConfig>>) {
+        let found = self.entries.range(range.clone()).map(|(_, entry)| entry.clone()).collect();
+        let rest = match self.entries.first_key_value() {
+            Some((first, _)) if first <= range.start() => None,
+            Some((first, _)) => Some((*range.end()).min(first - 1)),
+            None => Some(*range.end()),
+        };
+        (rest, found)
     }
 
     /// What is not on disk yet stays here, whatever its number.
@@ -341,10 +347,14 @@ impl RaftLogReader<TypeConfig> for LogStore {
         let Some(range) = inclusive(&range) else {
             return Ok(Vec::new());
         };
-        if let Some(entries) = self.with_tail(|tail| tail.get(&range)) {
-            return Ok(entries);
-        }
-        self.disk.entries(range).map_err(fault(StorageIOError::read_logs))
+        let (rest, found) = self.with_tail(|tail| tail.get(&range));
+        let Some(end) = rest else {
+            return Ok(found);
+        };
+        let before = self.disk.entries(*range.start()..=end);
+        let mut entries = before.map_err(fault(StorageIOError::read_logs))?;
+        entries.extend(found);
+        Ok(entries)
     }
 }
 
@@ -466,5 +476,32 @@ mod tests {
 
         flushing.change(|progress| progress.failed = Some("no room".to_owned()));
         assert!(flushing.reached(6).await.unwrap_err().to_string().contains("no room"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use openraft::CommittedLeaderId;
+
+    use super::*;
+
+    #[test]
+    fn a_range_that_begins_on_disk_ends_with_what_is_here() {
+        let mut tail = Tail::default();
+        for index in 5..=8 {
+            let log_id = LogId::new(CommittedLeaderId::new(1, 1), index);
+            tail.entries.insert(index, Entry { log_id, payload: EntryPayload::Blank });
+        }
+        for (range, rest, here) in [
+            (5..=6, None, vec![5, 6]),
+            (8..=20, None, vec![8]),
+            (3..=6, Some(4), vec![5, 6]),
+            (1..=2, Some(2), vec![]),
+        ] {
+            let (found_rest, found) = tail.get(&range);
+            let found: Vec<_> = found.iter().map(|entry| entry.log_id.index).collect();
+            assert_eq!((found_rest, found), (rest, here), "{range:?}");
+        }
+        assert_eq!(Tail::default().get(&(3..=4)).0, Some(4), "all of it is on disk");
     }
 }

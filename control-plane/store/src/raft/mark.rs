@@ -51,6 +51,11 @@ impl MarkFile {
         let mark = decode(&text).ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidData, "its contents don't match their check sum")
         })?;
+        if text.trim_matches('\0').is_empty() {
+            file.seek(SeekFrom::Start(0))?;
+            file.write_all(encode(&mark).as_bytes())?;
+            file.sync_all()?;
+        }
         Ok(Self { path, file, mark })
     }
 
@@ -85,7 +90,8 @@ fn encode(mark: &Mark) -> String {
 
 /// `None` for what [`encode`] did not write.
 fn decode(text: &str) -> Option<Mark> {
-    if text.is_empty() {
+    // New, or cut short while it was made: nothing was promised before its first flush.
+    if text.trim_matches('\0').is_empty() {
         return Some(Mark::default());
     }
     let (json, sum) = text.trim_end().split_once('\n')?;
@@ -118,6 +124,7 @@ mod tests {
         assert_eq!(text.len(), SIZE, "the largest numbers fit");
         assert_eq!(decode(&text), Some(mark));
         assert_eq!(decode(""), Some(Mark::default()));
+        assert_eq!(decode(&"\0".repeat(SIZE)), Some(Mark::default()));
         assert_eq!(decode(&text.replace("last", "lost")), None);
         assert_eq!(decode(&text[..100]), None);
         // FNV's published value for this text.
