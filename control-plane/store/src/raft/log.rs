@@ -477,13 +477,6 @@ mod tests {
         flushing.change(|progress| progress.failed = Some("no room".to_owned()));
         assert!(flushing.reached(6).await.unwrap_err().to_string().contains("no room"));
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use openraft::CommittedLeaderId;
-
-    use super::*;
 
     #[test]
     fn a_range_that_begins_on_disk_ends_with_what_is_here() {
