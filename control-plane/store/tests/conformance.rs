@@ -41,6 +41,9 @@ async fn everywhere<F: AsyncFn(Store)>(body: F) {
     if support::etcd::is_there() {
         let server = support::etcd::Server::start();
         let store = server.open().await;
+        // Its election is a revision too.
+        timeout(support::LIMIT, store.leads().wait_for(|leads| *leads)).await.unwrap().unwrap();
+        store.current_revision().await.unwrap();
         body(store.clone()).await;
         store.shutdown().await;
     }
