@@ -89,6 +89,10 @@ pub struct SamplingParams {
     pub seed: u64,
 }
 
+/// Most entries of `logit_bias`: as many as any client sends, and few enough for one message between
+/// ranks.
+pub const MAX_LOGIT_BIASES: usize = 1_024;
+
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }

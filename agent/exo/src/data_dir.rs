@@ -153,8 +153,7 @@ impl DataDir {
 
     /// API addresses that a node without a control plane was told, newest last time.
     pub(crate) fn known_members(&self) -> Vec<String> {
-        let text = fs::read_to_string(self.path.join("members")).unwrap_or_default();
-        text.lines().map(str::to_owned).collect()
+        known_members(&self.path)
     }
 
     pub(crate) fn save_members(&self, addresses: &[String]) -> anyhow::Result<()> {
@@ -253,6 +252,12 @@ pub(crate) fn certificate_addresses(own: IpAddr) -> Vec<IpAddr> {
         addresses.push(own);
     }
     addresses
+}
+
+/// As [`DataDir::known_members`], of the data directory at `path`.
+pub(crate) fn known_members(path: &Path) -> Vec<String> {
+    let text = fs::read_to_string(path.join("members")).unwrap_or_default();
+    text.lines().map(str::to_owned).collect()
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
-    data_dir::{certificate_addresses, now_s, write_kubeconfig},
+    data_dir::{certificate_addresses, known_members, now_s, write_kubeconfig},
     join,
 };
 
@@ -36,8 +36,8 @@ pub(crate) struct Renewal {
 pub(crate) enum Issuer {
     /// The cluster's authority, which is here; the admin's kubeconfig gets a new certificate too.
     Here { pki: PathBuf, address: IpAddr, kubeconfig: PathBuf, api: SocketAddr },
-    /// The first of these nodes that answers.
-    Peers { peers: Vec<String>, cluster: String },
+    /// The first node that answers: of those last heard of, then of these.
+    Peers { data: PathBuf, peers: Vec<String>, cluster: String },
 }
 
 /// Looks after the certificate until `stop`.
@@ -75,8 +75,10 @@ impl Renewal {
                 let addresses = certificate_addresses(*address);
                 authority.renew(&subject, Some(&addresses), &key, now_s)?
             }
-            Issuer::Peers { peers, cluster } => {
-                join::renew(&self.tls, peers, (&self.node_name, cluster), key).await?
+            Issuer::Peers { data, peers, cluster } => {
+                let mut all = known_members(data);
+                all.extend_from_slice(peers);
+                join::renew(&self.tls, &all, (&self.node_name, cluster), key).await?
             }
         };
         write_private(&self.tls.cert, certificate.as_bytes())?;

@@ -493,7 +493,11 @@ async fn run_agent_alone(
     }
     let servers = Servers::new(&data.tls(), &addresses)?;
     let mut agent = start_agent(config, data, servers.client(), &registry)?;
-    let issuer = Issuer::Peers { peers: addresses, cluster: config.cluster.clone() };
+    let issuer = Issuer::Peers {
+        data: data.path().to_owned(),
+        peers: addresses,
+        cluster: config.cluster.clone(),
+    };
     let renewal = start_renewal(config, data, issuer);
     print_line(&format!("exo runs models for the cluster at {peer}"));
     // Cancel-safe: as above.

@@ -9,7 +9,6 @@
 //! - No two runners of one replica of an instance live here at the same time.
 //! - Runners end with the agent, and those of an earlier agent are ended at start.
 
-mod events;
 mod lines;
 mod metrics;
 mod node;
@@ -29,7 +28,8 @@ use std::{
     time::Duration,
 };
 
-use exo_crds::runner::RunnerTls;
+use exo_crds::{event::Reporter, runner::RunnerTls};
+use exo_recorder::Recorder;
 use exo_trust::TlsPaths;
 use kube::{Client, runtime::utils::Backoff};
 use prometheus::Registry;
@@ -102,7 +102,11 @@ pub async fn run(
         },
     };
     let disk = machine.models.disk().to_owned();
-    let (events, telling) = events::queue(client.clone(), &config.node_name);
+    let (events, telling) = {
+        let component = "exo-agent".to_owned();
+        let reporter = Reporter { component, instance: config.node_name.clone() };
+        Recorder::new(client.clone(), reporter, || true)
+    };
     let host = Arc::new(Host::new(client.clone(), machine, events.clone()));
     let (recovered, recoveries) = watch::channel(0);
     let (listed, is_listed) = watch::channel(false);

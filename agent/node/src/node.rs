@@ -6,6 +6,7 @@ use exo_crds::{
     MemoryStatus, Node, NodeAddress, NodeSpec, NodeStatus, NodeVersions, Quantity, TransportKind,
     condition, event::Occurrence, set_condition,
 };
+use exo_recorder::Recorder;
 use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{MicroTime, Time},
     jiff::Timestamp,
@@ -23,7 +24,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     AgentConfig,
-    events::Events,
     metrics::Metrics,
     probe::{self, Facts},
 };
@@ -45,7 +45,7 @@ pub(crate) struct Signals {
     pub(crate) recovered: watch::Sender<u64>,
     /// Set once all shards of this node have been listed.
     pub(crate) listed: watch::Receiver<bool>,
-    pub(crate) events: Events,
+    pub(crate) events: Recorder,
 }
 
 /// Sends heartbeats until `shutdown`, then says that the agent has stopped.
@@ -136,7 +136,7 @@ struct Reporter {
     memory: watch::Receiver<Option<MemoryStatus>>,
     disk_free: watch::Receiver<Option<u64>>,
     listed: watch::Receiver<bool>,
-    events: Events,
+    events: Recorder,
     metrics: Metrics,
     registered: bool,
     /// As it was registered: what events refer to.
@@ -166,7 +166,7 @@ impl Reporter {
     fn tell_reconnected(&self) {
         if let Some(node) = &self.node {
             let note = "heartbeats arrive again after they had failed";
-            self.events.tell(node, Occurrence::warning("Reconnected", note));
+            self.events.record(node, Occurrence::warning("Reconnected", note));
         }
     }
 
@@ -199,7 +199,7 @@ impl Reporter {
         };
         tracing::info!(node = name, "registered");
         let note = concat!("the agent of exo ", env!("CARGO_PKG_VERSION"), " is running");
-        self.events.tell(&node, Occurrence::normal("AgentStarted", note));
+        self.events.record(&node, Occurrence::normal("AgentStarted", note));
         self.last = node.status.clone().unwrap_or_default();
         self.node = Some(node);
         self.registered = true;

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use exo_crds::generate::SamplingParams;
+use exo_crds::generate::{MAX_LOGIT_BIASES, SamplingParams};
 use exo_engine::Sampling;
 
 /// As OpenAI's API allows at most, either way.
@@ -48,6 +48,10 @@ pub(crate) fn check(params: SamplingParams, vocab_size: usize) -> Result<Samplin
         [("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)];
     for (field, penalty) in penalties {
         within(field, penalty, PENALTY_MAX)?;
+    }
+    if logit_bias.len() > MAX_LOGIT_BIASES {
+        let wanted = format!("at most {MAX_LOGIT_BIASES}");
+        return bad("logit_bias", &format_args!("{} entries", logit_bias.len()), &wanted);
     }
     for (token, bias) in &logit_bias {
         let field = format!("logit_bias[{token}]");

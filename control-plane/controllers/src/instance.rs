@@ -8,6 +8,7 @@ use std::{
 
 use exo_crds::{InferenceInstance, Model, Node, Shard, event::Occurrence};
 use exo_plan::{Action as Do, Decision, Observed, create_refused, reconcile};
+use exo_recorder::Recorder;
 use futures::StreamExt as _;
 use k8s_openapi::jiff::Timestamp;
 use kube::{
@@ -23,7 +24,6 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    events::Events,
     trigger,
     write::{WriteError, carry_out},
 };
@@ -38,7 +38,7 @@ const RETRY_CONFLICT: Duration = Duration::from_millis(50);
 struct Context {
     client: Client,
     leadership: watch::Receiver<bool>,
-    events: Events,
+    events: Recorder,
 }
 
 impl Context {
@@ -50,7 +50,7 @@ impl Context {
 pub(crate) async fn run(
     client: Client,
     leadership: watch::Receiver<bool>,
-    events: Events,
+    events: Recorder,
     shutdown: CancellationToken,
 ) {
     let nodes = trigger::changes(Api::<Node>::all(client.clone()), |node| {
@@ -161,7 +161,7 @@ async fn act(
     }
     if context.leads() {
         for occurrence in &decision.events {
-            context.events.tell(&instance, occurrence.clone());
+            context.events.record(&instance, occurrence.clone());
         }
     }
     let mut status = decision.status.clone();
@@ -187,7 +187,7 @@ async fn act(
                 tracing::warn!(instance = name, %error, why, "the server refused a shard");
                 create_refused(&mut status, shard, why, Timestamp::now());
                 let note = format!("the API server refused a shard: {why}");
-                context.events.tell(&instance, Occurrence::warning("ShardRefused", note));
+                context.events.record(&instance, Occurrence::warning("ShardRefused", note));
                 refused.insert(shard.spec.replica);
             }
             _ => {

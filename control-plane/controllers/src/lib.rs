@@ -8,12 +8,13 @@
 //! - Everything is read anew from the API for each decision; watches only say when to look.
 //! - A status that says nothing new is not written.
 
-mod events;
 mod instance;
 mod node;
 mod trigger;
 mod write;
 
+use exo_crds::event::Reporter;
+use exo_recorder::Recorder;
 use kube::Client;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -33,7 +34,11 @@ pub async fn run(
     leadership: watch::Receiver<bool>,
     shutdown: CancellationToken,
 ) -> Result<(), Ended> {
-    let (events, telling) = events::queue(client.clone(), leadership.clone());
+    let (events, telling) = {
+        let (component, instance) = ("exo-controllers".to_owned(), "leader".to_owned());
+        let (reporter, leads) = (Reporter { component, instance }, leadership.clone());
+        Recorder::new(client.clone(), reporter, move || *leads.borrow())
+    };
     let instances =
         instance::run(client.clone(), leadership.clone(), events.clone(), shutdown.clone());
     let nodes = node::run(client, leadership, events, shutdown.clone());

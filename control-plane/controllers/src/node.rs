@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use exo_crds::{Node, Shard, event::Occurrence};
 use exo_plan::{Heartbeats, heartbeat_lost, release_lost};
+use exo_recorder::Recorder;
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use kube::{
     Api, Client, ResourceExt as _,
@@ -17,7 +18,6 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    events::Events,
     write::{WriteError, carry_out},
 };
 
@@ -27,7 +27,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 pub(crate) async fn run(
     client: Client,
     leadership: watch::Receiver<bool>,
-    events: Events,
+    events: Recorder,
     shutdown: CancellationToken,
 ) {
     let start = Instant::now();
@@ -46,7 +46,7 @@ pub(crate) async fn run(
         }
         for lost in look(&client, &leadership, &mut heartbeats, start.elapsed()).await {
             let note = "no sign of life from its agent: its shards are placed elsewhere";
-            events.tell(&lost, Occurrence::warning("NodeLost", note));
+            events.record(&lost, Occurrence::warning("NodeLost", note));
         }
     }
 }

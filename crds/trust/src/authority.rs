@@ -59,8 +59,9 @@ impl Authority {
     /// Opens the authority in `dir` (`ca.crt`, `ca.key`), or makes one. `now_s`: Unix time.
     pub fn open_or_create(dir: &Path, now_s: u64) -> Result<Self, TrustError> {
         let (cert_path, key_path) = (dir.join("ca.crt"), dir.join("ca.key"));
-        // The key is written last: a certificate without a key is a torn creation, made anew.
-        if key_path.exists() {
+        // The certificate is written last: without it there is a torn creation, made anew. Without
+        // its key there was an authority once, which must not be replaced in silence.
+        if cert_path.exists() {
             let text = |path: &Path| {
                 std::fs::read_to_string(path)
                     .map_err(|source| TrustError::Read { path: path.to_owned(), source })
@@ -79,8 +80,8 @@ impl Authority {
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         set_validity(&mut params, now_s, CA_DAYS);
         let certificate_pem = params.self_signed(&key)?.pem();
-        write_private(&cert_path, certificate_pem.as_bytes())?;
         write_private(&key_path, key.serialize_pem().as_bytes())?;
+        write_private(&cert_path, certificate_pem.as_bytes())?;
         Self::from_pem(certificate_pem, key.serialize_pem())
     }
 

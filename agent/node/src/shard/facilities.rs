@@ -7,6 +7,7 @@ use exo_crds::{
     event::Occurrence,
     runner::{RunnerEvent, RunnerTls},
 };
+use exo_recorder::Recorder;
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
@@ -15,7 +16,7 @@ use serde_json::{Value, json};
 use tokio::{sync::oneshot, time::timeout};
 
 use super::{Exit, failure, launch::Launch};
-use crate::{events::Events, ports::Reservation, runner::Process, weights::ModelStore};
+use crate::{ports::Reservation, runner::Process, weights::ModelStore};
 
 /// A call that takes longer is made again.
 const CALL_LIMIT: Duration = Duration::from_secs(5);
@@ -96,11 +97,11 @@ pub(crate) struct Machine {
 pub(crate) struct Host {
     client: Client,
     machine: Machine,
-    events: Events,
+    events: Recorder,
 }
 
 impl Host {
-    pub(crate) fn new(client: Client, machine: Machine, events: Events) -> Self {
+    pub(crate) fn new(client: Client, machine: Machine, events: Recorder) -> Self {
         Self { client, machine, events }
     }
 
@@ -216,6 +217,6 @@ impl Facilities for Host {
     }
 
     fn tell(&self, shard: &Shard, occurrence: Occurrence) {
-        self.events.tell(shard, occurrence);
+        self.events.record(shard, occurrence);
     }
 }

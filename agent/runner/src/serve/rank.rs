@@ -164,9 +164,9 @@ fn connect(start: &mut Start) -> Result<(Link, Loaded), Failure> {
     let peers = runtime.block_on(gathering).map_err(|error| channel_failure(&error))?;
     let roll = Roll::default();
     let asked = (roll.clone(), runtime.clone(), senders.clone(), steps.clone());
-    watchdog.ask(Box::new(move || {
+    watchdog.ask(Box::new(move |still| {
         let (roll, runtime, senders, steps) = &asked;
-        roll.call(runtime, senders, steps)
+        roll.call(runtime, senders, steps, still)
     }));
     let mut ends = senders.blocking_lock();
     for peer in peers {

@@ -13,7 +13,10 @@ use std::{
 
 use tokio::{runtime::Handle, sync::Mutex as AsyncMutex, time::timeout};
 
-use super::channel::{self, RankCommand, Sender};
+use super::{
+    channel::{self, RankCommand, Sender},
+    watchdog::Still,
+};
 
 /// A rank that is alive answers within milliseconds; one whose machine swaps takes longer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
@@ -46,12 +49,14 @@ impl Roll {
     }
 
     /// Asks all ranks, waits a little and says who is to blame; none if that can't be told. All
-    /// ranks are told as well, so that they don't take rank 0's end for the cause.
+    /// ranks are told as well, so that they don't take rank 0's end for the cause; but not if the
+    /// step came to its end meanwhile.
     pub(crate) fn call(
         &self,
         runtime: &Handle,
         senders: &Arc<AsyncMutex<Vec<Sender>>>,
         steps: &Steps,
+        still: Still<'_>,
     ) -> Option<String> {
         self.answers().clear();
         runtime.block_on(async {
@@ -63,6 +68,9 @@ impl Roll {
             }
             tokio::time::sleep(ANSWER_LIMIT).await;
             let blamed = blame(&ranks, &self.answers(), steps.count())?;
+            if !still() {
+                return None;
+            }
             let abandon = RankCommand::Abandon { message: format!("a step stalled: {blamed}") };
             let tell = channel::send_all(&mut senders, &abandon);
             let _ = timeout(ANSWER_LIMIT, tell).await;

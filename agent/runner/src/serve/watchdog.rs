@@ -18,8 +18,10 @@ struct Work {
     since: Instant,
 }
 
-/// Finds out who is to blame for a stall. May take some seconds.
-type Inquiry = Box<dyn Fn() -> Option<String> + Send + Sync>;
+/// Whether what stalled still does.
+pub(crate) type Still<'a> = &'a (dyn Fn() -> bool + Sync);
+/// Finds out who is to blame for a stall. May take some seconds, in which the work may go on.
+type Inquiry = Box<dyn Fn(Still<'_>) -> Option<String> + Send + Sync>;
 
 /// Watches one piece of work at a time. Cheap to clone.
 #[derive(Clone, Default)]
@@ -47,14 +49,20 @@ impl Watchdog {
         *self.work() = None;
     }
 
-    /// What is overdue, if anything.
-    fn stalled(&self, now: Instant) -> Option<Failure> {
+    /// What is overdue, if anything, and since when it is under way.
+    fn stalled(&self, now: Instant) -> Option<(Failure, Instant)> {
         let work = self.work();
         let work = work.as_ref()?;
         (now.saturating_duration_since(work.since) > work.limit).then(|| {
             let (what, seconds) = (work.what, work.limit.as_secs());
-            Failure::retryable("Stalled", format!("{what} made no progress for {seconds} s"))
+            let text = format!("{what} made no progress for {seconds} s");
+            (Failure::retryable("Stalled", text), work.since)
         })
+    }
+
+    /// Whether the work that was under way then is so now.
+    fn is_still(&self, since: Instant) -> bool {
+        self.work().as_ref().is_some_and(|work| work.since == since)
     }
 
     /// Asks this when something stalls. Only the first inquiry counts.
@@ -68,10 +76,12 @@ impl Watchdog {
         std::thread::Builder::new().name("watchdog".to_owned()).spawn(move || {
             loop {
                 std::thread::sleep(PERIOD);
-                if let Some(mut failure) = watchdog.stalled(Instant::now()) {
-                    if let Some(blamed) = watchdog.inquiry.get().and_then(|inquiry| inquiry()) {
-                        failure.message += &format!(": {blamed}");
-                    }
+                let Some((mut failure, since)) = watchdog.stalled(Instant::now()) else { continue };
+                let still = || watchdog.is_still(since);
+                if let Some(blamed) = watchdog.inquiry.get().and_then(|inquiry| inquiry(&still)) {
+                    failure.message += &format!(": {blamed}");
+                }
+                if still() {
                     reporter.fail(&failure);
                 }
             }
@@ -95,9 +105,13 @@ mod tests {
         assert_eq!(watchdog.stalled(later(1000)), None);
         watchdog.watch("a step", Duration::from_secs(60));
         assert_eq!(watchdog.stalled(later(59)), None);
-        let failure = watchdog.stalled(later(61)).unwrap();
+        let (failure, since) = watchdog.stalled(later(61)).unwrap();
         assert_eq!(failure.message, "a step made no progress for 60 s");
         assert!(!failure.permanent);
+        assert!(watchdog.is_still(since));
+        // It went on while others were asked.
+        watchdog.watch("a step", Duration::from_secs(60));
+        assert!(!watchdog.is_still(since));
         watchdog.replace("a step", "another", Duration::MAX);
         assert_eq!(watchdog.stalled(later(1000)), None);
         watchdog.replace("a step", "a third", Duration::ZERO);

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use exo_crds::generate::{GenerateRequest, Prompt, SamplingParams};
+use exo_crds::generate::{GenerateRequest, MAX_LOGIT_BIASES, Prompt, SamplingParams};
 use serde_json::{Map, Value};
 
 use super::{
@@ -20,8 +20,6 @@ const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 1_024;
 const MAX_TOP_LOGPROBS: i64 = 20;
 const MAX_LOGIT_BIAS: f64 = 100.0;
-/// As OpenAI allows.
-const MAX_LOGIT_BIASES: usize = 1_024;
 /// Clients use 1 to 2; runners take no more than this.
 const MAX_REPETITION_PENALTY: f64 = 100.0;
 

@@ -20,6 +20,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
         mpsc,
     },
+    time::{Duration, Instant},
 };
 
 use openraft::{
@@ -39,6 +40,9 @@ use super::{
 const TAIL_ENTRIES: usize = 256;
 /// Appends of so many entries share a transaction.
 const SHARED_ENTRIES: usize = 1024;
+/// A leader whose disk takes longer reports nothing early any more: openraft then waits for the disk,
+/// heartbeats end, and a node with a disk that works takes over.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 /// The log is cut by a snapshot after so many bytes, however few its entries.
 const SNAPSHOT_BYTES: u64 = 64 << 20;
 
@@ -76,6 +80,8 @@ struct Progress {
     early: u64,
     /// The newest entry on disk.
     flushed: Option<LogId<u64>>,
+    /// Since when entries that were reported early wait for the disk.
+    waiting: Option<Instant>,
     failed: Option<String>,
 }
 
@@ -87,7 +93,7 @@ impl Progress {
 
 impl Flushing {
     fn new(flushed: Option<LogId<u64>>) -> Self {
-        Self(Arc::new(watch::Sender::new(Progress { early: 0, flushed, failed: None })))
+        Self(Arc::new(watch::Sender::new(Progress { flushed, ..Progress::default() })))
     }
 
     fn change(&self, change: impl FnOnce(&mut Progress)) {
@@ -96,6 +102,28 @@ impl Flushing {
 
     fn failure(&self) -> Option<String> {
         self.0.borrow().failed.clone()
+    }
+
+    /// Takes note that the entries up to `index` are reported as done.
+    fn reported(&self, index: u64, now: Instant) {
+        self.change(|progress| {
+            progress.early = progress.early.max(index);
+            progress.waiting.get_or_insert(now);
+        });
+    }
+
+    fn flushed(&self, last: Option<LogId<u64>>, now: Instant) {
+        self.change(|progress| {
+            progress.flushed = last;
+            let is_done = last.is_some_and(|last| last.index >= progress.early);
+            progress.waiting = progress.waiting.and((!is_done).then_some(now));
+        });
+    }
+
+    /// Whether the disk hangs: nothing of what was reported early got there for too long.
+    fn is_overdue(&self, now: Instant) -> bool {
+        let waiting = self.0.borrow().waiting;
+        waiting.is_some_and(|since| now.saturating_duration_since(since) > FLUSH_LIMIT)
     }
 
     /// Waits until the entry at `index` is on disk.
@@ -285,8 +313,7 @@ impl Writing {
         match result {
             Ok(bytes) => {
                 self.growth.add(bytes);
-                let last = entries.last().map(|entry| entry.log_id);
-                self.flushing.change(|progress| progress.flushed = last);
+                self.flushing.flushed(entries.last().map(|entry| entry.log_id), Instant::now());
                 waiting.into_iter().for_each(|done| done.log_io_completed(Ok(())));
             }
             Err(failed) => {
@@ -397,7 +424,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         if let Some(failed) = self.flushing.failure() {
             return Err(StorageIOError::write_logs(AnyError::error(failed)).into());
         }
-        let own = self.are_own(&entries);
+        let now = Instant::now();
+        let own = self.are_own(&entries) && !self.flushing.is_overdue(now);
         let last = entries.last().map_or(0, |entry| entry.log_id.index);
         self.with_tail(|tail| {
             for entry in &entries {
@@ -406,7 +434,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         });
         let (early, done) = if own { (Some(callback), None) } else { (None, Some(callback)) };
         if early.is_some() {
-            self.flushing.change(|progress| progress.early = progress.early.max(last));
+            self.flushing.reported(last, now);
         }
         self.send(Job::Append { entries, done }).map_err(StorageIOError::write_logs)?;
         if let Some(callback) = early {
@@ -476,6 +504,23 @@ mod tests {
 
         flushing.change(|progress| progress.failed = Some("no room".to_owned()));
         assert!(flushing.reached(6).await.unwrap_err().to_string().contains("no room"));
+    }
+
+    #[test]
+    fn a_disk_that_hangs_is_waited_for_again() {
+        let flushing = Flushing::new(Some(id(3)));
+        let begin = Instant::now();
+        let late = |seconds| begin + Duration::from_secs(seconds);
+        assert!(!flushing.is_overdue(late(100)), "nothing waits");
+        flushing.reported(4, begin);
+        flushing.reported(5, late(1));
+        assert!(!flushing.is_overdue(late(1)));
+        assert!(flushing.is_overdue(late(2)), "the oldest counts");
+        flushing.flushed(Some(id(4)), late(2));
+        assert!(!flushing.is_overdue(late(3)), "the disk goes on");
+        assert!(flushing.is_overdue(late(4)));
+        flushing.flushed(Some(id(5)), late(4));
+        assert!(!flushing.is_overdue(late(100)));
     }
 
     #[test]

@@ -1,6 +1,7 @@
-//! Tells events without keeping the controllers waiting.
+//! Records Events for controllers and agents without keeping them waiting.
 //!
-//! Events are a courtesy: what the queue has no room for and what the API refuses is dropped.
+//! Events are a courtesy: what the queue has no room for and what the API refuses is dropped. What
+//! an event looks like is the matter of [`exo_crds::event`]; what is worth one, of the caller.
 
 use std::{future::Future, time::Duration};
 
@@ -13,29 +14,46 @@ use kube::{
     Api, Client, Resource,
     api::{Patch, PatchParams, PostParams},
 };
-use tokio::{
-    sync::{mpsc, watch},
-    time::timeout,
-};
+use tokio::{sync::mpsc, time::timeout};
 
-use crate::write::status_code;
-
-/// Waiting events; a burst of every instance of a large cluster.
+/// Waiting events: a burst of every instance of a large cluster, or of all phases of a node's shards.
 const QUEUE: usize = 256;
 /// Tries against others who count the same event up.
 const TRIES: usize = 4;
 /// A call that takes longer is given up.
 const CALL_LIMIT: Duration = Duration::from_secs(5);
-/// What reports; its events say so.
-const COMPONENT: &str = "exo-controllers";
 
 /// Takes events. Clones share the queue.
 #[derive(Clone, Debug)]
-pub(crate) struct Events(mpsc::Sender<(ObjectReference, Occurrence)>);
+pub struct Recorder(mpsc::Sender<(ObjectReference, Occurrence)>);
 
-impl Events {
+impl Recorder {
+    /// A recorder, and what empties its queue; that never ends. While `is_active` says no, as on a
+    /// node that doesn't lead, events are dropped.
+    pub fn new(
+        client: Client,
+        reporter: Reporter,
+        is_active: impl Fn() -> bool,
+    ) -> (Self, impl Future<Output = ()>) {
+        let (sender, mut waiting) = mpsc::channel(QUEUE);
+        let writing = async move {
+            while let Some((about, occurrence)) = waiting.recv().await {
+                if !is_active() {
+                    continue;
+                }
+                match timeout(CALL_LIMIT, record(&client, &about, &occurrence, &reporter)).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => tracing::debug!(%error, "an event could not be written"),
+                    Err(_) => tracing::debug!("an event could not be written in time"),
+                }
+            }
+            std::future::pending::<()>().await;
+        };
+        (Self(sender), writing)
+    }
+
     /// Never waits.
-    pub(crate) fn tell<K>(&self, about: &K, occurrence: Occurrence)
+    pub fn record<K>(&self, about: &K, occurrence: Occurrence)
     where
         K: Resource<DynamicType = ()>,
     {
@@ -45,27 +63,11 @@ impl Events {
     }
 }
 
-/// The queue, and what empties it as long as this node leads; it never ends.
-pub(crate) fn queue(
-    client: Client,
-    leadership: watch::Receiver<bool>,
-) -> (Events, impl Future<Output = ()>) {
-    let (sender, mut waiting) = mpsc::channel(QUEUE);
-    let reporter = Reporter { component: COMPONENT.to_owned(), instance: "leader".to_owned() };
-    let telling = async move {
-        while let Some((about, occurrence)) = waiting.recv().await {
-            if !*leadership.borrow() {
-                continue;
-            }
-            match timeout(CALL_LIMIT, record(&client, &about, &occurrence, &reporter)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(%error, "an event could not be written"),
-                Err(_) => tracing::debug!("an event could not be written in time"),
-            }
-        }
-        std::future::pending::<()>().await;
-    };
-    (Events(sender), telling)
+fn status_code(error: &kube::Error) -> Option<u16> {
+    match error {
+        kube::Error::Api(status) => Some(status.code),
+        _ => None,
+    }
 }
 
 /// Creates the event, or counts it up.
