@@ -109,7 +109,7 @@ mod tests {
         let begin = Instant::now();
         let error = documents(text).unwrap_err();
         // Far more than it takes, far less than reading it would.
-        assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
         match std::error::Error::source(&error) {
             Some(source) => source.to_string(),
             None => error.to_string(),

@@ -23,9 +23,9 @@ const JSON: &str = r#"{"apiVersion": "v1", "kind": "List", "items": [
     {"kind": "Model", "spec": {"weights": {"layer": 1.5e3}, "x": [null, true, -0, "\u00e9\n"]}}]}"#;
 
 /// Inputs of an ordinary run.
-const INPUTS: u64 = 3_000;
-/// For one text: the largest of them take a debug build a part of this.
-const TIME_LIMIT: Duration = Duration::from_secs(10);
+const INPUTS: u64 = 500;
+/// For one text: a debug build on a busy machine takes some seconds for the largest.
+const TIME_LIMIT: Duration = Duration::from_secs(60);
 
 /// A good text with some of its characters changed.
 fn damaged() -> impl Strategy<Value = String> {

@@ -56,11 +56,11 @@ fn impersonated(
     headers: &HeaderMap,
 ) -> Result<Option<Identity>, ApiError> {
     let bad = |what: &str| ApiError::BadRequest(format!("impersonation: {what}"));
-    let mut asked = headers.keys().filter(|name| name.as_str().starts_with("impersonate-"));
-    if let Some(other) = asked.clone().find(|name| ![USER, GROUP].contains(name)) {
+    let asked = || headers.keys().filter(|name| name.as_str().starts_with("impersonate-"));
+    if let Some(other) = asked().find(|name| ![USER, GROUP].contains(name)) {
         return Err(bad(&format!("{other} is not supported")));
     }
-    if asked.next().is_none() {
+    if asked().next().is_none() {
         return Ok(None);
     }
     let user = header_text(headers, USER).filter(|user| !user.is_empty());
