@@ -93,7 +93,7 @@ async fn zsh_completes_with_what_the_server_has() {
     let typed = [
         "exoctl app\t",
         "exoctl get shards ll\t1\t",
-        "exoctl delete --cas\to\t",
+        "exoctl delete --cascade=o\t",
         "exoctl apply -f ti\t",
     ];
     let script = cluster.dir.path().join("type.zsh");
@@ -107,7 +107,7 @@ async fn zsh_completes_with_what_the_server_has() {
         [
             "exoctl apply",
             "exoctl get shards llama-0-a1-1",
-            "exoctl delete --cascade orphan",
+            "exoctl delete --cascade=orphan",
             "exoctl apply -f tiny.yaml",
         ]
     );

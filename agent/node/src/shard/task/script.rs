@@ -54,7 +54,7 @@ pub(super) struct Script {
     pub(super) events: Mutex<Vec<String>>,
 }
 
-struct FakeRunner {
+pub(super) struct FakeRunner {
     name: String,
     outputs: mpsc::UnboundedReceiver<Output>,
     log: mpsc::UnboundedSender<String>,

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use exo_crds::{ShardPhase, runner::RunnerEvent};
+use exo_crds::{Shard, ShardPhase, runner::RunnerEvent};
 use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout};
 
