@@ -19,6 +19,7 @@ pub const MODEL_TYPES: [&str; 8] =
     kind = "Model",
     plural = "models",
     singular = "model",
+    category = "exo",
     status = "ModelStatus",
     derive = "PartialEq",
     printcolumn(name = "Type", type_ = "string", json_path = ".spec.architecture.modelType"),
