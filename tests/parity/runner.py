@@ -1,9 +1,13 @@
 """Runs `exo-runner generate --json`, alone or as several ranks of a ring on loopback, once or for many models."""
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -42,19 +46,35 @@ def wait_until_listening(ports, processes):
         time.sleep(0.005)
 
 
-def start(ranks, hosts_file, command, own=None, **streams):
-    """Processes of a ring on loopback, one for each rank; a rank on its own has no ring. `own` are arguments by rank."""
+@functools.cache
+def patience():
+    """Environment for ranks that let go of their core while they wait: MLX's ring asks its sockets again and again, and
+    more ranks than cores then keep each other from answering. Empty where there is no compiler or no such means."""
+    compiler = shutil.which("cc")
+    if sys.platform != "linux" or not compiler:
+        return {}
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library = Path(folder) / "wait.so"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, Path(__file__).with_name("wait.c"), "-ldl"],
+                   check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
+def start(ranks, hosts_file, command, own=None, environment=None, **streams):
+    """Processes of a ring on loopback, one for each rank; a rank on its own has no ring. `own` are arguments by rank,
+    `environment` is added to this process's."""
     ports = free_ports(ranks)
     Path(hosts_file).write_text(json.dumps([[f"127.0.0.1:{p}"] for p in ports]))
     processes = []
     for rank in range(ranks):
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLX_")}
+        variables = {k: v for k, v in os.environ.items() if not k.startswith("MLX_")} | (environment or {})
         if ranks > 1:
-            environment |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts_file)}
+            variables |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts_file)}
             if rank == ranks - 1:
                 wait_until_listening(ports[:-1], processes)
         processes.append(subprocess.Popen(
-            command + (own[rank] if own else []), env=environment, text=True, **streams))
+            command + (own[rank] if own else []), env=variables, text=True, **streams))
     return processes
 
 
@@ -112,7 +132,7 @@ class Ranks:
                 # A stalled rank ends all of them.
                 command = [str(binary()), "generate", *common, "--more", "--stall-limit", str(TIMEOUT_S)]
                 self.processes = start(
-                    self.count, Path(self.folder.name) / "hosts.json", command, own,
+                    self.count, Path(self.folder.name) / "hosts.json", command, own, patience(),
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
             line = self.processes[0].stdout.readline()
             if not line:

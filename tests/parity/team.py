@@ -20,7 +20,7 @@ class Team:
     def __init__(self, ranks):
         self.folder = tempfile.TemporaryDirectory()
         self.processes = runner.start(
-            ranks, Path(self.folder.name) / "hosts.json", [sys.executable, __file__],
+            ranks, Path(self.folder.name) / "hosts.json", [sys.executable, __file__], None, runner.patience(),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def answer(self, model, prompt, forced):
