@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from reference import Answer
+
 # Largest difference of a logit, relative to their range, where both sides compute in the same way.
 TOLERANCE = 1e-3
 # Greedy tokens that must be the same, also where rounding may differ.
@@ -47,6 +49,12 @@ def agreement(tokens, logprobs, expect):
             break
         found.equal += 1
     return found
+
+
+def each_step(tokens, logprobs, expect):
+    """An agreement for each step on its own; `expect` was fed the same tokens before it."""
+    steps = zip(tokens, logprobs, expect.tokens, expect.logprobs, strict=True)
+    return [agreement([ours], [own], Answer([theirs], [reference])) for ours, own, theirs, reference in steps]
 
 
 def noise(expect, exact):

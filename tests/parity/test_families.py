@@ -1,23 +1,29 @@
 """Every architecture in its packed forms and splits against mlx-lm: same greedy tokens, same logits at every step.
 
-Where all values are float32 (also between packed weights), and on one rank or in a pipeline, exo-runner does what
-mlx-lm does: all tokens must be the same, and all logits within a thousandth of their range. In a tensor-parallel team
-with values in 16 bits each rank rounds its part of a sum. There the same holds on two ranks against mlx-lm's own tensor
-parallel mode, where that can split the model; against mlx-lm on one rank, and against its own loop, which feeds the
-last token of a prompt alone, what rounding does to mlx-lm itself is the measure (see compare.py). Random weights make
-that much: no token stands out as in a trained model, and MLX's products with packed weights on a CPU add up in the
-type of their input, in bfloat16 with 8 bits."""
+Where all values are float32 (also between packed weights), and on one rank or in a pipeline also in 16 bits, exo-runner
+does what mlx-lm does on one rank: all tokens must be the same, and all logits within a thousandth of their range.
+
+In a tensor-parallel team with values in 16 bits each rank rounds its part of every sum, so that no team computes what
+one rank does, mlx-lm's neither: exo-runner is compared with mlx-lm's own tensor parallel mode on as many ranks, fed the
+same tokens. At each step the likeliest token must be the same, and all logits within a thousandth of their range. There
+is one exception, the first step of teams of more than two: MLX's ring adds up the ranks' parts of an element in an order
+that depends on where in the array it lies, and exo-runner sums only the prompt's last position behind the last layer.
+That step may be off by what rounding did to mlx-lm (see compare.py), unless the prompt has one token. Against mlx-lm on
+one rank, and against mlx-lm's own loop, which feeds the last token of a prompt alone, that is the bound of all steps.
+
+Random weights make rounding count for much: no token stands out as in a trained model, and MLX's products with packed
+weights on a CPU add up in the type of their input, in bfloat16 with 8 bits."""
 
 import random
 import shutil
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import mlx.core as mx
 import pytest
 
 import compare
 import reference
+import report
 import runner
 import team
 import tiny_models
@@ -64,8 +70,12 @@ SAMPLE = [
     ("deepseek_v3", "f32", "tensor-4"), ("kimi_k2", "4bit-g32-bf16", "pipeline-2"),
     # Two key and value heads, which two ranks each hold.
     ("llama", "f32", "tensor-4"),
-    ("qwen3", "bf16", "alone"), ("llama", "bf16", "tensor-2"),
+    ("qwen3", "bf16", "alone"), ("llama", "bf16", "tensor-2"), ("mixtral", "mxfp4", "tensor-2"),
+    ("qwen3_moe", "4bit-g32-bf16", "tensor-4"),
 ]
+# With values in 16 bits there are as many key and value heads as ranks at most: mlx-lm, whose teams are the measure then,
+# repeats none.
+HEADS_16_BIT = {"num_attention_heads": 8, "num_key_value_heads": 4}
 
 
 @dataclass(frozen=True)
@@ -79,9 +89,15 @@ class Case:
         return f"{self.family}-{self.form}-{self.split}-{self.seed}"
 
 
+def config_of(family, form):
+    config = FAMILIES[family]
+    few = config["num_key_value_heads"] < HEADS_16_BIT["num_key_value_heads"]
+    return config | HEADS_16_BIT if rounded(form) and few else config
+
+
 def runs(family, form, split):
     """Whether a combination exists."""
-    settings, config = FORMS[form], FAMILIES[family]
+    settings, config = FORMS[form], config_of(family, form)
     if form == "published-4bit" and family == "qwen3_moe":
         return False  # mlx-lm stacks dense experts only
     if settings.get("as_published") and family not in ("qwen3_moe", "mixtral", "deepseek_v3", "kimi_k2"):
@@ -92,8 +108,9 @@ def runs(family, form, split):
     if packed and split.startswith("tensor"):
         ranks = SPLITS[split][0]
         inner = [config["intermediate_size"], config.get("moe_intermediate_size", 256)]
-        heads = config.get("v_head_dim") or config.get("head_dim") or 32
-        sizes = inner + [config["num_attention_heads"] * heads]
+        heads = config["num_attention_heads"]
+        each = config.get("v_head_dim") or config.get("head_dim") or config["hidden_size"] // heads
+        sizes = inner + [heads * each]
         if form == "mixed":
             packed = 64
         return all(size // ranks % packed == 0 for size in sizes)
@@ -115,7 +132,7 @@ class Checkpoint:
         self.folder = folder
         # Every seed has weights and a prompt of its own, the same in every run.
         seed = 1000 * case.seed + len(case.family) + len(case.form)
-        tiny_models.save(folder, FAMILIES[case.family], seed=seed, **FORMS[case.form])
+        tiny_models.save(folder, config_of(case.family, case.form), seed=seed, **FORMS[case.form])
         draw = random.Random(f"{case.family} {case.seed}")
         self.prompt = [draw.randrange(512) for _ in range(PROMPT_LENGTHS[case.seed])]
         model, _ = reference.load(folder)
@@ -154,28 +171,41 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def table(request):
-    """Agreements by kind of case, printed at the end."""
-    found = request.config.stash.setdefault(TABLE, defaultdict(list))
-    return found
+def results(request):
+    """What was found, printed at the end, and written as it comes where `--results` says."""
+    path = request.config.getoption("results")
+    with report.Results(path) as found:
+        request.config.stash[RESULTS] = found
+        yield found
 
 
-TABLE = pytest.StashKey()
+RESULTS = pytest.StashKey()
 
 
-@pytest.fixture(scope="session")
-def teams():
-    """mlx-lm on several ranks, started when they are first asked for."""
+def by_count(make):
+    """What `make` makes for so many ranks, when first asked for."""
     made = {}
 
-    def get(ranks):
-        if ranks not in made:
-            made[ranks] = team.Team(ranks)
-        return made[ranks]
+    def get(count):
+        if count not in made:
+            made[count] = make(count)
+        return made[count]
 
     yield get
     for one in made.values():
         one.close()
+
+
+@pytest.fixture(scope="session")
+def runners():
+    """exo-runner on several ranks."""
+    yield from by_count(runner.Ranks)
+
+
+@pytest.fixture(scope="session")
+def teams():
+    """mlx-lm on several ranks."""
+    yield from by_count(team.Team)
 
 
 def rounded(form):
@@ -187,39 +217,58 @@ def has_experts(family):
     return "num_experts_per_tok" in FAMILIES[family]
 
 
-def test_same_as_mlx_lm(checkpoints, teams, table, family_case):
-    case = family_case
-    made = checkpoints(case)
-    ranks, layers = SPLITS[case.split]
-    how = dict(ranks=ranks, layers=layers)
-    if layers == "tensor":
-        how = dict(ranks=ranks, extra=["--sharding", "tensor"])
-    size = FAMILIES[case.family]["vocab_size"]
-    found = runner.generate(made.folder, made.prompt, max_tokens=TOKENS, logprobs=size, **how)
-    logprobs = [compare.dense(entry, size) for entry in found["logprobs"]]
+@dataclass
+class Found:
+    """How far exo-runner agrees with mlx-lm."""
 
-    same = compare.agreement(found["tokens"], logprobs, made.answer)
-    own_loop = compare.agreement(found["tokens"], logprobs, made.own_loop)
-    as_team = None
-    if rounded(case.form) and layers == "tensor" and team.can_split(FAMILIES[case.family], ranks):
-        expect = teams(ranks).answer(made.folder, made.prompt, TOKENS)
-        as_team = compare.agreement(found["tokens"], logprobs, expect)
-    kind = "experts" if has_experts(case.family) else "dense"
-    table[kind, case.form, case.split].append((same, own_loop, made.both_ways, as_team, made.noise))
-    # Of two ranks' parts there is one sum. With more, MLX's ring adds up each element in an order that depends on the
-    # size of the whole, and exo-runner needs only the last position behind the last layer.
-    if as_team and ranks == 2:
-        compare.check_same(as_team)
-    elif as_team:
-        compare.check_rounded(as_team, made.noise)
+    same: compare.Agreement  # on one rank
+    own_loop: compare.Agreement  # and with mlx-lm's own loop
+    team: list  # at each step with mlx-lm's team; empty where that is not the measure
+
+
+def find(case, made, runners, teams):
+    ranks, layers = SPLITS[case.split]
+    how = dict(layers=layers)
+    if layers == "tensor":
+        how = dict(extra=["--sharding", "tensor"])
+    config = config_of(case.family, case.form)
+    size = config["vocab_size"]
+    answer = runners(ranks).generate(made.folder, made.prompt, max_tokens=TOKENS, logprobs=size, **how)
+    tokens = answer["tokens"]
+    logprobs = [compare.dense(entry, size) for entry in answer["logprobs"]]
+    as_team = []
     if rounded(case.form) and layers == "tensor":
-        compare.check_rounded(same, made.noise)
+        assert team.can_split(config, ranks), "mlx-lm's team is the measure"
+        expect = teams(ranks).answer(made.folder, made.prompt, tokens)
+        as_team = compare.each_step(tokens, logprobs, expect)
+    return Found(compare.agreement(tokens, logprobs, made.answer),
+                 compare.agreement(tokens, logprobs, made.own_loop), as_team)
+
+
+def check(case, made, found):
+    if not found.team:
+        compare.check_same(found.same)
     else:
-        compare.check_same(same)
+        compare.check_rounded(found.same, made.noise)
+        first, *others = found.team
+        for step in others:
+            compare.check_same(step)
+        if SPLITS[case.split][0] > 2 and len(made.prompt) > 1:
+            compare.check_rounded(first, made.noise)
+        else:
+            compare.check_same(first)
     if rounded(case.form):
-        compare.check_rounded(own_loop, made.own_noise)
+        compare.check_rounded(found.own_loop, made.own_noise)
     else:
-        compare.check_same(own_loop)
+        compare.check_same(found.own_loop)
+
+
+def test_same_as_mlx_lm(checkpoints, runners, teams, results, family_case):
+    made = checkpoints(family_case)
+    with results.case(family_case, made) as row:
+        found = find(family_case, made, runners, teams)
+        row |= asdict(found)
+        check(family_case, made, found)
 
 
 PACKED_128 = dict(bits=4, group_size=128)

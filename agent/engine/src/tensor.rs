@@ -33,6 +33,12 @@ impl Team {
         Share { rank: rank as i32, size: size as i32 }
     }
 
+    /// How many of `units` this rank holds, as [`Share::of`]; the loader has checked that the split comes out even.
+    pub(crate) fn own(&self, units: i32, repeat: bool) -> i32 {
+        let share = self.share().of(units, repeat).expect("the loader has checked the split");
+        share.end - share.start
+    }
+
     /// The sum of what the ranks have; `x` itself for a rank on its own.
     pub(crate) fn sum(&self, x: &Array) -> Result<Array, Exception> {
         match &self.group {

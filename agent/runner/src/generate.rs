@@ -1,5 +1,5 @@
 //! `exo-runner generate`: one prompt, one answer, on one rank or several. Owns the loop and the printing; all ranks
-//! run the same loop in lock-step and learn each token from the first.
+//! run the same loop in lock-step and learn each token from the first. With `--more`, one such answer after the other.
 
 use std::io::{self, Write};
 use std::ops::Range;
@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow, bail, ensure};
-use clap::ValueEnum;
+use clap::{Parser, ValueEnum};
 use exo_crds::generate::SamplingParams;
 use exo_engine::distributed::Group;
 use exo_engine::text::{ChatInput, ChatTemplate, Detokenizer, Tokenizer};
@@ -46,6 +46,10 @@ pub(crate) struct Args {
     /// Print one JSON object at the end instead of text as it comes.
     #[arg(long)]
     json: bool,
+    /// Then answer what comes on standard input: arguments as for this command, a JSON list of texts in each line. The
+    /// ranks stay together, also for another model.
+    #[arg(long, requires = "json")]
+    more: bool,
     /// With several ranks: give up when a step, or meeting the others, takes longer.
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     stall_limit: u32,
@@ -164,15 +168,43 @@ struct Logprob {
     logprob: f32,
 }
 
+/// What `--more` reads.
+#[derive(Parser)]
+#[command(no_binary_name = true)]
+struct Line {
+    #[command(flatten)]
+    args: Args,
+}
+
+impl Line {
+    fn parse(line: &str) -> anyhow::Result<Args> {
+        let arguments: Vec<String> =
+            serde_json::from_str(line).context("expected a JSON list of arguments")?;
+        Ok(Self::try_parse_from(arguments)?.args)
+    }
+}
+
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    ensure!(args.max_tokens > 0, "--max-tokens must be at least 1");
     guard::start(Duration::from_secs(args.stall_limit.into()))?;
     guard::watch("forming the group of ranks");
     let group = Group::from_env()?;
     if let Some(group) = &group {
         group.self_test()?;
     }
-    let (rank, size) = group.as_ref().map_or((0, 1), |g| (g.rank(), g.size()));
+    answer(args, group.as_ref())?;
+    if args.more {
+        guard::rest();
+        for line in io::stdin().lines() {
+            answer(&Line::parse(&line?)?, group.as_ref())?;
+            guard::rest();
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn answer(args: &Args, group: Option<&Group>) -> anyhow::Result<()> {
+    ensure!(args.max_tokens > 0, "--max-tokens must be at least 1");
+    let (rank, size) = group.map_or((0, 1), |g| (g.rank(), g.size()));
     let (layers, sharding) =
         share_of(&args.model, args.sharding, args.layers.as_ref(), rank, size)?;
     let tokenizer = match args.prompt.prompt_ids {
@@ -184,15 +216,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         model_dir: args.model.clone(),
         layers,
         sharding,
-        group: group.clone(),
+        group: group.cloned(),
         context_length: 0,
     };
     guard::watch_loading();
     let mut engine = Engine::load(&config, &mut |_| guard::watch_loading())?;
     let output = Output { tokenizer: tokenizer.as_ref(), silent: rank != 0, json: args.json };
-    let report = generate(args, &mut engine, group.as_ref(), &prompt, &output)?;
-    output.finish(&report)?;
-    Ok(ExitCode::SUCCESS)
+    let report = generate(args, &mut engine, group, &prompt, &output)?;
+    output.finish(&report)
 }
 
 /// The layers of `rank` of `size`: those asked for, or an even share.
@@ -405,6 +436,16 @@ mod tests {
             }
         }
         assert!(even_share(2, 0, 3).is_err());
+    }
+
+    #[test]
+    fn further_arguments_are_a_list_in_a_line() {
+        let args = Line::parse(r#"["--model", "a b", "--prompt-ids", "1,2"]"#).unwrap();
+        assert_eq!((args.model.to_str(), args.max_tokens), (Some("a b"), 256));
+        assert_eq!(args.prompt.prompt_ids, Some(vec![1, 2]));
+        for bad in ["", "{}", "[1]", "[]", r#"["--model", "a", "--prompt", "b", "--nothing"]"#] {
+            assert!(Line::parse(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -97,18 +97,14 @@ impl Attention {
         team: &Team,
     ) -> Self {
         let path = |name: &str| format!("{path}.self_attn.{name}");
-        let own = |units, repeat| {
-            let share = team.share().of(units, repeat);
-            share.map(|s| s.end - s.start).expect("the loader has checked the split")
-        };
         let norms =
             args.head_norms.then(|| (weights.norm(&path("q_norm")), weights.norm(&path("k_norm"))));
         Self {
             qkv_proj: weights.joint(&path("qkv_proj"), &["q_proj", "k_proj", "v_proj"].map(path)),
             o_proj: weights.linear(&path("o_proj")),
             norms,
-            heads: own(args.heads, false),
-            kv_heads: own(args.kv_heads, true),
+            heads: team.own(args.heads, false),
+            kv_heads: team.own(args.kv_heads, true),
             head_dim: args.head_dim,
             rope: common.rope.build(args.head_dim, args.rope_traditional),
             eps: common.eps,

@@ -5,21 +5,21 @@ use mlx_rs::Array;
 use mlx_rs::error::Exception;
 use mlx_rs::fast::rms_norm;
 
-use super::attention::Attention;
+use super::attention::{Attention, AttentionArgs};
 use super::common::Common;
 use super::deepseek_v3;
 use super::mlp::FeedForward;
-use super::{Architecture, LayerModules, Part};
+use super::{Args, LayerModules, Part, layer_path};
 use crate::batch::{LayerCache, Pass};
 use crate::loader::{Home, Kind, Module, Split, Weights};
 use crate::nn::{Embedding, Linear, last};
 use crate::tensor::Team;
 
-pub(super) const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
+const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
 
 /// Every module of the whole model. `has` says whether the checkpoint has a tensor.
-pub(super) fn modules(architecture: &dyn Architecture, has: &dyn Fn(&str) -> bool) -> Vec<Module> {
-    let &Common { layers, width, vocab_size, tied, .. } = architecture.common();
+pub(super) fn modules(args: &Args, has: &dyn Fn(&str) -> bool) -> Vec<Module> {
+    let Common { width, vocab_size, tied, .. } = args.common;
     let mut list = Vec::new();
     let mut add = |path: &str, kind, home| {
         list.push(Module::new(path.to_owned(), kind, home, Split::Whole));
@@ -31,29 +31,31 @@ pub(super) fn modules(architecture: &dyn Architecture, has: &dyn Fn(&str) -> boo
         let kind = Kind::Linear { input: width, output: vocab_size, bias: false };
         add("lm_head", kind, Home::Last);
     }
-    for layer in 0..layers {
+    for (layer, feed_forward) in args.feed_forward.iter().enumerate() {
         let mut out = LayerModules { layer, has, list: &mut list };
         for name in NORMS {
             out.add(name, Kind::Norm { width }, Split::Whole);
         }
-        architecture.layer_modules(&mut out);
+        match &args.attention {
+            SelfAttentionArgs::Grouped(attention) => attention.modules(width, &mut out),
+            SelfAttentionArgs::Latent(attention) => attention.modules(width, &mut out),
+        }
+        feed_forward.modules(width, &mut out);
     }
     list
 }
 
-/// Whether a tensor that the model has no use for may be in its checkpoints.
-pub(super) fn ignores(common: &Common, tensor: &str) -> bool {
-    // Old exports hold precomputed frequencies; some tied ones the embedding a second time.
-    tensor.ends_with("self_attn.rotary_emb.inv_freq")
-        || (common.tied && tensor.starts_with("lm_head."))
+pub(super) enum SelfAttentionArgs {
+    Grouped(AttentionArgs),
+    Latent(deepseek_v3::AttentionArgs),
 }
 
-pub(super) enum SelfAttention {
+enum SelfAttention {
     Grouped(Attention),
     Latent(deepseek_v3::Attention),
 }
 
-pub(super) struct Block {
+struct Block {
     self_attn: SelfAttention,
     feed_forward: FeedForward,
     input_layernorm: Array,
@@ -63,19 +65,26 @@ pub(super) struct Block {
 }
 
 impl Block {
-    /// `path` is the layer's.
-    pub(super) fn build(
-        self_attn: SelfAttention,
-        feed_forward: FeedForward,
-        common: &Common,
-        path: &str,
+    fn build(
+        args: &Args,
+        layer: usize,
         weights: &mut Weights,
         team: &Team,
-    ) -> Self {
+    ) -> Result<Self, Exception> {
+        let (path, common) = (layer_path(layer), &args.common);
         let [input_layernorm, post_attention_layernorm] =
             NORMS.map(|name| weights.norm(&format!("{path}.{name}")));
+        let self_attn = match &args.attention {
+            SelfAttentionArgs::Grouped(attention) => {
+                SelfAttention::Grouped(Attention::build(attention, common, &path, weights, team))
+            }
+            SelfAttentionArgs::Latent(attention) => SelfAttention::Latent(
+                deepseek_v3::Attention::build(attention, common, &path, weights, team)?,
+            ),
+        };
+        let feed_forward = args.feed_forward[layer].build(&path, weights)?;
         let (eps, team) = (common.eps, team.clone());
-        Self { self_attn, feed_forward, input_layernorm, post_attention_layernorm, eps, team }
+        Ok(Self { self_attn, feed_forward, input_layernorm, post_attention_layernorm, eps, team })
     }
 
     /// `x` `[1, positions, width]` to the last `wanted` positions; the cache gets all.
@@ -113,16 +122,16 @@ pub(crate) struct Model {
 
 impl Model {
     pub(super) fn build(
-        architecture: &dyn Architecture,
+        args: &Args,
         part: &Part,
         team: &Team,
         mut weights: Weights,
     ) -> Result<Self, Exception> {
-        let common = architecture.common();
+        let common = &args.common;
         let embeds = part.owns(if common.tied { Home::Ends } else { Home::First });
         let embed_tokens = embeds.then(|| weights.embedding("model.embed_tokens"));
         let layers: Result<Vec<Block>, Exception> =
-            part.layers.clone().map(|i| architecture.block(i, &mut weights, team)).collect();
+            part.layers.clone().map(|i| Block::build(args, i, &mut weights, team)).collect();
         let layers = layers?;
         let head = part.last.then(|| {
             let tied = common.tied;

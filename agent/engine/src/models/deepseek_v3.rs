@@ -9,11 +9,11 @@ use mlx_rs::transforms::eval;
 use mlx_rs::{Array, Dtype};
 
 use super::common::{Common, Defaults};
-use super::decoder::{Block, SelfAttention};
+use super::decoder::SelfAttentionArgs;
 use super::fields::{Fields, bad, parts, product};
-use super::mlp::{ExpertArgs, Experts, FeedForward, Mixture, Mlp, Routing as AnyRouting, best};
+use super::mlp::{FeedForwardArgs, GATED, MixtureArgs, MlpArgs, Routing as AnyRouting, best};
 use super::rope::{Scaling, yarn_magnitude};
-use super::{Architecture, LayerModules, layer_path};
+use super::{Args, LayerModules};
 use crate::batch::LayerCache;
 use crate::config::ConfigError;
 use crate::loader::{Kind, Split, Weights};
@@ -24,17 +24,7 @@ use crate::tensor::Team;
 /// Of the norms inside attention, whatever the configuration says of the others.
 const LATENT_EPS: f32 = 1e-6;
 
-pub(super) struct Args {
-    common: Common,
-    intermediate_size: i32,
-    attention: AttentionArgs,
-    /// None in models without experts.
-    experts: Option<MixtureArgs>,
-    /// Layers behind the model's own that checkpoints have for predicting several tokens; not used.
-    extra_layers: usize,
-}
-
-struct AttentionArgs {
+pub(super) struct AttentionArgs {
     heads: i32,
     q_lora_rank: Option<i32>,
     kv_lora_rank: i32,
@@ -45,17 +35,10 @@ struct AttentionArgs {
     bias: bool,
 }
 
-struct MixtureArgs {
-    count: i32,
-    shared: Option<i32>,
-    inner: i32,
-    first_layer: usize,
-    layer_step: usize,
-    routing: RoutingArgs,
-}
-
+/// Experts are chosen by score and bias, within the groups whose two best experts are best; they are weighted by
+/// score alone.
 #[derive(Clone, Debug)]
-struct RoutingArgs {
+pub(super) struct Routing {
     k: i32,
     groups: i32,
     /// Groups that a token may use.
@@ -64,11 +47,40 @@ struct RoutingArgs {
     normalize: bool,
 }
 
-impl Args {
-    pub(super) fn parse(config: Fields<'_>) -> Result<Self, ConfigError> {
-        let defaults = Defaults { max_context: 2048, tied: false, theta: 10_000.0 };
-        let common = Common { tied: false, ..Common::parse(config, &defaults)? };
-        let attention = AttentionArgs {
+pub(super) fn parse(config: Fields<'_>) -> Result<Args, ConfigError> {
+    let defaults = Defaults { max_context: 2048, tied: false, theta: 10_000.0 };
+    let common = Common { tied: false, ..Common::parse(config, &defaults)? };
+    let attention = SelfAttentionArgs::Latent(AttentionArgs::parse(config)?);
+    let mlp = MlpArgs { inner: config.size("intermediate_size")?, bias: false };
+    // Without experts all layers are dense.
+    let count = config.size_if("n_routed_experts")?;
+    let mixture = count.map(|count| mixture(config, count)).transpose()?;
+    let first = config.count_or("first_k_dense_replace", 0)? as usize;
+    let step = config.size_or("moe_layer_freq", 1)? as usize;
+    let feed_forward = (0..common.layers).map(|layer| match &mixture {
+        Some(mixture) if layer >= first && layer.is_multiple_of(step) => {
+            FeedForwardArgs::Mixture(mixture.clone())
+        }
+        Some(_) | None => FeedForwardArgs::Dense(mlp),
+    });
+    let feed_forward = feed_forward.collect();
+    let extra_layers = config.count_or("num_nextn_predict_layers", 1)? as usize;
+    Ok(Args { common, attention, feed_forward, extra_layers })
+}
+
+fn mixture(config: Fields<'_>, count: i32) -> Result<MixtureArgs, ConfigError> {
+    let count = parts("n_routed_experts", count)?;
+    let routing = Routing::parse(config, count)?;
+    let inner = config.size("moe_intermediate_size")?;
+    let shared = config.size_if("n_shared_experts")?;
+    let shared = shared.map(|shared| product("n_shared_experts", [inner, shared])).transpose()?;
+    let (path, names, routing) = ("mlp", GATED, AnyRouting::Grouped(routing));
+    Ok(MixtureArgs { path, names, count, inner, shared, routing })
+}
+
+impl AttentionArgs {
+    fn parse(config: Fields<'_>) -> Result<Self, ConfigError> {
+        let args = Self {
             heads: config.size("num_attention_heads")?,
             q_lora_rank: config.size_if("q_lora_rank")?,
             kv_lora_rank: config.size("kv_lora_rank")?,
@@ -77,92 +89,10 @@ impl Args {
             v_dim: config.size("v_head_dim")?,
             bias: config.flag_or("attention_bias", false)?,
         };
-        attention.check()?;
-        let experts = config.size_if("n_routed_experts")?;
-        let experts = experts.map(|count| parts("n_routed_experts", count)).transpose()?;
-        Ok(Self {
-            intermediate_size: config.size("intermediate_size")?,
-            attention,
-            experts: experts.map(|count| MixtureArgs::parse(config, count)).transpose()?,
-            extra_layers: config.count_or("num_nextn_predict_layers", 1)? as usize,
-            common,
-        })
+        args.check()?;
+        Ok(args)
     }
 
-    fn experts(&self, layer: usize) -> Option<&MixtureArgs> {
-        let has = |m: &&MixtureArgs| layer >= m.first_layer && layer.is_multiple_of(m.layer_step);
-        self.experts.as_ref().filter(has)
-    }
-}
-
-impl MixtureArgs {
-    fn parse(config: Fields<'_>, count: i32) -> Result<Self, ConfigError> {
-        for (field, only) in [("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")] {
-            if let Some(other) = config.text(field)?.filter(|value| *value != only) {
-                return Err(bad(field, format!("'{other}' is not supported")));
-            }
-        }
-        let routing = RoutingArgs {
-            k: config.size_or("num_experts_per_tok", 1)?,
-            groups: config.size_or("n_group", 1)?,
-            best_groups: config.size_or("topk_group", 1)?,
-            scale: config.number_or("routed_scaling_factor", 1.0)?,
-            normalize: config.flag_or("norm_topk_prob", true)?,
-        };
-        let RoutingArgs { k, groups, best_groups, .. } = routing;
-        // A group is judged by its two best experts.
-        if count % groups != 0 || (groups > 1 && count / groups < 2) {
-            return Err(bad("n_group", format!("{count} experts in {groups} groups")));
-        }
-        if best_groups > groups {
-            return Err(bad("topk_group", format!("{best_groups} of {groups} groups")));
-        }
-        if k > count / groups * best_groups {
-            let reason = format!("{k} of {count} experts in {best_groups} of {groups} groups");
-            return Err(bad("num_experts_per_tok", reason));
-        }
-        let inner = config.size("moe_intermediate_size")?;
-        let shared = config.size_if("n_shared_experts")?;
-        product("n_shared_experts", [inner, shared.unwrap_or(1)])?;
-        Ok(Self {
-            count,
-            shared,
-            inner,
-            first_layer: config.count_or("first_k_dense_replace", 0)? as usize,
-            layer_step: config.size_or("moe_layer_freq", 1)? as usize,
-            routing,
-        })
-    }
-
-    fn modules(&self, width: i32, out: &mut LayerModules<'_>) {
-        let gate = Kind::Linear { input: width, output: self.count, bias: false };
-        out.add("mlp.gate", gate, Split::Whole);
-        let bias = Kind::Vector { name: "e_score_correction_bias", width: self.count };
-        out.add("mlp.gate", bias, Split::Whole);
-        let experts = ExpertArgs {
-            count: self.count,
-            inner: self.inner,
-            stacked: "mlp.switch_mlp",
-            single: "mlp.experts",
-            names: ["gate_proj", "up_proj", "down_proj"],
-        };
-        Experts::modules(&experts, width, out);
-        if let Some(shared) = self.shared {
-            Mlp::modules("mlp.shared_experts", width, self.inner * shared, false, out);
-        }
-    }
-
-    fn build(&self, path: &str, weights: &mut Weights) -> Result<Mixture, Exception> {
-        let gate = weights.linear(&format!("{path}.gate"));
-        let bias = weights.vector(&format!("{path}.gate"), "e_score_correction_bias");
-        let routing = AnyRouting::Grouped(Routing { args: self.routing.clone(), bias });
-        let experts = Experts::build(&format!("{path}.switch_mlp"), weights)?;
-        let shared = self.shared.map(|_| Mlp::build(&format!("{path}.shared_experts"), weights));
-        Ok(Mixture::new(gate, routing, experts, shared))
-    }
-}
-
-impl AttentionArgs {
     /// Whether the matrices of all heads can be told by their numbers of rows and columns.
     fn check(&self) -> Result<(), ConfigError> {
         let &Self { heads, kv_lora_rank, rope_dim, nope_dim, v_dim, .. } = self;
@@ -171,7 +101,7 @@ impl AttentionArgs {
         product("kv_lora_rank", [1, kv_lora_rank + rope_dim]).map(drop)
     }
 
-    fn modules(&self, width: i32, out: &mut LayerModules<'_>) {
+    pub(super) fn modules(&self, width: i32, out: &mut LayerModules<'_>) {
         let &Self { heads, q_lora_rank, kv_lora_rank, rope_dim, nope_dim, v_dim, bias } = self;
         let what = "attention heads";
         let q_width = heads * (nope_dim + rope_dim);
@@ -230,7 +160,7 @@ pub(super) struct Attention {
 }
 
 impl Attention {
-    fn build(
+    pub(super) fn build(
         args: &AttentionArgs,
         common: &Common,
         path: &str,
@@ -238,8 +168,7 @@ impl Attention {
         team: &Team,
     ) -> Result<Self, Exception> {
         let path = |name: &str| format!("{path}.self_attn.{name}");
-        let heads = team.share().of(args.heads, false).map(|s| s.end - s.start);
-        let heads = heads.expect("the loader has checked the split");
+        let heads = team.own(args.heads, false);
         let queries = if args.q_lora_rank.is_some() { "q_a_proj" } else { "q_proj" };
         let parts = [queries, "kv_a_proj_with_mqa"].map(path);
         let in_proj = weights.joint(&path("in_proj"), &parts);
@@ -351,21 +280,48 @@ fn split_latent(
     Ok((embed_q, unembed_out))
 }
 
-/// Experts are chosen by score and bias, within the groups whose two best experts are best; they are weighted by
-/// score alone.
-pub(super) struct Routing {
-    args: RoutingArgs,
-    /// `e_score_correction_bias`, `[experts]`.
-    bias: Array,
-}
-
 impl Routing {
-    /// Experts and weights (float32) of scores `[1, positions, experts]`.
-    pub(super) fn route(&self, scores: &Array) -> Result<(Array, Array), Exception> {
-        let &RoutingArgs { k, groups, best_groups, scale, normalize } = &self.args;
+    fn parse(config: Fields<'_>, count: i32) -> Result<Self, ConfigError> {
+        for (field, only) in [("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")] {
+            if let Some(other) = config.text(field)?.filter(|value| *value != only) {
+                return Err(bad(field, format!("'{other}' is not supported")));
+            }
+        }
+        let routing = Self {
+            k: config.size_or("num_experts_per_tok", 1)?,
+            groups: config.size_or("n_group", 1)?,
+            best_groups: config.size_or("topk_group", 1)?,
+            scale: config.number_or("routed_scaling_factor", 1.0)?,
+            normalize: config.flag_or("norm_topk_prob", true)?,
+        };
+        let Self { k, groups, best_groups, .. } = routing;
+        // A group is judged by its two best experts.
+        if count % groups != 0 || (groups > 1 && count / groups < 2) {
+            return Err(bad("n_group", format!("{count} experts in {groups} groups")));
+        }
+        if best_groups > groups {
+            return Err(bad("topk_group", format!("{best_groups} of {groups} groups")));
+        }
+        if k > count / groups * best_groups {
+            let reason = format!("{k} of {count} experts in {best_groups} of {groups} groups");
+            return Err(bad("num_experts_per_tok", reason));
+        }
+        Ok(routing)
+    }
+
+    /// Experts and weights (float32) of scores `[1, positions, experts]`; `bias` `[experts]`.
+    pub(super) fn route(
+        &self,
+        scores: &Array,
+        bias: Option<&Array>,
+    ) -> Result<(Array, Array), Exception> {
+        let &Self { k, groups, best_groups, scale, normalize } = self;
         let (positions, count) = (scores.dim(1), scores.dim(2));
         let scores = sigmoid(scores.as_dtype(Dtype::Float32)?)?;
-        let mut biased = scores.add(&self.bias)?;
+        let mut biased = match bias {
+            Some(bias) => scores.add(bias)?,
+            None => scores.clone(),
+        };
         let dropped = groups - best_groups;
         if dropped > 0 {
             let grouped = biased.reshape(&[1, positions, groups, count / groups])?;
@@ -382,39 +338,5 @@ impl Routing {
             weights = weights.divide(sum)?;
         }
         Ok((experts, times(&weights, scale)?))
-    }
-}
-
-impl Architecture for Args {
-    fn common(&self) -> &Common {
-        &self.common
-    }
-
-    fn layer_modules(&self, out: &mut LayerModules<'_>) {
-        let width = self.common.width;
-        self.attention.modules(width, out);
-        match self.experts(out.layer) {
-            Some(experts) => experts.modules(width, out),
-            None => Mlp::modules("mlp", width, self.intermediate_size, false, out),
-        }
-    }
-
-    fn ignores(&self, tensor: &str) -> bool {
-        let layers = self.common.layers;
-        let extra = layers..layers + self.extra_layers;
-        let layer = tensor.strip_prefix("model.layers.").and_then(|t| t.split('.').next());
-        layer.and_then(|n| n.parse().ok()).is_some_and(|n: usize| extra.contains(&n))
-    }
-
-    fn block(&self, layer: usize, weights: &mut Weights, team: &Team) -> Result<Block, Exception> {
-        let (path, common) = (layer_path(layer), &self.common);
-        let attention = Attention::build(&self.attention, common, &path, weights, team)?;
-        let mlp = format!("{path}.mlp");
-        let feed_forward = match self.experts(layer) {
-            Some(experts) => FeedForward::Mixture(Box::new(experts.build(&mlp, weights)?)),
-            None => FeedForward::Dense(Mlp::build(&mlp, weights)),
-        };
-        let attention = SelfAttention::Latent(attention);
-        Ok(Block::build(attention, feed_forward, common, &path, weights, team))
     }
 }

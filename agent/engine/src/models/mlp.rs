@@ -7,6 +7,8 @@ use mlx_rs::ops::{argpartition_axis, argsort_axis, softmax_axis};
 
 use super::LayerModules;
 use super::deepseek_v3;
+use super::fields::bad;
+use crate::config::ConfigError;
 use crate::loader::{Kind, Split, Weights};
 use crate::mlx::{gated, slice};
 use crate::nn::{Joint, Linear, Stack};
@@ -15,21 +17,22 @@ use crate::tensor::Team;
 /// From this many (token, expert) pairs on, sorting them by expert pays: each expert's weights are then read once.
 const SORT_FROM: i32 = 64;
 
-pub(super) struct Mlp {
-    /// `gate_proj` and `up_proj`.
-    gate_up_proj: Joint,
-    down_proj: Linear,
+/// Names of a gated projection's matrices.
+pub(super) const GATED: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+/// Of a gate: what is added to experts' scores when they are chosen.
+const GATE_BIAS: &str = "e_score_correction_bias";
+
+/// A gated projection.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MlpArgs {
+    /// Features between its matrices.
+    pub(super) inner: i32,
+    pub(super) bias: bool,
 }
 
-impl Mlp {
-    pub(super) fn modules(
-        name: &str,
-        width: i32,
-        inner: i32,
-        bias: bool,
-        out: &mut LayerModules<'_>,
-    ) {
-        let what = "inner features of the MLP";
+impl MlpArgs {
+    fn modules(self, name: &str, width: i32, out: &mut LayerModules<'_>) {
+        let (Self { inner, bias }, what) = (self, "inner features of the MLP");
         let outward = Kind::Linear { input: width, output: inner, bias };
         let split = Split::output(inner, what);
         let (gate, up) = (format!("{name}.gate_proj"), format!("{name}.up_proj"));
@@ -38,8 +41,16 @@ impl Mlp {
         let back = Kind::Linear { input: inner, output: width, bias };
         out.add(&format!("{name}.down_proj"), back, Split::input(inner, what));
     }
+}
 
-    pub(super) fn build(path: &str, weights: &mut Weights) -> Self {
+pub(super) struct Mlp {
+    /// `gate_proj` and `up_proj`.
+    gate_up_proj: Joint,
+    down_proj: Linear,
+}
+
+impl Mlp {
+    fn build(path: &str, weights: &mut Weights) -> Self {
         let parts = ["gate_proj", "up_proj"].map(|name| format!("{path}.{name}"));
         Self {
             gate_up_proj: weights.joint(&format!("{path}.gate_up_proj"), &parts),
@@ -62,41 +73,80 @@ impl Mlp {
     }
 }
 
+/// A gate and the experts that it chooses among.
+#[derive(Clone, Debug)]
+pub(super) struct MixtureArgs {
+    /// Of all that belongs to it, under the layer's path.
+    pub(super) path: &'static str,
+    /// What checkpoints that have each expert on its own call its `gate_proj`, `up_proj` and `down_proj`.
+    pub(super) names: [&'static str; 3],
+    pub(super) count: i32,
+    /// Features between the matrices of an expert.
+    pub(super) inner: i32,
+    /// The same of what all tokens pass through beside their experts.
+    pub(super) shared: Option<i32>,
+    pub(super) routing: Routing,
+}
+
+/// `k` experts of `count`, if there are so many.
+pub(super) fn experts_per_token(k: i32, count: i32) -> Result<i32, ConfigError> {
+    let reason = || format!("{k} of {count} experts");
+    (k <= count).then_some(k).ok_or_else(|| bad("num_experts_per_tok", reason()))
+}
+
+impl MixtureArgs {
+    fn modules(&self, width: i32, out: &mut LayerModules<'_>) {
+        let &Self { path, count, .. } = self;
+        let gate = format!("{path}.gate");
+        let kind = Kind::Linear { input: width, output: count, bias: false };
+        out.add(&gate, kind, Split::Whole);
+        if self.routing.is_biased() {
+            out.add(&gate, Kind::Vector { name: GATE_BIAS, width: count }, Split::Whole);
+        }
+        self.expert_modules(width, out);
+        if let Some(inner) = self.shared {
+            let mlp = MlpArgs { inner, bias: false };
+            mlp.modules(&format!("{path}.shared_experts"), width, out);
+        }
+    }
+
+    fn expert_modules(&self, width: i32, out: &mut LayerModules<'_>) {
+        let &Self { path, names, count, inner, .. } = self;
+        let what = "inner features of an expert";
+        let outward =
+            (Kind::Stack { count, input: width, output: inner }, Split::output(inner, what));
+        let back = (Kind::Stack { count, input: inner, output: width }, Split::input(inner, what));
+        let parts = GATED.into_iter().zip([outward, outward, back]);
+        for ((name, (kind, split)), single) in parts.zip(names) {
+            let pieces: Vec<String> =
+                (0..count).map(|i| format!("{path}.experts.{i}.{single}")).collect();
+            out.add_stack(&format!("{path}.switch_mlp.{name}"), &pieces, kind, split);
+        }
+    }
+
+    /// `layer` is the layer's path.
+    fn build(&self, layer: &str, weights: &mut Weights) -> Result<Mixture, Exception> {
+        let path = format!("{layer}.{}", self.path);
+        let gate = format!("{path}.gate");
+        Ok(Mixture {
+            gate: weights.linear(&gate),
+            gate_bias: self.routing.is_biased().then(|| weights.vector(&gate, GATE_BIAS)),
+            routing: self.routing.clone(),
+            experts: Experts::build(&format!("{path}.switch_mlp"), weights)?,
+            shared: self.shared.map(|_| Mlp::build(&format!("{path}.shared_experts"), weights)),
+        })
+    }
+}
+
 /// Gated projections, one set per expert.
-pub(super) struct Experts {
+struct Experts {
     gate_proj: Stack,
     up_proj: Stack,
     down_proj: Stack,
 }
 
-/// Where checkpoints have experts.
-pub(super) struct ExpertArgs<'a> {
-    pub(super) count: i32,
-    pub(super) inner: i32,
-    /// The stacked experts, under the layer's path.
-    pub(super) stacked: &'a str,
-    /// Single experts, under the layer's path; the expert's number and the projection follow.
-    pub(super) single: &'a str,
-    /// A single expert's names of `gate_proj`, `up_proj` and `down_proj`.
-    pub(super) names: [&'a str; 3],
-}
-
 impl Experts {
-    pub(super) fn modules(args: &ExpertArgs<'_>, width: i32, out: &mut LayerModules<'_>) {
-        let &ExpertArgs { count, inner, stacked, single, names } = args;
-        let what = "inner features of an expert";
-        let outward =
-            (Kind::Stack { count, input: width, output: inner }, Split::output(inner, what));
-        let back = (Kind::Stack { count, input: inner, output: width }, Split::input(inner, what));
-        let parts = [("gate_proj", outward), ("up_proj", outward), ("down_proj", back)];
-        for ((name, (kind, split)), single_name) in parts.into_iter().zip(names) {
-            let pieces: Vec<String> =
-                (0..count).map(|i| format!("{single}.{i}.{single_name}")).collect();
-            out.add_stack(&format!("{stacked}.{name}"), &pieces, kind, split);
-        }
-    }
-
-    pub(super) fn build(path: &str, weights: &mut Weights) -> Result<Self, Exception> {
+    fn build(path: &str, weights: &mut Weights) -> Result<Self, Exception> {
         let mut stack = |name: &str| weights.stack(&format!("{path}.{name}"));
         Ok(Self {
             gate_proj: stack("gate_proj")?,
@@ -130,6 +180,7 @@ impl Experts {
 }
 
 /// How the experts of a token and their weights follow from the gate's scores `[1, positions, experts]`.
+#[derive(Clone, Debug)]
 pub(super) enum Routing {
     /// The likeliest `k` by softmax over all, their weights scaled to sum 1 if `normalize`.
     Softmax {
@@ -144,8 +195,16 @@ pub(super) enum Routing {
 }
 
 impl Routing {
-    /// Experts and weights, `[1, positions, k]` each.
-    fn route(&self, scores: &Array) -> Result<(Array, Array), Exception> {
+    /// Whether gates have a bias beside their matrix.
+    fn is_biased(&self) -> bool {
+        match self {
+            Self::Softmax { .. } | Self::SoftmaxOfBest { .. } => false,
+            Self::Grouped(_) => true,
+        }
+    }
+
+    /// Experts and weights, `[1, positions, k]` each; `bias` `[experts]` is that of the gate.
+    fn route(&self, scores: &Array, bias: Option<&Array>) -> Result<(Array, Array), Exception> {
         match self {
             Self::Softmax { k, normalize } => {
                 let scores = softmax_axis(scores, -1, true)?;
@@ -165,7 +224,7 @@ impl Routing {
                 let weights = take_along_axis(scores, &experts, -1)?;
                 Ok((experts, softmax_axis(weights, -1, true)?))
             }
-            Self::Grouped(routing) => routing.route(scores),
+            Self::Grouped(routing) => routing.route(scores, bias),
         }
     }
 }
@@ -178,23 +237,16 @@ pub(super) fn best(scores: &Array, k: i32) -> Result<Array, Exception> {
 
 pub(super) struct Mixture {
     gate: Linear,
+    gate_bias: Option<Array>,
     routing: Routing,
     experts: Experts,
     shared: Option<Mlp>,
 }
 
 impl Mixture {
-    pub(super) fn new(
-        gate: Linear,
-        routing: Routing,
-        experts: Experts,
-        shared: Option<Mlp>,
-    ) -> Self {
-        Self { gate, routing, experts, shared }
-    }
-
     fn forward(&self, x: &Array, team: &Team) -> Result<Array, Exception> {
-        let (experts, weights) = self.routing.route(&self.gate.forward(x)?)?;
+        let scores = self.gate.forward(x)?;
+        let (experts, weights) = self.routing.route(&scores, self.gate_bias.as_ref())?;
         let outputs = self.experts.forward(x, &experts)?;
         let shape = [1, weights.dim(1), weights.dim(2), 1];
         let output = outputs.multiply(weights.reshape(&shape)?)?.sum_axis(-2, false)?;
@@ -203,6 +255,35 @@ impl Mixture {
             output = output.add(shared.forward_part(x)?)?;
         }
         team.sum(&output)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum FeedForwardArgs {
+    Dense(MlpArgs),
+    Mixture(MixtureArgs),
+}
+
+impl FeedForwardArgs {
+    pub(super) fn modules(&self, width: i32, out: &mut LayerModules<'_>) {
+        match self {
+            Self::Dense(mlp) => mlp.modules("mlp", width, out),
+            Self::Mixture(mixture) => mixture.modules(width, out),
+        }
+    }
+
+    /// `layer` is the layer's path.
+    pub(super) fn build(
+        &self,
+        layer: &str,
+        weights: &mut Weights,
+    ) -> Result<FeedForward, Exception> {
+        match self {
+            Self::Dense(_) => Ok(FeedForward::Dense(Mlp::build(&format!("{layer}.mlp"), weights))),
+            Self::Mixture(mixture) => {
+                mixture.build(layer, weights).map(Box::new).map(FeedForward::Mixture)
+            }
+        }
     }
 }
 

@@ -1,5 +1,5 @@
-//! The architectures, one file per `model_type` with what is its own, and the choice among them. What several have is
-//! in `decoder` (the frame), `attention`, `mlp` and `rope`.
+//! The architectures, one file per `model_type` that reads its configuration and has what is its own, and the choice
+//! among them. What several have is in `decoder` (the frame), `attention`, `mlp` and `rope`.
 
 mod attention;
 mod common;
@@ -21,10 +21,12 @@ use mlx_rs::error::Exception;
 use crate::config::{Config, ConfigError};
 use crate::loader::{Home, Kind, Module, Split, Weights};
 use crate::tensor::Team;
+use attention::AttentionArgs;
 use common::Common;
-use decoder::Block;
 pub(crate) use decoder::Model;
+use decoder::SelfAttentionArgs;
 use fields::Fields;
+use mlp::FeedForwardArgs;
 
 /// Values of `model_type` that can be run.
 pub(crate) const SUPPORTED: &[&str] =
@@ -60,21 +62,6 @@ pub(crate) struct Facts {
     pub(crate) hidden_size: usize,
     pub(crate) vocab_size: usize,
     pub(crate) max_context: usize,
-}
-
-/// The checked configuration of an architecture, and what it makes of one layer.
-trait Architecture {
-    fn common(&self) -> &Common;
-
-    /// Adds the modules of one layer but its two norms.
-    fn layer_modules(&self, out: &mut LayerModules<'_>);
-
-    /// Whether a tensor that this architecture has no use for may be in its checkpoints.
-    fn ignores(&self, _tensor: &str) -> bool {
-        false
-    }
-
-    fn block(&self, layer: usize, weights: &mut Weights, team: &Team) -> Result<Block, Exception>;
 }
 
 /// Takes the modules of one layer.
@@ -132,25 +119,43 @@ impl LayerModules<'_> {
     }
 }
 
-/// The checked configuration of a model.
-pub(crate) struct Args(Box<dyn Architecture>);
+/// The checked configuration of a model: what its layers are made of. Each architecture's file makes one.
+pub(crate) struct Args {
+    common: Common,
+    attention: SelfAttentionArgs,
+    /// Of each layer.
+    feed_forward: Vec<FeedForwardArgs>,
+    /// Layers behind the model's own that checkpoints may have, for predicting several tokens; not used.
+    extra_layers: usize,
+}
 
 impl Args {
     pub(crate) fn parse(config: &Config) -> Result<Self, ConfigError> {
         let fields = Fields(&config.raw);
-        Ok(Self(match config.model_type.as_str() {
-            "deepseek_v3" | "kimi_k2" => Box::new(deepseek_v3::Args::parse(fields)?),
-            "llama" | "mistral" => Box::new(llama::Args::parse(fields)?),
-            "mixtral" => Box::new(mixtral::Args::parse(fields)?),
-            "qwen2" => Box::new(qwen2::Args::parse(fields)?),
-            "qwen3" => Box::new(qwen3::Args::parse(fields)?),
-            "qwen3_moe" => Box::new(qwen3_moe::Args::parse(fields)?),
-            other => return Err(ConfigError::ModelType(other.to_owned())),
-        }))
+        match config.model_type.as_str() {
+            "deepseek_v3" | "kimi_k2" => deepseek_v3::parse(fields),
+            "llama" | "mistral" => llama::parse(fields),
+            "mixtral" => mixtral::parse(fields),
+            "qwen2" => qwen2::parse(fields),
+            "qwen3" => qwen3::parse(fields),
+            "qwen3_moe" => qwen3_moe::parse(fields),
+            other => Err(ConfigError::ModelType(other.to_owned())),
+        }
+    }
+
+    /// Of layers with grouped attention; `feed_forward` says what follows it in each.
+    fn grouped(
+        common: Common,
+        attention: AttentionArgs,
+        feed_forward: impl Fn(usize) -> FeedForwardArgs,
+    ) -> Self {
+        let feed_forward = (0..common.layers).map(feed_forward).collect();
+        let attention = SelfAttentionArgs::Grouped(attention);
+        Self { common, attention, feed_forward, extra_layers: 0 }
     }
 
     pub(crate) fn facts(&self) -> Facts {
-        let common = self.0.common();
+        let common = &self.common;
         Facts {
             layers: common.layers,
             hidden_size: common.width as usize,
@@ -161,12 +166,22 @@ impl Args {
 
     /// Every module of the whole model. `has` says whether the checkpoint has a tensor: some come in two forms.
     pub(crate) fn modules(&self, has: &dyn Fn(&str) -> bool) -> Vec<Module> {
-        decoder::modules(self.0.as_ref(), has)
+        decoder::modules(self, has)
     }
 
     /// Whether a tensor that the model has no use for may be in its checkpoints.
     pub(crate) fn ignores(&self, tensor: &str) -> bool {
-        decoder::ignores(self.0.common(), tensor) || self.0.ignores(tensor)
+        // Old exports hold precomputed frequencies; some tied ones the embedding a second time.
+        tensor.ends_with("self_attn.rotary_emb.inv_freq")
+            || (self.common.tied && tensor.starts_with("lm_head."))
+            || self.is_extra(tensor)
+    }
+
+    fn is_extra(&self, tensor: &str) -> bool {
+        let layers = self.common.layers;
+        let layer = tensor.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next());
+        let layer = layer.and_then(|number| number.parse().ok());
+        layer.is_some_and(|layer: usize| (layers..layers + self.extra_layers).contains(&layer))
     }
 
     pub(crate) fn build(
@@ -175,7 +190,7 @@ impl Args {
         team: &Team,
         weights: Weights,
     ) -> Result<Model, Exception> {
-        Model::build(self.0.as_ref(), part, team, weights)
+        Model::build(self, part, team, weights)
     }
 }
 
@@ -199,6 +214,57 @@ mod tests {
             raw,
         };
         Args::parse(&config)
+    }
+
+    #[test]
+    fn knows_which_tensors_checkpoints_have_for_nothing() {
+        let change = json!({"num_nextn_predict_layers": 2, "tie_word_embeddings": true});
+        for (model_type, tensor, ignored) in [
+            // Layers 0 and 1 are the model's, 2 and 3 predict further tokens.
+            ("deepseek_v3", "model.layers.1.mlp.gate.weight", false),
+            ("deepseek_v3", "model.layers.2.eh_proj.weight", true),
+            ("deepseek_v3", "model.layers.3.mlp.experts.0.up_proj.weight", true),
+            ("kimi_k2", "model.layers.4.eh_proj.weight", false),
+            ("kimi_k2", "lm_head.weight", false),
+            ("llama", "model.layers.2.eh_proj.weight", false),
+            ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq", true),
+            ("llama", "lm_head.weight", true),
+            ("qwen3", "lm_head.scales", true),
+            ("qwen3", "lm_head_2.weight", false),
+        ] {
+            let args = parse(model_type, &change).unwrap();
+            assert_eq!(args.ignores(tensor), ignored, "{model_type} {tensor}");
+        }
+    }
+
+    #[test]
+    fn experts_are_in_the_layers_that_the_configuration_names() {
+        let layers = |model_type: &str, change: Value| -> Vec<bool> {
+            let args = parse(model_type, &change).unwrap();
+            let experts = |f: &FeedForwardArgs| matches!(f, FeedForwardArgs::Mixture(_));
+            args.feed_forward.iter().map(experts).collect()
+        };
+        let five = |mut change: Value| {
+            change["num_hidden_layers"] = json!(5);
+            change
+        };
+        for (model_type, change, expected) in [
+            ("llama", json!({}), [0, 0, 0, 0, 0]),
+            ("mixtral", json!({}), [1, 1, 1, 1, 1]),
+            ("qwen3_moe", json!({}), [1, 1, 1, 1, 1]),
+            ("qwen3_moe", json!({"decoder_sparse_step": 2}), [0, 1, 0, 1, 0]),
+            ("qwen3_moe", json!({"mlp_only_layers": [0, 3]}), [0, 1, 1, 0, 1]),
+            ("deepseek_v3", json!({"first_k_dense_replace": 3}), [0, 0, 0, 1, 1]),
+            (
+                "deepseek_v3",
+                json!({"first_k_dense_replace": 1, "moe_layer_freq": 2}),
+                [0, 0, 1, 0, 1],
+            ),
+            ("deepseek_v3", json!({"n_routed_experts": null}), [0, 0, 0, 0, 0]),
+        ] {
+            let expected = expected.map(|has| has == 1);
+            assert_eq!(layers(model_type, five(change.clone())), expected, "{model_type} {change}");
+        }
     }
 
     #[test]

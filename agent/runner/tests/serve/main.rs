@@ -20,7 +20,7 @@ use futures::StreamExt as _;
 use serde_json::{Value, json};
 
 use client::{Client, request};
-use process::Group;
+use process::{Group, Runner};
 
 struct Model(tempfile::TempDir);
 
@@ -299,6 +299,26 @@ async fn sampling_is_the_same_on_any_number_of_ranks() {
             None => expected = Some(answers),
             Some(expected) => assert_eq!(&answers, expected, "{sharding:?} on {world_size}"),
         }
+    }
+}
+
+/// Less than a fiftieth of a core, also after work.
+#[tokio::test]
+async fn ranks_that_wait_use_no_processor() {
+    let model = Model::new();
+    let group = model.group(2);
+    let runners = group.start_all();
+    client(&group).whole(&request("Hello", 8)).await;
+    let spent = || -> Option<Vec<_>> { runners.iter().map(Runner::processor_time).collect() };
+    // Not every system says.
+    let Some(before) = spent() else { return };
+    let began = Instant::now();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let after = spent().unwrap();
+    for (rank, (before, after)) in before.into_iter().zip(after).enumerate() {
+        let share = (after - before).as_secs_f64() / began.elapsed().as_secs_f64();
+        println!("rank {rank}: {:.2} % of a core", 100.0 * share);
+        assert!(share < 0.02, "rank {rank}: {:.2} % of a core", 100.0 * share);
     }
 }
 
