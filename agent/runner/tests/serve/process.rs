@@ -58,7 +58,7 @@ fn loopback() -> IpAddr {
 }
 
 /// The runner, or the one in a folder of choice.
-fn binary() -> PathBuf {
+pub(crate) fn binary() -> PathBuf {
     match std::env::var_os("EXO_BIN_DIR") {
         Some(folder) => Path::new(&folder).join("exo-runner"),
         None => env!("CARGO_BIN_EXE_exo-runner").into(),
