@@ -118,6 +118,8 @@ impl Share {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
     #[test]
@@ -168,7 +170,13 @@ mod tests {
     fn one_choice_counts_where_devices_differ() {
         let dir = tempfile::tempdir().unwrap();
         let hosts = dir.path().join("hosts.json");
-        let held = [0; 3].map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        // An address of this process alone, where there are several: no other takes these ports.
+        let id = std::process::id().to_be_bytes();
+        let address = match cfg!(target_os = "linux") {
+            true => Ipv4Addr::new(127, 128 | id[1], id[2], id[3].max(2)),
+            false => Ipv4Addr::LOCALHOST,
+        };
+        let held = [0; 3].map(|_| std::net::TcpListener::bind((address, 0)).unwrap());
         let names = held.each_ref().map(|l| [l.local_addr().unwrap().to_string()]);
         std::fs::write(&hosts, serde_json::to_string(&names).unwrap()).unwrap();
         drop(held);

@@ -2,11 +2,14 @@
 //! `cargo bench -p exo-runner --bench serve -- FOLDER…`. The two take turns, for machines change their speed. Prints one line
 //! per model; measures, asserts nothing.
 
-#![allow(clippy::unwrap_used, reason = "a measurement fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a measurement prints or panics")]
 
 #[allow(dead_code, reason = "shared with tests")]
 #[path = "../tests/serve/client.rs"]
 mod client;
+#[allow(dead_code, reason = "shared with tests")]
+#[path = "../tests/serve/model.rs"]
+mod model;
 #[allow(dead_code, reason = "shared with tests")]
 #[path = "../tests/serve/process.rs"]
 mod process;

@@ -9,7 +9,7 @@ mod model;
 use std::{
     fs::{self, File},
     io::{ErrorKind, Read as _, Write as _},
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::Path,
     process::{Child, Command, ExitStatus, Stdio},
@@ -22,12 +22,6 @@ use tempfile::TempDir;
 
 /// For what takes a second or two on an idle machine.
 const LIMIT: Duration = Duration::from_secs(60);
-
-/// Ports that were free a moment ago; all are held until the last is known.
-fn free_addresses(count: usize) -> Vec<SocketAddr> {
-    let held: Vec<_> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    held.iter().map(|listener| listener.local_addr().unwrap()).collect()
-}
 
 struct Ranks {
     dir: TempDir,
@@ -43,7 +37,7 @@ impl Ranks {
     fn new(count: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         model::write(dir.path(), &[]);
-        let addresses = free_addresses(count);
+        let addresses = model::free_addresses(count);
         let hosts: Vec<_> = addresses.iter().map(|address| [address.to_string()]).collect();
         fs::write(dir.path().join("hosts.json"), json!(hosts).to_string()).unwrap();
         Self { dir, addresses }

@@ -360,8 +360,8 @@ pub(super) struct Routing {
 }
 
 impl Routing {
-    /// Experts and weights (float32) of scores `[1, positions, experts]`.
-    pub(super) fn route(&self, scores: &Array) -> Result<(Array, Array), Exception> {
+    /// Experts and weights (float32) of scores `[1, positions, experts]`; the experts are the same on all ranks.
+    pub(super) fn route(&self, scores: &Array, team: &Team) -> Result<(Array, Array), Exception> {
         let &RoutingArgs { k, groups, best_groups, scale, normalize } = &self.args;
         let (positions, count) = (scores.dim(1), scores.dim(2));
         let scores = sigmoid(scores.as_dtype(Dtype::Float32)?)?;
@@ -375,7 +375,7 @@ impl Routing {
             let kept = grouped.put_along_axis(&worst, Array::from_f32(0.0), -2)?;
             biased = kept.reshape(&[1, positions, count])?;
         }
-        let experts = best(&biased, k)?;
+        let experts = team.agreed(best(&biased, k)?)?;
         let mut weights = take_along_axis(&scores, &experts, -1)?;
         if k > 1 && normalize {
             let sum = weights.sum_axis(-1, true)?;
