@@ -21,6 +21,8 @@ use serde::{Deserialize, Serialize};
     shortname = "instances",
     shortname = "ii",
     namespaced,
+    category = "exo",
+    category = "all",
     status = "InferenceInstanceStatus",
     scale(spec_replicas_path = ".spec.replicas", status_replicas_path = ".status.replicaCount"),
     derive = "PartialEq",

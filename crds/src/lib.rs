@@ -2,9 +2,10 @@
 //! between control plane and agent.
 //!
 //! Owns: the Rust types from which the CRDs are generated, their validation beyond the schema,
-//! quantities, the form of events, YAML reading. Never: IO, clocks, randomness, policy.
+//! quantities, the form of events, JSON and YAML reading. Never: IO, clocks, randomness, policy.
 
 mod condition;
+pub mod document;
 pub mod event;
 pub mod generate;
 mod instance;

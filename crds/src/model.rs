@@ -19,6 +19,7 @@ pub const MODEL_TYPES: [&str; 8] =
     kind = "Model",
     plural = "models",
     singular = "model",
+    category = "exo",
     status = "ModelStatus",
     derive = "PartialEq",
     printcolumn(name = "Type", type_ = "string", json_path = ".spec.architecture.modelType"),
@@ -72,6 +73,16 @@ pub struct ModelSource {
 /// Facts of `config.json` that placement needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [
+    {
+        "rule": "has(self.kvLoraRank) == has(self.qkRopeHeadDim)",
+        "message": "kvLoraRank and qkRopeHeadDim belong together",
+    },
+    {
+        "rule": "!(self.modelType in ['deepseek_v3', 'kimi_k2']) || has(self.kvLoraRank)",
+        "message": "models of this type keep a latent: kvLoraRank and qkRopeHeadDim are needed",
+    },
+]))]
 pub struct Architecture {
     /// `model_type` of `config.json`.
     #[schemars(extend("enum" = MODEL_TYPES))]
@@ -100,6 +111,22 @@ pub struct Architecture {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub moe_intermediate_size: Option<u32>,
+    /// Width of the latent that attention keeps instead of keys and values (`kv_lora_rank`), where the
+    /// model has one; the caches' size follows from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub kv_lora_rank: Option<u32>,
+    /// Width of the rotated key beside that latent (`qk_rope_head_dim`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub qk_rope_head_dim: Option<u32>,
+}
+
+impl Architecture {
+    /// Numbers that attention keeps of a token in each layer, in models that keep a latent.
+    pub fn kv_latent(&self) -> Option<u64> {
+        Some(u64::from(self.kv_lora_rank?) + u64::from(self.qk_rope_head_dim?))
+    }
 }
 
 /// Size of the weights by part, in bytes.

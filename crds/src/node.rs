@@ -17,6 +17,7 @@ use crate::{Quantity, TransportKind};
     kind = "Node",
     plural = "nodes",
     singular = "node",
+    category = "exo",
     status = "NodeStatus",
     derive = "Default",
     derive = "PartialEq",

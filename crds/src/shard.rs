@@ -21,6 +21,8 @@ use crate::{ModelSource, Quantity, ShardingKind};
     namespaced,
     selectable = ".spec.node",
     selectable = ".spec.instance",
+    category = "exo",
+    category = "all",
     status = "ShardStatus",
     derive = "PartialEq",
     printcolumn(name = "Instance", type_ = "string", json_path = ".spec.instance"),

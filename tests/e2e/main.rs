@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod disk;
 mod etcd;
 mod failures;
 mod operations;

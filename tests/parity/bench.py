@@ -10,6 +10,7 @@ import os
 import random
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -84,7 +85,8 @@ def measure(name, folder, args):
     prompt = [draw.randrange(1000) for _ in range(args.prompt_tokens)]
     mlx_lm_speed(model, prompt, 16)
     ours, theirs, host = [], [], []
-    for _ in range(args.turns):
+    for turn in range(args.turns):
+        print(f"{name}: turn {turn + 1} of {args.turns}", file=sys.stderr, flush=True)
         theirs += [mlx_lm_speed(model, prompt, args.max_tokens) for _ in range(args.rounds)]
         host.append(mlx_lm_host(model, prompt, args.max_tokens))
         mx.clear_cache()
@@ -117,8 +119,10 @@ def main():
     parser.add_argument("--bin", help="folder of exo-runner (default: the newest under target)")
     parser.add_argument("--turns", type=int, default=3, help="changes between the two (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="rounds per turn (default: %(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=256)
-    parser.add_argument("--max-tokens", type=int, default=128)
+    # A CPU takes half a minute for a longer prompt of the packed 134m shape.
+    tokens = {"type": int, "default": 256 if gpu else 64, "help": "default: %(default)s"}
+    parser.add_argument("--prompt-tokens", **tokens)
+    parser.add_argument("--max-tokens", **tokens)
     parser.add_argument("--shapes", default=GPU_SHAPES if gpu else CPU_SHAPES,
                         help="comma-separated: %(default)s; known: " + ", ".join(shapes.SHAPES))
     parser.add_argument("--models", type=Path, help="where checkpoints are kept (default: nowhere)")
@@ -128,6 +132,7 @@ def main():
         for name in args.shapes.split(","):
             mx.reset_peak_memory()
             result[name] = measure(name, (args.models or Path(folder)) / name, args)
+            print(f"{name}: {json.dumps(result[name])}", file=sys.stderr, flush=True)
             mx.clear_cache()
     print(json.dumps(result, indent=2))
 

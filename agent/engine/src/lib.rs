@@ -18,10 +18,11 @@ pub mod text;
 mod timing;
 
 pub use batch::cache_positions;
+pub use cache::bound_reuse;
 pub use config::ConfigError;
 pub use engine::{Engine, EngineError, Feed, LoadConfig, ModelInfo, SeqId, Sharding, Step};
 pub use loader::{LoadError, LoadProgress, Mismatch, Misshaped};
-pub use mlx::{distributed, exit_now};
+pub use mlx::{distributed, exit_now, uses_gpu};
 pub use sample::{Sampling, StepOutput};
 pub use seed::derive_shard_seed;
 pub use timing::DeviceTimes;

@@ -67,6 +67,7 @@ mod tests {
         let of_a = json!({"spec": {"node": "a"}});
         let of_b = json!({"spec": {"node": "b"}});
         assert!(check(admin, "deletecollection", ("shards", ""), None));
+        assert!(check(admin, "impersonate", ("users", "system:node:a"), None));
         assert!(check(node, "watch", ("inferenceinstances", ""), None));
         assert!(check(node, "create", ("nodes", ""), None));
         assert!(check(node, "patch", ("nodes", "a"), None));
@@ -86,6 +87,8 @@ mod tests {
             ("patch", ("inferenceinstances", "i"), None),
             ("create", ("inferenceinstances", ""), None),
             ("deletecollection", ("models", ""), None),
+            ("impersonate", ("users", "exo-admin"), None),
+            ("impersonate", ("groups", "system:masters"), None),
         ] {
             assert!(!check(node, verb, target, object), "{verb} {target:?}");
         }

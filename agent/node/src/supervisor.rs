@@ -27,7 +27,8 @@ use crate::{
     metrics::Metrics,
     shard::{
         facilities::Facilities,
-        task::{self, Shared, Slots},
+        slots::Slots,
+        task::{self, Shared},
     },
 };
 

@@ -12,8 +12,9 @@ use exo_engine::distributed::Group;
 use exo_engine::{DeviceTimes, Engine, Feed, LoadConfig, Sampling, SeqId, derive_shard_seed};
 use serde::Serialize;
 
-use crate::generate::{Sharding, ignore_broken_pipe, parse_layers, prefill, share, share_of};
+use crate::generate::{Sharding, parse_layers, prefill, share, share_of};
 use crate::guard;
+use crate::printer::ignore_broken_pipe;
 
 /// Tokens decoded before the first measured round: kernels are compiled, clocks go up.
 const WARM_UP_TOKENS: usize = 16;
@@ -142,6 +143,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     };
     if rank == 0 || args.every_rank {
         let text = if args.json { serde_json::to_string(&report)? } else { table(&report) };
+        guard::rest();
         writeln!(io::stdout().lock(), "{text}").or_else(ignore_broken_pipe)?;
     }
     Ok(ExitCode::SUCCESS)

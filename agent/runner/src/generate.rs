@@ -1,7 +1,6 @@
 //! `exo-runner generate`: one prompt, one answer, on one rank or several. Owns the loop and the printing; all ranks
 //! run the same loop in lock-step and learn each token from the first. With `--more`, one such answer after the other.
 
-use std::io::{self, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -15,6 +14,7 @@ use exo_engine::text::{ChatInput, ChatTemplate, Detokenizer, Tokenizer};
 use exo_engine::{Engine, LoadConfig, Sampling, SeqId, Step, StepOutput};
 use serde::Serialize;
 
+use crate::printer::Printer;
 use crate::{guard, sampling};
 
 /// Prompt tokens fed at a time: enough to fill any device, few enough to bound temporary memory.
@@ -221,7 +221,8 @@ fn answer(args: &Args, group: Option<&Group>) -> anyhow::Result<()> {
     };
     guard::watch_loading();
     let mut engine = Engine::load(&config, &mut |_| guard::watch_loading())?;
-    let output = Output { tokenizer: tokenizer.as_ref(), silent: rank != 0, json: args.json };
+    let printer = (rank == 0).then(Printer::start).transpose()?;
+    let output = Output { tokenizer: tokenizer.as_ref(), printer, json: args.json };
     let report = generate(args, &mut engine, group, &prompt, &output)?;
     output.finish(&report)
 }
@@ -321,7 +322,7 @@ fn generate(
         tokens.push(token);
         logprobs.extend(drawn.as_ref().and_then(token_logprob));
         if let Some(tokenizer) = output.tokenizer {
-            output.piece(&detokenizer.push(tokenizer, token)?)?;
+            output.piece(&detokenizer.push(tokenizer, token)?);
         }
         if tokens.len() == max_tokens {
             break;
@@ -330,7 +331,7 @@ fn generate(
         drawn = engine.step(&Step::Decode { seq: SEQUENCE, token, draw: draws })?;
     }
     if let Some(tokenizer) = output.tokenizer {
-        output.piece(&detokenizer.finish(tokenizer)?)?;
+        output.piece(&detokenizer.finish(tokenizer)?);
     }
     let text = output.tokenizer.map(|t| t.decode(&tokens)).transpose()?;
     let (first, last) = times.expect("the loop has drawn a token");
@@ -383,23 +384,20 @@ fn token_logprob(drawn: &StepOutput) -> Option<TokenLogprob> {
 /// Where the answer goes: text as it comes, or one object at the end, or nowhere.
 struct Output<'a> {
     tokenizer: Option<&'a Tokenizer>,
-    silent: bool,
+    /// Of the first rank; the others are silent.
+    printer: Option<Printer>,
     json: bool,
 }
 
 impl Output<'_> {
-    fn piece(&self, text: &str) -> anyhow::Result<()> {
-        if self.silent || self.json || text.is_empty() {
-            return Ok(());
+    fn piece(&self, text: &str) {
+        if let Some(printer) = self.printer.as_ref().filter(|_| !self.json && !text.is_empty()) {
+            printer.print(text);
         }
-        let mut out = io::stdout().lock();
-        write!(out, "{text}").and_then(|()| out.flush()).or_else(ignore_broken_pipe)
     }
 
-    fn finish(&self, report: &Report) -> anyhow::Result<()> {
-        if self.silent {
-            return Ok(());
-        }
+    fn finish(self, report: &Report) -> anyhow::Result<()> {
+        let Some(printer) = self.printer else { return Ok(()) };
         let line = if self.json {
             serde_json::to_string(report)?
         } else if self.tokenizer.is_none() {
@@ -408,13 +406,10 @@ impl Output<'_> {
         } else {
             String::new()
         };
-        writeln!(io::stdout().lock(), "{line}").or_else(ignore_broken_pipe)
+        printer.print(&format!("{line}\n"));
+        guard::rest();
+        Ok(printer.finish()?)
     }
-}
-
-/// A reader that has seen enough is no failure.
-pub(crate) fn ignore_broken_pipe(error: io::Error) -> anyhow::Result<()> {
-    if error.kind() == io::ErrorKind::BrokenPipe { Ok(()) } else { Err(error.into()) }
 }
 
 #[cfg(test)]

@@ -60,6 +60,11 @@ pub(crate) fn watch(what: &'static str) {
     guard.work = Some(Work { what, since: Instant::now(), limit });
 }
 
+/// From now on nothing has a limit: no other rank waits for this one, nor this one for others.
+pub(crate) fn rest() {
+    guard().work = None;
+}
+
 /// As [`watch`], for each part of the weights and for the time in which the other ranks read theirs.
 pub(crate) fn watch_loading() {
     let mut guard = guard();

@@ -3,6 +3,7 @@
 mod bench;
 mod generate;
 mod guard;
+mod printer;
 mod sampling;
 mod serve;
 

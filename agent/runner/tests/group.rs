@@ -8,8 +8,9 @@ mod model;
 
 use std::{
     fs::{self, File},
-    io::Read as _,
-    net::{SocketAddr, TcpListener},
+    io::{ErrorKind, Read as _, Write as _},
+    net::SocketAddr,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     path::Path,
     process::{Child, Command, ExitStatus, Stdio},
     thread,
@@ -21,12 +22,6 @@ use tempfile::TempDir;
 
 /// For what takes a second or two on an idle machine.
 const LIMIT: Duration = Duration::from_secs(60);
-
-/// Ports that were free a moment ago; all are held until the last is known.
-fn free_addresses(count: usize) -> Vec<SocketAddr> {
-    let held: Vec<_> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    held.iter().map(|listener| listener.local_addr().unwrap()).collect()
-}
 
 struct Ranks {
     dir: TempDir,
@@ -42,7 +37,7 @@ impl Ranks {
     fn new(count: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         model::write(dir.path(), &[]);
-        let addresses = free_addresses(count);
+        let addresses = model::free_addresses(count);
         let hosts: Vec<_> = addresses.iter().map(|address| [address.to_string()]).collect();
         fs::write(dir.path().join("hosts.json"), json!(hosts).to_string()).unwrap();
         Self { dir, addresses }
@@ -50,14 +45,18 @@ impl Ranks {
 
     /// A long answer, which rank 0 prints as it comes.
     fn start(&self, rank: usize, arguments: &[&str]) -> Rank {
+        self.start_with(rank, "4000", Stdio::piped(), arguments)
+    }
+
+    fn start_with(&self, rank: usize, tokens: &str, out: Stdio, arguments: &[&str]) -> Rank {
         let log = self.dir.path().join(format!("log-{rank}"));
         let child = Command::new(env!("CARGO_BIN_EXE_exo-runner"))
-            .args(["generate", "--prompt-ids", "1,2,3", "--max-tokens", "4000", "--model"])
+            .args(["generate", "--prompt-ids", "1,2,3", "--max-tokens", tokens, "--model"])
             .arg(self.dir.path())
             .args(arguments)
             .env("MLX_RANK", rank.to_string())
             .env("MLX_HOSTFILE", self.dir.path().join("hosts.json"))
-            .stdout(Stdio::piped())
+            .stdout(out)
             .stderr(File::create(&log).unwrap())
             .spawn()
             .unwrap();
@@ -171,6 +170,45 @@ fn a_rank_that_stops_is_not_waited_for_without_end() {
     let log = running[0].failure();
     assert!(log.contains("a step made no progress for 4 s"), "{log}");
     assert!(log.contains(&format!("{} does not answer", ranks.name(1))), "{log}");
+}
+
+/// Two ends of a stream. So much is under way in it that the next to write must wait until the other end reads.
+fn full_stream() -> (UnixStream, UnixStream, usize) {
+    let (reader, mut writer) = UnixStream::pair().unwrap();
+    writer.set_nonblocking(true).unwrap();
+    let mut under_way = 0;
+    let full = loop {
+        match writer.write(&[b'.'; 4096]) {
+            Ok(written) => under_way += written,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(full.kind(), ErrorKind::WouldBlock);
+    writer.set_nonblocking(false).unwrap();
+    (reader, writer, under_way)
+}
+
+#[test]
+fn a_reader_that_pauses_holds_up_no_rank() {
+    let ranks = Ranks::new(2);
+    let (mut reader, writer, under_way) = full_stream();
+    let arguments = ["--stall-limit", "4"];
+    let out = Stdio::from(OwnedFd::from(writer));
+    let mut first = ranks.start_with(0, "50", out, &arguments);
+    let mut other = ranks.start_with(1, "50", Stdio::null(), &arguments);
+    // The answer comes to its end although nobody reads it.
+    assert!(other.exit().success(), "{}", other.log());
+    // Nor does the first rank end itself for that.
+    let patience = Instant::now() + Duration::from_secs(6);
+    while Instant::now() < patience {
+        assert_eq!(first.child.try_wait().unwrap(), None, "{}", first.log());
+        thread::sleep(Duration::from_millis(50));
+    }
+    let mut text = Vec::new();
+    reader.read_to_end(&mut text).unwrap();
+    assert!(first.exit().success(), "{}", first.log());
+    let answer = text.split_off(under_way);
+    assert!(answer.len() > 50 && answer.ends_with(b"\n"), "{answer:?}");
 }
 
 #[test]

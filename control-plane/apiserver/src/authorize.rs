@@ -16,7 +16,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Attributes<'a> {
     pub identity: &'a Identity,
-    /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete`, `deletecollection`.
+    /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete`, `deletecollection`; and
+    /// `impersonate` of the resources `users` and `groups`.
     pub verb: &'static str,
     pub group: &'a str,
     pub resource: &'a str,

@@ -290,6 +290,12 @@ fn rename(
     }
 }
 
+/// Whether an update need not say which version of the object it replaces: as in Kubernetes, of its
+/// own types, where nothing depends on one holder.
+pub(crate) fn updates_blindly(resource: &Resource) -> bool {
+    resource.builtin && matches!(resource.kind.as_str(), NAMESPACE | SECRET | EVENT)
+}
+
 /// What the server writes into a new object of these kinds.
 pub(crate) fn stamp_new(resource: &Resource, object: &mut Value) {
     if resource.builtin && resource.kind == NAMESPACE {

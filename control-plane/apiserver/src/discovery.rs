@@ -13,7 +13,7 @@ use crate::{
     error::ApiError,
     resource::{Access, Resource},
     review::REVIEWS,
-    server::{ApiServer, header_text, json_response},
+    server::{ApiServer, Subresource, header_text, json_response},
 };
 
 /// Kubernetes' minor version whose wire protocol is spoken.
@@ -291,7 +291,7 @@ fn entries(resource: &Resource) -> Vec<Value> {
             "singularName": "",
             "namespaced": resource.namespaced,
             "kind": resource.kind,
-            "verbs": ["get", "patch", "update"],
+            "verbs": SUBRESOURCE_VERBS,
         }));
     }
     if resource.scale.is_some() {
@@ -302,10 +302,23 @@ fn entries(resource: &Resource) -> Vec<Value> {
             "group": "autoscaling",
             "version": "v1",
             "kind": "Scale",
-            "verbs": ["get", "patch", "update"],
+            "verbs": SUBRESOURCE_VERBS,
         }));
     }
     entries
+}
+
+const SUBRESOURCE_VERBS: &[&str] = &["get", "patch", "update"];
+
+/// The verbs of a resource and of its subresources.
+pub(crate) fn served_verbs(
+    resource: &Resource,
+) -> impl Iterator<Item = (Option<Subresource>, &'static [&'static str])> {
+    let status = resource.has_status.then_some(Subresource::Status);
+    let scale = resource.scale.is_some().then_some(Subresource::Scale);
+    let subresources = status.into_iter().chain(scale);
+    std::iter::once((None, verbs(resource)))
+        .chain(subresources.map(|subresource| (Some(subresource), SUBRESOURCE_VERBS)))
 }
 
 fn verbs(resource: &Resource) -> &'static [&'static str] {

@@ -90,6 +90,10 @@ pub(crate) enum ApiError {
     Expired(String),
     #[error("{0}")]
     Unavailable(String),
+    /// The store has no room. Unlike `Unavailable` it does not tell clients to come back soon: a
+    /// person must do something first, and shall read this at once.
+    #[error("{0}")]
+    Full(String),
     #[error("{0}")]
     Internal(String),
 }
@@ -125,6 +129,24 @@ fn apply_message(conflicts: &[FieldConflict]) -> String {
 const RETRY_AFTER_S: u32 = 1;
 
 impl ApiError {
+    /// A parameter or an option of a request (`PatchOptions`, `DeleteOptions`) that can't be.
+    pub(crate) fn invalid_option(
+        kind: &str,
+        reason: &'static str,
+        field: &str,
+        message: &str,
+    ) -> Self {
+        Self::Invalid {
+            subject: Subject {
+                group: "meta.k8s.io".to_owned(),
+                kind: kind.to_owned(),
+                plural: kind.to_owned(),
+                name: String::new(),
+            },
+            causes: vec![Cause { reason, message: message.to_owned(), field: field.to_owned() }],
+        }
+    }
+
     pub(crate) fn modified(subject: Subject) -> Self {
         Self::Conflict {
             subject,
@@ -153,6 +175,7 @@ impl ApiError {
             Self::TooLarge(_) | Self::ListTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Expired(_) => StatusCode::GONE,
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Full(_) => StatusCode::INSUFFICIENT_STORAGE,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -175,6 +198,7 @@ impl ApiError {
             Self::TooLarge(_) | Self::ListTooLarge(_) => "RequestEntityTooLarge",
             Self::Expired(_) => "Expired",
             Self::Unavailable(_) => "ServiceUnavailable",
+            Self::Full(_) => "InsufficientStorage",
             Self::Internal(_) => "InternalError",
         }
     }
@@ -251,6 +275,7 @@ impl ApiError {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match error {
+            StoreError::Full(_) => Self::Full(error.to_string()),
             StoreError::Read(ReadError::Compacted { requested, compacted }) => {
                 Self::Expired(format!("too old resource version: {requested} ({compacted})"))
             }
@@ -260,7 +285,6 @@ impl From<StoreError> for ApiError {
             StoreError::NotLeader { .. }
             | StoreError::Unknown(_)
             | StoreError::Unavailable(_)
-            | StoreError::Full(_)
             | StoreError::Closed => Self::Unavailable(error.to_string()),
         }
     }

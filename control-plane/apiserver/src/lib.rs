@@ -7,6 +7,7 @@
 
 mod auth;
 mod authorize;
+mod body;
 mod builtin;
 mod clock;
 mod discovery;

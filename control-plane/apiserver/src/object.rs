@@ -3,7 +3,7 @@
 use exo_store::Entry;
 use serde_json::{Map, Value};
 
-use crate::{error::ApiError, server::MAX_BODY_BYTES};
+use crate::{body::MAX_BODY_BYTES, error::ApiError};
 
 pub(crate) fn text<'a>(object: &'a Value, field: &str) -> Option<&'a str> {
     object.get("metadata")?.get(field)?.as_str()

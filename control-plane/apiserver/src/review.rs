@@ -1,15 +1,18 @@
 //! What a client may do, and who it is, as clients ask for it: `SelfSubjectAccessReview`,
 //! `SelfSubjectRulesReview` and `SelfSubjectReview`.
 
+use std::collections::BTreeMap;
+
 use axum::{Extension, body::Bytes, extract::State, http::StatusCode, response::Response};
 use serde_json::{Value, json};
 
 use crate::{
     auth::Identity,
     authorize::Attributes,
+    discovery,
     error::ApiError,
     object, protobuf,
-    server::{ApiServer, json_response},
+    server::{ApiServer, Subresource, json_response},
     verbs,
 };
 
@@ -91,15 +94,58 @@ fn may(server: &ApiServer, identity: &Identity, asked: &Value) -> Result<(), Str
     })
 }
 
-/// The policy answers questions; it is no list of rules.
-pub(crate) async fn rules(body: Bytes) -> Result<Response, ApiError> {
+/// The policy answers questions and is no list of rules: it is asked about every kind and verb, of
+/// no particular object.
+pub(crate) async fn rules(
+    State(server): State<ApiServer>,
+    Extension(identity): Extension<Identity>,
+    body: Bytes,
+) -> Result<Response, ApiError> {
     let review = read(&body, "SelfSubjectRulesReview")?;
-    let status = json!({
-        "resourceRules": [],
-        "nonResourceRules": [],
-        "incomplete": true,
-        "evaluationError": "rules can't be listed here; ask for one access at a time",
+    let mut allowed: BTreeMap<(&str, Vec<&'static str>), Vec<String>> = BTreeMap::new();
+    let mut is_all = true;
+    for resource in server.resources() {
+        for (subresource, served) in discovery::served_verbs(resource) {
+            let may = |&verb: &&'static str| {
+                let asked = Attributes {
+                    identity: &identity,
+                    verb,
+                    group: &resource.group,
+                    resource: &resource.plural,
+                    subresource: subresource.map(Subresource::name),
+                    name: "",
+                    object: None,
+                };
+                server.policy()(&asked).is_ok()
+            };
+            let verbs: Vec<&'static str> = served.iter().copied().filter(may).collect();
+            is_all &= verbs.len() == served.len();
+            if !verbs.is_empty() {
+                let name = match subresource {
+                    Some(subresource) => format!("{}/{}", resource.plural, subresource.name()),
+                    None => resource.plural.clone(),
+                };
+                allowed.entry((&resource.group, verbs)).or_default().push(name);
+            }
+        }
+    }
+    for (group, _, plural) in REVIEWS {
+        allowed.entry((group, vec!["create"])).or_default().push(plural.to_owned());
+    }
+    let rules: Vec<Value> = allowed
+        .into_iter()
+        .map(|((group, verbs), resources)| {
+            json!({"verbs": verbs, "apiGroups": [group], "resources": resources})
+        })
+        .collect();
+    let mut status = json!({
+        "resourceRules": rules,
+        "nonResourceRules": [{"verbs": ["get"], "nonResourceURLs": ["*"]}],
+        "incomplete": !is_all,
     });
+    if !is_all {
+        status["evaluationError"] = json!("some objects may allow more than their kind does");
+    }
     Ok(answer(review, status))
 }
 

@@ -285,11 +285,61 @@ fn cause(error: &ValidationError<'_>) -> Cause {
                 field,
             }
         }
-        _ => Cause {
-            reason: "FieldValueInvalid",
-            message: format!("Invalid value: {}: {error}", shown(instance, false)),
-            field,
-        },
+        kind => beyond_bounds(kind, instance, field)
+            .unwrap_or_else(|field| invalid(instance, field, &error.to_string())),
+    }
+}
+
+fn invalid(instance: &Value, field: String, problem: &str) -> Cause {
+    let message = format!("Invalid value: {}: {problem}", shown(instance, false));
+    Cause { reason: "FieldValueInvalid", message, field }
+}
+
+/// A value that its bounds or its form forbid; the field comes back for any other fault.
+fn beyond_bounds(
+    kind: &ValidationErrorKind,
+    instance: &Value,
+    field: String,
+) -> Result<Cause, String> {
+    let problem = match kind {
+        ValidationErrorKind::MaxLength { limit } => {
+            let message = format!("Too long: may not be more than {limit} characters");
+            return Ok(Cause { reason: "FieldValueTooLong", message, field });
+        }
+        ValidationErrorKind::MaxItems { limit } => {
+            let count = instance.as_array().map_or(0, Vec::len);
+            let message = format!("Too many: {count}: must have at most {limit} items");
+            return Ok(Cause { reason: "FieldValueTooMany", message, field });
+        }
+        ValidationErrorKind::Minimum { limit } => {
+            format!("should be greater than or equal to {}", bound(limit))
+        }
+        ValidationErrorKind::Maximum { limit } => {
+            format!("should be less than or equal to {}", bound(limit))
+        }
+        ValidationErrorKind::ExclusiveMinimum { limit } => {
+            format!("should be greater than {}", bound(limit))
+        }
+        ValidationErrorKind::ExclusiveMaximum { limit } => {
+            format!("should be less than {}", bound(limit))
+        }
+        ValidationErrorKind::MinLength { limit } => {
+            format!("should be at least {limit} chars long")
+        }
+        ValidationErrorKind::MinItems { limit } => format!("should have at least {limit} items"),
+        ValidationErrorKind::Pattern { pattern } => format!("should match '{pattern}'"),
+        ValidationErrorKind::Format { format } => format!("must be of type {format}: {instance}"),
+        _ => return Err(field),
+    };
+    let problem = format!("{field} in body {problem}");
+    Ok(invalid(instance, field, &problem))
+}
+
+/// Definitions write whole numbers as `64.0`.
+fn bound(limit: &Value) -> String {
+    match limit.as_f64() {
+        Some(number) if number.fract() == 0.0 && number.abs() < 1e15 => format!("{number:.0}"),
+        _ => limit.to_string(),
     }
 }
 
@@ -448,15 +498,34 @@ mod tests {
             &[(
                 "spec.replicas",
                 "FieldValueInvalid",
-                "Invalid value: -1: -1 is less than the minimum of 0.0",
+                "Invalid value: -1: spec.replicas in body should be greater than or equal to 0",
             )],
+        );
+        check(
+            json!({"model": "", "limit": 0, "when": "noon"}),
+            &[
+                (
+                    "spec.limit",
+                    "FieldValueInvalid",
+                    "Invalid value: 0: spec.limit in body should be greater than 0",
+                ),
+                (
+                    "spec.model",
+                    "FieldValueInvalid",
+                    "Invalid value: \"\": spec.model in body should be at least 1 chars long",
+                ),
+                (
+                    "spec.when",
+                    "FieldValueInvalid",
+                    "Invalid value: \"noon\": spec.when in body must be of type date-time: \
+                     \"noon\"",
+                ),
+            ],
         );
         let fields = |spec: Value| -> Vec<String> {
             let causes = schema().validate(&json!({"spec": spec}), None);
             causes.into_iter().map(|c| c.field).collect()
         };
-        assert_eq!(fields(json!({"model": "m", "limit": 0})), ["spec.limit"]);
-        assert_eq!(fields(json!({"model": "m", "when": "noon"})), ["spec.when"]);
         assert_eq!(fields(json!({"model": "m", "list": [{"a": "x"}]})), ["spec.list[0].a"]);
         assert_eq!(fields(json!({"model": "m", "map": {"k": 1}})), ["spec.map.k"]);
         assert_eq!(fields(json!({"model": "m", "port": true})), ["spec.port"]);

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use axum::{
     Router,
-    body::Body,
     extract::{Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware,
@@ -20,21 +19,18 @@ use tokio::sync::OnceCell;
 use crate::{
     auth::{self, Identity},
     authorize::{Policy, authorize},
-    builtin, discovery,
+    body, builtin, discovery,
     error::ApiError,
     flow::{Flow, Limits},
     health,
     metrics::Metrics,
-    namespace, openapi, protobuf,
+    namespace, openapi,
     request::{Query, Target, Verb},
     resource::{Access, DefinitionError, Resource},
     review,
     table::Form,
     verbs,
 };
-
-/// Larger bodies are refused, as in Kubernetes; and larger objects, however they came about.
-pub(crate) const MAX_BODY_BYTES: usize = 3 << 20;
 
 /// Resources served from a store. Clones share it.
 #[derive(Clone)]
@@ -172,7 +168,7 @@ pub fn app(server: ApiServer) -> Router {
     router
         .fallback(resource_request)
         .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed })
-        .layer(middleware::from_fn(auth::require_identity))
+        .layer(middleware::from_fn_with_state(server.clone(), auth::require_identity))
         .with_state(server)
 }
 
@@ -293,7 +289,7 @@ async fn answer(
         content_type,
         user_agent: text(header::USER_AGENT).map(str::to_owned),
         client: parts.extensions.get::<Identity>().map(|i| i.name.clone()).unwrap_or_default(),
-        body: read_body(body).await?,
+        body: body::read(body).await?,
         server,
     };
     authorize(call.server.policy(), identity, verb, &call).await?;
@@ -334,15 +330,6 @@ pub(crate) fn header_text(headers: &HeaderMap, name: header::HeaderName) -> Opti
     headers.get(name)?.to_str().ok()
 }
 
-async fn read_body(body: Body) -> Result<Bytes, ApiError> {
-    use http_body_util::{BodyExt as _, LengthLimitError, Limited};
-    match Limited::new(body, MAX_BODY_BYTES).collect().await {
-        Ok(body) => Ok(body.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(ApiError::TooLarge(MAX_BODY_BYTES)),
-        Err(error) => Err(ApiError::BadRequest(format!("reading the body: {error}"))),
-    }
-}
-
 impl Call {
     /// Key of the named object.
     pub(crate) fn key(&self) -> String {
@@ -365,71 +352,32 @@ impl Call {
         self.resource.not_found(&self.name)
     }
 
-    /// The body as a JSON object.
-    pub(crate) fn body_object(&self) -> Result<Value, ApiError> {
-        match self.content_type.as_deref() {
-            None | Some("application/json") => {}
-            Some("application/yaml") => return self.yaml_object(),
-            // As in Kubernetes, for its own types only.
-            Some(protobuf::MEDIA_TYPE) if self.takes_protobuf() => {
-                return protobuf::read(&self.body).map_err(|error| {
-                    ApiError::BadRequest(format!("the body can't be read: {error}"))
-                });
-            }
-            Some(_) => {
-                return Err(ApiError::UnsupportedMediaType("application/json, application/yaml"));
-            }
-        }
-        let value: Value = serde_json::from_slice(&self.body)
-            .map_err(|error| ApiError::BadRequest(format!("the body is not JSON: {error}")))?;
-        require_object(value)
-    }
-
-    /// Its own types, and what is not of the resource's type at all.
-    fn takes_protobuf(&self) -> bool {
-        let is_scale = self.subresource == Some(Subresource::Scale);
-        self.resource.builtin || is_scale || self.verb == Verb::Delete
-    }
-
-    /// An applied configuration: YAML, of which JSON is the usual part.
-    pub(crate) fn apply_object(&self) -> Result<Value, ApiError> {
-        match serde_json::from_slice(&self.body) {
-            Ok(value) => require_object(value),
-            Err(_) => self.yaml_object(),
-        }
-    }
-
-    fn yaml_object(&self) -> Result<Value, ApiError> {
-        let bad =
-            |problem: String| ApiError::BadRequest(format!("the body is not YAML: {problem}"));
-        let text = std::str::from_utf8(&self.body).map_err(|e| bad(e.to_string()))?;
-        let documents = exo_crds::yaml::documents(text).map_err(|e| bad(e.to_string()))?;
-        match <[Value; 1]>::try_from(documents) {
-            Ok([value]) => require_object(value),
-            Err(_) => Err(bad("exactly one document is expected".to_owned())),
-        }
-    }
-
     /// An object in the form that was asked for.
     pub(crate) fn respond(&self, code: StatusCode, object: Value, warnings: &[String]) -> Response {
         let body = self.form.object(&self.resource, object, crate::clock::now());
-        let mut response = json_response(code, &body);
-        for warning in warnings {
-            // Text that can't stand in a header is left out; the warning is only a courtesy.
-            if let Ok(value) = HeaderValue::from_str(&format!("299 - {}", json!(warning))) {
-                response.headers_mut().append(header::WARNING, value);
-            }
-        }
-        response
+        warn(json_response(code, &body), warnings)
     }
 }
 
-fn require_object(value: Value) -> Result<Value, ApiError> {
-    if value.is_object() {
-        Ok(value)
-    } else {
-        Err(ApiError::BadRequest("the body is not an object".to_owned()))
+/// As in Kubernetes: longer ones are cut, and when all together are longer the rest is left out.
+const MAX_WARNING_CHARS: usize = 256;
+const MAX_WARNINGS_BYTES: usize = 4 << 10;
+
+/// Adds warnings to an answer.
+pub(crate) fn warn(mut response: Response, warnings: &[String]) -> Response {
+    let mut bytes = 0;
+    for warning in warnings {
+        let text: String = warning.chars().take(MAX_WARNING_CHARS).collect();
+        bytes += text.len();
+        if bytes > MAX_WARNINGS_BYTES {
+            break;
+        }
+        // Text that can't stand in a header is left out; the warning is only a courtesy.
+        if let Ok(value) = HeaderValue::from_str(&format!("299 - {}", json!(text))) {
+            response.headers_mut().append(header::WARNING, value);
+        }
     }
+    response
 }
 
 pub(crate) fn json_response(code: StatusCode, body: &Value) -> Response {

@@ -112,24 +112,6 @@ async fn bad_objects_are_refused_and_nothing_is_created() {
 }
 
 #[tokio::test]
-async fn unknown_fields_are_pruned_with_a_warning_unless_ignored() {
-    let server = support::start();
-    let body = |name: &str| with(instance(name), "/spec", "modle", json!(1)).to_string();
-    let request = |query: &str, name: &str| {
-        Request::post(format!("{INSTANCES}{query}"))
-            .header("content-type", "application/json")
-            .body(Body::from(body(name)))
-            .unwrap()
-    };
-    let (code, headers, object) = server.send(request("", "a")).await;
-    assert_eq!(code, StatusCode::CREATED);
-    assert_eq!(headers["warning"], "299 - \"unknown field \\\"spec.modle\\\"\"");
-    assert_eq!(object["spec"].get("modle"), None);
-    let (code, headers, _) = server.send(request("?fieldValidation=Ignore", "b")).await;
-    assert_eq!((code, headers.get("warning")), (StatusCode::CREATED, None));
-}
-
-#[tokio::test]
 async fn defaults_of_the_schema_are_stored() {
     let server = support::start();
     let (_, created) = server.call(Method::POST, INSTANCES, Some(instance("a"))).await;

@@ -276,3 +276,32 @@ async fn access_is_reviewed_by_the_policy() {
         assert_eq!(answer.status.unwrap().allowed, allowed, "{verb}");
     }
 }
+
+#[tokio::test]
+async fn who_may_asks_in_anothers_name_and_with_the_others_rights() {
+    let registry = prometheus::Registry::new();
+    let server = ApiServer::new(Store::memory(), &exo_crds::all(), &registry).unwrap();
+    let server = server.with_policy(Arc::new(|asked| {
+        let is_admin = asked.identity.groups.iter().any(|group| group == "admins");
+        if is_admin || asked.verb == "get" { Ok(()) } else { Err("no".to_owned()) }
+    }));
+    let router = app(server);
+    let ask = async |group: &str, headers: &[(&str, &str)]| {
+        let identity = Identity { name: "me".into(), groups: vec![group.into()] };
+        let mut request = Request::get(INSTANCES);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(Body::empty()).unwrap();
+        in_process(router.clone(), identity).oneshot(request).await.unwrap().status().as_u16()
+    };
+    assert_eq!(ask("admins", &[]).await, 200);
+    assert_eq!(ask("people", &[]).await, 403, "it is a list");
+    assert_eq!(ask("admins", &[("impersonate-user", "you")]).await, 403);
+    let both = [("impersonate-user", "you"), ("impersonate-group", "admins")];
+    assert_eq!(ask("admins", &both).await, 200);
+    assert_eq!(ask("people", &both).await, 403, "nobody gets more rights by asking");
+    assert_eq!(ask("admins", &[("impersonate-group", "admins")]).await, 400);
+    let uid = [("impersonate-user", "you"), ("impersonate-uid", "1")];
+    assert_eq!(ask("admins", &uid).await, 400);
+}

@@ -1,12 +1,30 @@
 //! No request, however odd, makes the server fail.
+//!
+//! `EXO_FUZZ_SECONDS` makes it go on for that long, `EXO_FUZZ_SEED` starts it elsewhere. A finding
+//! tells the seed of its input: `EXO_FUZZ_SEED=n EXO_FUZZ_SECONDS=0` repeats it as the first.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
 
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
 use axum::{body::Body, http::Request};
-use proptest::prelude::*;
+use exo_store::{Entry, ListQuery, Txn};
+use proptest::{
+    prelude::*,
+    test_runner::{RngAlgorithm, TestRng, TestRunner},
+};
 use serde_json::{Value, json};
 use tower::ServiceExt as _;
+
+/// Inputs of an ordinary run.
+const INPUTS: u64 = 400;
+/// For one request; a debug build on a busy machine takes far less.
+const TIME_LIMIT: Duration = Duration::from_secs(10);
 
 const SECRETS: &str = "/api/v1/namespaces/default/secrets";
 const EVENTS: &str = "/apis/events.k8s.io/v1/namespaces/default/events";
@@ -173,6 +191,148 @@ fn body() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
+/// One request, as it is sent.
+#[derive(Clone, Debug)]
+struct Sent {
+    method: &'static str,
+    path: String,
+    query: String,
+    content_type: &'static str,
+    accept: &'static str,
+    body: Vec<u8>,
+}
+
+fn sent() -> impl Strategy<Value = Sent> {
+    let method = prop::sample::select(vec![
+        "GET", "POST", "POST", "PUT", "PATCH", "PATCH", "DELETE", "HEAD", "OPTIONS", "X",
+    ]);
+    let content_type = prop::sample::select(vec![
+        "application/json",
+        "application/yaml",
+        "application/merge-patch+json",
+        "application/json-patch+json",
+        "application/strategic-merge-patch+json",
+        "application/apply-patch+yaml",
+        "application/vnd.kubernetes.protobuf",
+        "nonsense",
+    ]);
+    let accept = prop::sample::select(vec![
+        "application/json",
+        "*/*",
+        "application/json;as=Table;v=v1;g=meta.k8s.io",
+        "a;=,;",
+        "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io",
+    ]);
+    (method, path(), query(), content_type, accept, body()).prop_map(
+        |(method, path, query, content_type, accept, body)| Sent {
+            method,
+            path,
+            query,
+            content_type,
+            accept,
+            body,
+        },
+    )
+}
+
+/// A server that is set back to where it began after each input: to make a new one takes longer
+/// than all the rest.
+struct Bench {
+    server: support::Server,
+    runtime: tokio::runtime::Runtime,
+    beginning: BTreeMap<String, Entry>,
+    /// How often each code was answered.
+    codes: RefCell<BTreeMap<u16, u64>>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let server = support::start();
+        runtime.block_on(async {
+            // What the server itself makes, and one object.
+            server.get("/api/v1/namespaces").await;
+            let made =
+                server.call(http::Method::POST, support::INSTANCES, Some(support::instance("a")));
+            assert_eq!(made.await.0.as_u16(), 201);
+        });
+        let beginning = entries(&server);
+        Self { server, runtime, beginning, codes: RefCell::default() }
+    }
+
+    fn reset(&self) {
+        self.runtime.block_on(async {
+            let now = entries(&self.server);
+            for (key, entry) in &now {
+                let txn = match self.beginning.get(key) {
+                    Some(first) if first.value == entry.value => continue,
+                    Some(first) => {
+                        Txn::replace(key.as_str(), entry.mod_revision, first.value.to_string())
+                    }
+                    None => Txn::delete(key.as_str(), entry.mod_revision),
+                };
+                self.server.store.txn(txn).await.unwrap();
+            }
+            for (key, first) in self.beginning.iter().filter(|(key, _)| !now.contains_key(*key)) {
+                let txn = Txn::create(key.as_str(), first.value.to_string());
+                self.server.store.txn(txn).await.unwrap();
+            }
+        });
+    }
+
+    /// Sends the requests one after the other, and looks at what is stored then.
+    fn check(&self, requests: &[Sent]) -> Result<(), TestCaseError> {
+        self.reset();
+        self.runtime.block_on(async {
+            for request in requests {
+                let began = Instant::now();
+                self.send(request).await?;
+                prop_assert!(began.elapsed() < TIME_LIMIT, "it took {:?}", began.elapsed());
+            }
+            check_stored(&self.server).await
+        })
+    }
+
+    async fn send(&self, sent: &Sent) -> Result<(), TestCaseError> {
+        let request = Request::builder()
+            .method(sent.method)
+            .uri(format!("{}?{}", sent.path, sent.query))
+            .header("content-type", sent.content_type)
+            .header("accept", sent.accept)
+            .body(Body::from(sent.body.clone()));
+        // What isn't HTTP at all doesn't reach the server.
+        let Ok(request) = request else { return Ok(()) };
+        let before = self.server.store.revision();
+        let count = |code: u16| *self.codes.borrow_mut().entry(code).or_default() += 1;
+        if sent.query.contains("watch=") {
+            // Its body may go on for half an hour.
+            let answer = self.server.router.clone().oneshot(request).await.unwrap();
+            let code = answer.status().as_u16();
+            count(code);
+            prop_assert!(code < 500 || code == 504, "{}", code);
+            return Ok(());
+        }
+        let (status, _, answer) = self.server.send(request).await;
+        let code = status.as_u16();
+        count(code);
+        // 504 is Kubernetes' own word for a version that is not there yet.
+        let is_future = answer["reason"] == "Timeout";
+        prop_assert!(code < 500 || is_future, "{} {}", code, answer);
+        if code >= 400 {
+            if sent.method != "HEAD" {
+                prop_assert_eq!(&answer["kind"], "Status");
+            }
+            prop_assert_eq!(self.server.store.revision(), before, "refused and yet written");
+        }
+        Ok(())
+    }
+}
+
+fn entries(server: &support::Server) -> BTreeMap<String, Entry> {
+    let listing = server.store.list_local(&ListQuery::default()).unwrap();
+    listing.entries.into_iter().map(|entry| (entry.key.to_string(), entry)).collect()
+}
+
 /// Everything that is stored can be read and is valid: writing it back as it is changes nothing.
 async fn check_stored(server: &support::Server) -> Result<(), TestCaseError> {
     for collection in [support::INSTANCES, support::NODES, support::SHARDS, SECRETS, EVENTS, LEASES]
@@ -191,62 +351,44 @@ async fn check_stored(server: &support::Server) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(cases()))]
-    #[test]
-    fn odd_requests_get_an_answer(
-        method in prop::sample::select(vec![
-            "GET", "POST", "POST", "PUT", "PATCH", "PATCH", "DELETE", "HEAD", "OPTIONS", "X",
-        ]),
-        path in path(),
-        query in query(),
-        content_type in prop::sample::select(vec![
-            "application/json", "application/yaml", "application/merge-patch+json",
-            "application/json-patch+json", "application/strategic-merge-patch+json",
-            "application/apply-patch+yaml", "application/vnd.kubernetes.protobuf", "nonsense",
-        ]),
-        accept in prop::sample::select(vec![
-            "application/json", "*/*", "application/json;as=Table;v=v1;g=meta.k8s.io", "a;=,;",
-            "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io",
-        ]),
-        body in body(),
-    ) {
-        let request = Request::builder()
-            .method(method)
-            .uri(format!("{path}?{query}"))
-            .header("content-type", content_type)
-            .header("accept", accept)
-            .body(Body::from(body));
-        // What isn't HTTP at all doesn't reach the server.
-        let Ok(request) = request else { return Ok(()) };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let server = support::start();
-            server.call(http::Method::POST, support::INSTANCES, Some(support::instance("a"))).await;
-            let before = server.store.revision();
-            if query.contains("watch=") {
-                // Its body may go on for half an hour.
-                let status = server.router.clone().oneshot(request).await.unwrap().status();
-                prop_assert!(status.as_u16() < 500, "{}", status);
-                return Ok(());
-            }
-            let (status, _, answer) = server.send(request).await;
-            // 504 is Kubernetes' own word for a version that is not there yet.
-            let is_future = answer["reason"] == "Timeout";
-            prop_assert!(status.as_u16() < 500 || is_future, "{status} {answer}");
-            if status.as_u16() >= 400 {
-                if method != "HEAD" {
-                    prop_assert_eq!(&answer["kind"], "Status");
-                }
-                prop_assert_eq!(server.store.revision(), before, "refused and yet written");
-            }
-            check_stored(&server).await
-        })?;
-    }
+fn setting(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
-/// More of them on demand: `EXO_FUZZ_CASES=100000`.
-fn cases() -> u32 {
-    let wanted = std::env::var("EXO_FUZZ_CASES").ok();
-    wanted.and_then(|cases| cases.parse().ok()).unwrap_or(150)
+/// A source of inputs that gives the same ones for the same seed.
+fn runner(seed: u64) -> TestRunner {
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+    TestRunner::new_with_rng(
+        ProptestConfig { failure_persistence: None, ..Default::default() },
+        rng,
+    )
+}
+
+#[test]
+fn odd_requests_get_an_answer() {
+    let bench = Bench::new();
+    let inputs = prop::collection::vec(sent(), 1..5);
+    let seconds = setting("EXO_FUZZ_SECONDS");
+    let first = setting("EXO_FUZZ_SEED").unwrap_or(0);
+    let began = Instant::now();
+    let going = |done: u64| match seconds {
+        Some(0) => done < 1,
+        Some(seconds) => began.elapsed() < Duration::from_secs(seconds),
+        None => done < INPUTS,
+    };
+    let mut done = 0;
+    while going(done) {
+        let seed = first + done;
+        let mut runner = runner(seed);
+        let input = inputs.new_tree(&mut runner).unwrap();
+        // It makes a finding as small as it can.
+        if let Err(finding) = runner.run_one(input, |requests| bench.check(&requests)) {
+            panic!("seed {seed}: {finding}");
+        }
+        done += 1;
+    }
+    println!("{done} inputs in {:?}: {:?}", began.elapsed(), bench.codes.borrow());
 }

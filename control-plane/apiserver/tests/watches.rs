@@ -355,8 +355,10 @@ async fn metrics_are_well_formed() {
         "exo_store_bytes",
         "exo_raft_term",
         "exo_raft_is_leader",
+        "exo_raft_has_leader",
         "exo_raft_log_index",
         "exo_raft_applied_index",
+        "exo_raft_apply_lag_entries",
     ] {
         assert!(types.contains_key(wanted), "{wanted} in {text}");
     }

@@ -17,9 +17,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    write::{WriteError, carry_out},
-};
+use crate::write::{WriteError, carry_out};
 
 /// Short against the heartbeat limit, so that it alone decides how soon a loss is noticed.
 const PERIOD: Duration = Duration::from_secs(1);

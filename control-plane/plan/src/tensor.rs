@@ -36,8 +36,10 @@ pub(crate) fn objection(model: &ModelSpec, ranks: u32) -> Option<Uneven> {
         })
     };
     let heads = facts.kv_heads;
-    let kv_heads = (!heads.is_multiple_of(ranks) && !ranks.is_multiple_of(heads.max(1)))
-        .then_some(Uneven::KvHeads { heads, ranks });
+    let even = heads.is_multiple_of(ranks) || ranks.is_multiple_of(heads.max(1));
+    // A latent is not shared but repeated.
+    let kv_heads =
+        (!even && facts.kv_latent().is_none()).then_some(Uneven::KvHeads { heads, ranks });
     parts("attention heads", facts.heads, facts.head_dim)
         .or(kv_heads)
         .or_else(|| parts("inner features of the MLP", facts.intermediate_size?, 1))

@@ -26,6 +26,8 @@ pub(crate) fn model(layers: u32) -> Model {
                 context_length: 1024,
                 intermediate_size: None,
                 moe_intermediate_size: None,
+                kv_lora_rank: None,
+                qk_rope_head_dim: None,
             },
             weights: WeightBytes { layer: 1 << 20, embedding: 0, head: 0 },
             quantization: None,

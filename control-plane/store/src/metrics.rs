@@ -1,7 +1,7 @@
 //! What the store tells Prometheus; read when it is asked.
 
 use prometheus::{
-    IntGauge, Registry,
+    IntGauge, IntGaugeVec, Opts, Registry,
     core::{Collector, Desc},
     proto::MetricFamily,
 };
@@ -22,8 +22,12 @@ struct Gauges {
     history: IntGauge,
     term: IntGauge,
     is_leader: IntGauge,
+    has_leader: IntGauge,
     log_index: IntGauge,
     applied_index: IntGauge,
+    apply_lag: IntGauge,
+    /// By the follower's name; only the leader knows.
+    replication_lag: IntGaugeVec,
 }
 
 impl Gauges {
@@ -37,12 +41,24 @@ impl Gauges {
             history: gauge("exo_store_history_events", "Events kept for watches")?,
             term: gauge("exo_raft_term", "Raft's current term")?,
             is_leader: gauge("exo_raft_is_leader", "1 on the node that leads")?,
+            has_leader: gauge("exo_raft_has_leader", "1 while this node knows of a leader")?,
             log_index: gauge("exo_raft_log_index", "Newest entry of the log")?,
             applied_index: gauge("exo_raft_applied_index", "Newest entry that is applied")?,
+            apply_lag: gauge(
+                "exo_raft_apply_lag_entries",
+                "Entries of this node's log that are not applied yet",
+            )?,
+            replication_lag: IntGaugeVec::new(
+                Opts::new(
+                    "exo_raft_replication_lag_entries",
+                    "On the leader: entries of its log that a follower's log does not have yet",
+                ),
+                &["follower"],
+            )?,
         })
     }
 
-    fn all(&self) -> [&IntGauge; 9] {
+    fn all(&self) -> [&dyn Collector; 12] {
         [
             &self.revision,
             &self.compacted,
@@ -51,8 +67,11 @@ impl Gauges {
             &self.history,
             &self.term,
             &self.is_leader,
+            &self.has_leader,
             &self.log_index,
             &self.applied_index,
+            &self.apply_lag,
+            &self.replication_lag,
         ]
     }
 }
@@ -77,8 +96,17 @@ impl Collector for StoreCollector {
         unsigned(&gauges.history, sizes.history as u64);
         unsigned(&gauges.term, leadership.term);
         gauges.is_leader.set(i64::from(leadership.is_leader));
+        let has_leader = leadership.is_leader || leadership.leader.is_some();
+        gauges.has_leader.set(i64::from(has_leader));
         unsigned(&gauges.log_index, raft.log_index);
         unsigned(&gauges.applied_index, raft.applied_index);
+        unsigned(&gauges.apply_lag, raft.log_index.saturating_sub(raft.applied_index));
+        // Who has left is told of no longer.
+        gauges.replication_lag.reset();
+        for (follower, index) in &raft.followers {
+            let gauge = gauges.replication_lag.with_label_values(&[follower]);
+            unsigned(&gauge, raft.log_index.saturating_sub(*index));
+        }
         gauges.all().iter().flat_map(|g| g.collect()).collect()
     }
 }

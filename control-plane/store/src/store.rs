@@ -107,9 +107,12 @@ pub(crate) struct Sizes {
 }
 
 /// Where Raft's log is.
+#[derive(Default)]
 pub(crate) struct RaftPosition {
     pub(crate) log_index: u64,
     pub(crate) applied_index: u64,
+    /// On the leader: the others' names, and how far the log is theirs too.
+    pub(crate) followers: Vec<(String, u64)>,
 }
 
 struct Memory {
@@ -393,17 +396,11 @@ impl Store {
         match &self.backend {
             Backend::Memory(memory) => {
                 let index = memory.index.load(Ordering::Relaxed);
-                RaftPosition { log_index: index, applied_index: index }
+                RaftPosition { log_index: index, applied_index: index, followers: Vec::new() }
             }
             #[cfg(feature = "etcd")]
-            Backend::Etcd(_) => RaftPosition { log_index: 0, applied_index: 0 },
-            Backend::Raft(raft) => {
-                let metrics = raft.metrics();
-                RaftPosition {
-                    log_index: metrics.last_log_index.unwrap_or(0),
-                    applied_index: metrics.last_applied.map_or(0, |id| id.index),
-                }
-            }
+            Backend::Etcd(_) => RaftPosition::default(),
+            Backend::Raft(raft) => raft.position(),
         }
     }
 }

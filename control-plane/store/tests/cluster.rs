@@ -201,6 +201,37 @@ async fn a_node_far_behind_gets_a_snapshot_in_parts() {
     cluster.shutdown().await;
 }
 
+/// Followers and how far behind the metrics say they are, in entries.
+fn replication_lags(registry: &prometheus::Registry) -> Vec<i64> {
+    let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+    let lines = text.lines().filter(|l| l.starts_with("exo_raft_replication_lag_entries{"));
+    lines.map(|line| line.rsplit_once(' ').unwrap().1.parse().unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_leader_tells_how_far_others_are_behind() {
+    let mut cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await;
+    let away = (1..=3).find(|id| *id != leader).unwrap();
+    let store = cluster.store(leader);
+    let registry = prometheus::Registry::new();
+    store.register_metrics(&registry).unwrap();
+    cluster.stop(away).await;
+    for i in 0..20 {
+        create(&store, &format!("/{i}"), "v").await;
+    }
+    let worst = || replication_lags(&registry).into_iter().max();
+    assert_eq!(replication_lags(&registry).len(), 2);
+    cluster.until("the one that is away is behind", || worst() >= Some(20)).await;
+    cluster.restart(away).await;
+    cluster.until("it has caught up", || worst() == Some(0)).await;
+    let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+    for line in ["exo_raft_has_leader 1", "exo_raft_is_leader 1", "exo_raft_apply_lag_entries 0"] {
+        assert!(text.lines().any(|l| l == line), "{line} in {text}");
+    }
+    cluster.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_join_and_leave() {
     let mut cluster = Cluster::start(3).await;

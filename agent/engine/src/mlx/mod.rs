@@ -4,6 +4,7 @@
 
 mod array;
 mod compiled;
+mod device;
 pub mod distributed;
 mod peers;
 mod quantized;
@@ -11,6 +12,8 @@ mod self_test;
 
 pub(crate) use array::{from_bytes, on_device, slice, slice_update};
 pub(crate) use compiled::gated;
+pub(crate) use device::kind as device_kind;
+pub use device::uses_gpu;
 pub(crate) use quantized::Quantized;
 
 use std::cell::RefCell;

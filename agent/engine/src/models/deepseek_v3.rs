@@ -309,11 +309,13 @@ impl Routing {
         Ok(routing)
     }
 
-    /// Experts and weights (float32) of scores `[1, positions, experts]`; `bias` `[experts]`.
+    /// Experts and weights (float32) of scores `[1, positions, experts]`; `bias` `[experts]`. The experts are the same
+    /// on all ranks of `team`.
     pub(super) fn route(
         &self,
         scores: &Array,
         bias: Option<&Array>,
+        team: &Team,
     ) -> Result<(Array, Array), Exception> {
         let &Self { k, groups, best_groups, scale, normalize } = self;
         let (positions, count) = (scores.dim(1), scores.dim(2));
@@ -331,7 +333,7 @@ impl Routing {
             let kept = grouped.put_along_axis(&worst, Array::from_f32(0.0), -2)?;
             biased = kept.reshape(&[1, positions, count])?;
         }
-        let experts = best(&biased, k)?;
+        let experts = team.agreed(best(&biased, k)?)?;
         let mut weights = take_along_axis(&scores, &experts, -1)?;
         if k > 1 && normalize {
             let sum = weights.sum_axis(-1, true)?;

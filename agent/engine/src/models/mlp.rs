@@ -203,8 +203,14 @@ impl Routing {
         }
     }
 
-    /// Experts and weights, `[1, positions, k]` each; `bias` `[experts]` is that of the gate.
-    fn route(&self, scores: &Array, bias: Option<&Array>) -> Result<(Array, Array), Exception> {
+    /// Experts and weights, `[1, positions, k]` each; `bias` `[experts]` is that of the gate. The experts are the same on
+    /// all ranks of `team`.
+    fn route(
+        &self,
+        scores: &Array,
+        bias: Option<&Array>,
+        team: &Team,
+    ) -> Result<(Array, Array), Exception> {
         match self {
             Self::Softmax { k, normalize } => {
                 let scores = softmax_axis(scores, -1, true)?;
@@ -212,6 +218,7 @@ impl Routing {
                 let (positions, count) = (scores.dim(1), scores.dim(2));
                 let order = argpartition_axis(&scores, count - k, -1)?;
                 let experts = slice(&order, &[0, 0, count - k], &[1, positions, count])?;
+                let experts = team.agreed(experts)?;
                 let weights = take_along_axis(&scores, &experts, -1)?;
                 if !normalize {
                     return Ok((experts, weights));
@@ -220,11 +227,11 @@ impl Routing {
                 Ok((experts, weights.divide(sum)?))
             }
             Self::SoftmaxOfBest { k } => {
-                let experts = best(scores, *k)?;
+                let experts = team.agreed(best(scores, *k)?)?;
                 let weights = take_along_axis(scores, &experts, -1)?;
                 Ok((experts, softmax_axis(weights, -1, true)?))
             }
-            Self::Grouped(routing) => routing.route(scores, bias),
+            Self::Grouped(routing) => routing.route(scores, bias, team),
         }
     }
 }
@@ -246,7 +253,7 @@ pub(super) struct Mixture {
 impl Mixture {
     fn forward(&self, x: &Array, team: &Team) -> Result<Array, Exception> {
         let scores = self.gate.forward(x)?;
-        let (experts, weights) = self.routing.route(&scores, self.gate_bias.as_ref())?;
+        let (experts, weights) = self.routing.route(&scores, self.gate_bias.as_ref(), team)?;
         let outputs = self.experts.forward(x, &experts)?;
         let shape = [1, weights.dim(1), weights.dim(2), 1];
         let output = outputs.multiply(weights.reshape(&shape)?)?.sum_axis(-2, false)?;

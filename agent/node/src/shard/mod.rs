@@ -3,6 +3,7 @@
 pub(crate) mod facilities;
 pub(crate) mod launch;
 mod report;
+pub(crate) mod slots;
 pub(crate) mod task;
 mod told;
 

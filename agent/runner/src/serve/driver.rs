@@ -162,6 +162,10 @@ impl<E: Executor> Driver<E> {
         let stepped = self.executor.decode(feeds)?;
         self.metrics.decode_step.observe(begun.elapsed().as_secs_f64());
         self.metrics.batch.observe(feeds.len() as f64);
+        if feeds.len() > 1 && matches!(stepped, Stepped::Refused(_)) {
+            // It does not say for whose sake: each on its own tells. All are as they were.
+            return feeds.iter().try_for_each(|feed| self.decode(std::slice::from_ref(feed)));
+        }
         let seqs: Vec<SeqId> = feeds.iter().map(|feed| feed.seq).collect();
         self.came_of(&seqs, stepped);
         Ok(())
@@ -296,6 +300,9 @@ mod tests {
         fn decode(&mut self, feeds: &[Feed]) -> Result<Stepped, Failure> {
             let names: Vec<String> = feeds.iter().map(|feed| feed.seq.to_string()).collect();
             self.log.push(format!("decode {}", names.join("+")));
+            if feeds.iter().any(|feed| feed.token == u32::from(b'?')) {
+                return Ok(Stepped::Refused("no questions".to_owned()));
+            }
             for feed in feeds {
                 self.fed.get_mut(&feed.seq).expect("open").1.push(feed.token);
             }
@@ -490,10 +497,27 @@ mod tests {
     }
 
     #[test]
+    fn a_row_that_is_refused_leaves_the_others_of_its_batch() {
+        let mut bench = Bench::new(3);
+        let (mut a, mut b, mut c) =
+            (bench.submit("abcdef"), bench.submit("b?"), bench.submit("cdefgh"));
+        bench.run();
+        check_end(&mut a, "abcdef", FinishReason::Length);
+        check_end(&mut c, "cdefgh", FinishReason::Length);
+        let message = "no questions".to_owned();
+        let error = GenerateEvent::Error { code: ErrorCode::InvalidRequest, message };
+        assert_eq!(outcome(&mut b), ("b?".to_owned(), Some(error)));
+        let log = bench.log().join(", ");
+        assert!(log.contains("decode 1+2, decode 1, decode 2, close 2"), "{log}");
+        assert!(log.contains("decode 1+3"), "{log}");
+        assert!(bench.driver.executor.fed.is_empty());
+    }
+
+    #[test]
     fn whoever_is_put_off_sees_a_pause_only() {
         // Enough for both prompts, but not for both answers.
-        let mut bench = Bench::with_memory(4, 2 * exo_engine::cache_positions(250 + 64));
-        let texts = ["a".repeat(250), "b".repeat(250)];
+        let mut bench = Bench::with_memory(4, exo_engine::cache_positions([300 + 64; 2]));
+        let texts = ["a".repeat(300), "b".repeat(300)];
         let answers: Vec<_> = (texts.iter())
             .map(|text| {
                 let (submission, receiver) = bench.long_submission(text, 400);

@@ -14,6 +14,7 @@ mod roll;
 #[cfg(test)]
 mod samples;
 mod scheduler;
+mod warm;
 mod watchdog;
 
 use std::{

@@ -34,6 +34,7 @@ use super::{
     request::{ModelLimits, ModelText},
     roll::{Roll, Steps},
     scheduler::Limits,
+    warm::{self, Extent},
     watchdog::Watchdog,
 };
 
@@ -47,6 +48,8 @@ const LOAD_LIMIT: Duration = Duration::from_secs(100);
 const MEET_LIMIT: Duration = Duration::from_secs(60);
 /// For the whole warm-up, whose steps make kernels. Below `SILENCE_LIMIT_S`, as for loading.
 const WARM_LIMIT: Duration = Duration::from_secs(100);
+/// No other shape is begun after this: better a first request that waits than a shard that is not there.
+const WARM_BUDGET: Duration = Duration::from_secs(40);
 /// Rank 0 waits less long for a step than the others do: it can find out who is to blame.
 const FOLLOWER_PATIENCE: Duration = Duration::from_secs(15);
 /// A peer's failure is often known here a moment before the channel names the peer: who waits is
@@ -57,10 +60,6 @@ const LAST_WORDS_LIMIT: Duration = Duration::from_secs(1);
 
 /// A chunk of this size uses the device well and delays other sequences by a few steps only.
 const CHUNK_TOKENS: usize = 512;
-/// Enough for the kernels of a prefill.
-const WARM_TOKENS: usize = 32;
-/// Requests count from 1.
-const WARM_SEQ: SeqId = 0;
 
 /// How often memory is looked at while steps run.
 const MEMORY_PERIOD: Duration = Duration::from_secs(2);
@@ -329,6 +328,7 @@ fn load(
         group,
         context_length: config.context_length as usize,
     };
+    exo_engine::bound_reuse();
     watchdog.watch("loading the weights", LOAD_LIMIT);
     let mut told = Ok(());
     let mut progress = |LoadProgress { bytes_done, bytes_total }| {
@@ -389,12 +389,12 @@ struct Ranks {
 impl Ranks {
     /// Rank 0 from here on.
     fn serve_requests(mut self, start: &Start, text: ModelText) -> Result<(), Failure> {
+        let live_max = start.config.max_concurrency.max(1) as usize;
         self.watchdog.watch(WARMING, WARM_LIMIT);
-        self.warm_up()?;
+        self.warm_up(live_max)?;
         self.tell(&RankCommand::Ready)?;
         self.watchdog.rest();
         self.warm = true;
-        let live_max = start.config.max_concurrency.max(1) as usize;
         let info = self.engine.info();
         // What placement has set aside on each rank.
         let kv_positions = info.max_context;
@@ -409,7 +409,7 @@ impl Ranks {
             eos_token_ids: info.eos_token_ids.as_slice().into(),
             orders,
             places: Arc::new(Semaphore::new(live_max + WAITING_MAX)),
-            next_seq: AtomicU64::new(WARM_SEQ + 1),
+            next_seq: AtomicU64::new(1),
         };
         if start.shared.service.set(service).is_err() {
             unreachable!("a process gets ready once");
@@ -419,22 +419,20 @@ impl Ranks {
         Driver::new(limits, self, start.shared.metrics.clone()).run(&receiver)
     }
 
-    /// One short answer through all ranks, so that the first request finds all kernels made.
-    fn warm_up(&mut self) -> Result<(), Failure> {
-        let sampling = Sampling::greedy();
-        let count = WARM_TOKENS.min(self.engine.info().max_context.saturating_sub(1)).max(1);
-        self.open(WARM_SEQ, &sampling, count)?;
-        let refused = |stepped: Stepped| match stepped {
-            Stepped::Done(_) => Ok(()),
-            Stepped::Refused(message) => Err(Failure::permanent("EngineFailed", message)),
+    /// Runs what requests will, so that the first of them finds all kernels made.
+    fn warm_up(&mut self, live_max: usize) -> Result<(), Failure> {
+        let (began, reporter) = (Instant::now(), self.reporter.clone());
+        let extent = Extent {
+            compiles: exo_engine::uses_gpu(),
+            max_context: self.engine.info().max_context,
+            live_max,
+            chunk_tokens: CHUNK_TOKENS,
         };
-        let tokens = vec![0; count];
-        let prompt = Step::Prefill { seq: WARM_SEQ, tokens, sample: true, draw: 0 };
-        refused(self.prefill(&prompt)?)?;
-        if self.engine.info().max_context > count {
-            refused(self.decode(&[Feed { seq: WARM_SEQ, token: 0, draw: 1 }])?)?;
-        }
-        self.close(WARM_SEQ)
+        let is_over = || began.elapsed() > WARM_BUDGET;
+        warm::warm_up(self, &extent, is_over, |done, all| {
+            let share = u8::try_from(done * 9 / all).unwrap_or(9);
+            reporter.phase(ShardPhase::Warming, 90 + share);
+        })
     }
 
     /// The other ranks from here on.

@@ -75,13 +75,6 @@ struct Live {
     state: State,
 }
 
-impl Live {
-    /// Positions of memory for `more` tokens beside those that it has.
-    fn positions(&self, more: usize) -> usize {
-        cache_positions(self.job.tokens.len() + more)
-    }
-}
-
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Scheduler {
@@ -167,14 +160,15 @@ impl Scheduler {
         self.next_chunk().or_else(|| self.next_decode())
     }
 
-    /// Positions that the live sequences take up with `more` tokens each.
-    fn held(&self, more: usize) -> usize {
-        self.live.values().map(|live| live.positions(more)).fold(0, usize::saturating_add)
+    /// Positions that the live sequences, and `another` of so many tokens, take up with `more` tokens each.
+    fn held(&self, another: Option<usize>, more: usize) -> usize {
+        let live = self.live.values().map(|live| live.job.tokens.len());
+        cache_positions(live.chain(another).map(|tokens| tokens + more))
     }
 
     /// Puts off the newest sequence if all together need more than there is.
     fn too_many(&mut self) -> Option<SeqId> {
-        if self.live.len() < 2 || self.held(1) <= self.limits.kv_positions {
+        if self.live.len() < 2 || self.held(None, 1) <= self.limits.kv_positions {
             return None;
         }
         let (seq, live) = self.live.pop_last()?;
@@ -186,9 +180,9 @@ impl Scheduler {
 
     /// The first that waits, if there is room for it. None overtakes it: it would wait for ever.
     fn admit(&mut self) -> Option<Job> {
-        let wanted = cache_positions(self.waiting.front()?.tokens.len() + HEADROOM_TOKENS);
-        let fits = self.held(HEADROOM_TOKENS).saturating_add(wanted) <= self.limits.kv_positions;
-        let admitted = self.live.is_empty() || (self.live.len() < self.limits.live_max && fits);
+        let first = self.waiting.front()?.tokens.len();
+        let fits = || self.held(Some(first), HEADROOM_TOKENS) <= self.limits.kv_positions;
+        let admitted = self.live.is_empty() || (self.live.len() < self.limits.live_max && fits());
         if admitted { self.waiting.pop_front() } else { None }
     }
 
@@ -339,7 +333,7 @@ mod tests {
 
     #[test]
     fn the_newest_is_put_off_when_memory_runs_short_and_goes_on_later() {
-        let kv_positions = 2 * cache_positions(164);
+        let kv_positions = cache_positions([164; 2]);
         let mut s = Scheduler::new(Limits { live_max: 9, chunk_tokens: 1000, kv_positions });
         for seq in 1..=3 {
             s.submit(job(seq, 100));
@@ -376,6 +370,29 @@ mod tests {
         };
         assert_eq!((tokens.len() as u64, draw), (100 + draws, draws));
         assert_eq!(tokens[100..103], [60, 62, 63]);
+    }
+
+    #[test]
+    fn a_short_context_has_room_for_several_short_sequences() {
+        let limits = Limits { live_max: 9, chunk_tokens: 1000, kv_positions: 1024 };
+        let mut s = Scheduler::new(limits);
+        for seq in 1..=5 {
+            s.submit(job(seq, 190));
+        }
+        let mut draws = 0;
+        while draws < 200 {
+            match s.next().unwrap() {
+                Action::Prefill(step) => s.drew(step.seq(), 7),
+                Action::Decode(feeds) => {
+                    feeds.iter().for_each(|feed| s.drew(feed.seq, 7));
+                    draws += feeds.len();
+                }
+                Action::Open { .. } => {}
+                Action::Close { seq } => panic!("{seq} was put off"),
+            }
+        }
+        // Four times 256 positions.
+        assert_eq!(s.counts(), (4, 1));
     }
 
     /// What a test client does between two actions.
@@ -470,7 +487,7 @@ mod tests {
         }
         let open: Vec<&Track> = tracks.iter().filter(|t| t.open).collect();
         assert!(open.len() <= limits.live_max);
-        let held: usize = open.iter().filter(|t| t.fed > 0).map(|t| cache_positions(t.fed)).sum();
+        let held = cache_positions(open.iter().filter(|t| t.fed > 0).map(|t| t.fed));
         assert!(open.len() == 1 || held <= limits.kv_positions, "{held} of {limits:?}");
         true
     }

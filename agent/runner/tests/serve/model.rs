@@ -1,8 +1,9 @@
 //! A small random model of the Llama architecture with the built-in tokenizer, for tests that ask
-//! how tokens travel, not what they say.
+//! how tokens travel, not what they say. And addresses for who runs it.
 
 use std::{
     fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
 };
 
@@ -16,6 +17,21 @@ const VOCABULARY: usize = 1280;
 const HIDDEN: usize = 64;
 const MLP: usize = 96;
 const KV: usize = 32;
+
+/// An address of this test process alone, so that no other can take its ports: nextest runs each
+/// test in a process of its own. macOS has one loopback address only.
+pub(crate) fn loopback() -> IpAddr {
+    let id = std::process::id().to_be_bytes();
+    let own = Ipv4Addr::new(127, 64 | id[1] & 0x3f, id[2], id[3].max(2));
+    IpAddr::V4(if cfg!(target_os = "linux") { own } else { Ipv4Addr::LOCALHOST })
+}
+
+/// Addresses of which others in this process had none at the same time.
+pub(crate) fn free_addresses(count: usize) -> Vec<SocketAddr> {
+    let listeners: Vec<_> =
+        (0..count).map(|_| TcpListener::bind((loopback(), 0)).unwrap()).collect();
+    listeners.iter().map(|listener| listener.local_addr().unwrap()).collect()
+}
 
 /// The built-in model's folder.
 pub(crate) fn built_in() -> PathBuf {

@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::mpsc::{Receiver, channel},
@@ -18,6 +18,8 @@ use exo_crds::{
 use exo_trust::{Authority, GROUP_NODES, Subject, TlsPaths, write_private};
 use serde_json::json;
 use tempfile::TempDir;
+
+use crate::model::{free_addresses, loopback};
 
 /// Far more than anything here takes, even on a busy machine.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
@@ -49,26 +51,12 @@ pub(crate) struct Runner {
     log: PathBuf,
 }
 
-/// An address of this test process alone, so that no other can take its ports: nextest runs each
-/// test in a process of its own. macOS has one loopback address only.
-fn loopback() -> IpAddr {
-    let id = std::process::id().to_be_bytes();
-    let own = Ipv4Addr::new(127, 64 | id[1] & 0x3f, id[2], id[3].max(2));
-    IpAddr::V4(if cfg!(target_os = "linux") { own } else { Ipv4Addr::LOCALHOST })
-}
-
 /// The runner, or the one in a folder of choice.
-fn binary() -> PathBuf {
+pub(crate) fn binary() -> PathBuf {
     match std::env::var_os("EXO_BIN_DIR") {
         Some(folder) => Path::new(&folder).join("exo-runner"),
         None => env!("CARGO_BIN_EXE_exo-runner").into(),
     }
-}
-
-fn free_addresses(count: usize) -> Vec<SocketAddr> {
-    let listeners: Vec<_> =
-        (0..count).map(|_| TcpListener::bind((loopback(), 0)).unwrap()).collect();
-    listeners.iter().map(|listener| listener.local_addr().unwrap()).collect()
 }
 
 impl Group {

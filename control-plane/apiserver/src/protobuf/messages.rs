@@ -40,6 +40,16 @@ const fn many(number: u64, name: &'static str, kind: Kind) -> FieldType {
     FieldType { number, name, kind, repeated: true }
 }
 
+/// Where almost every kind has it.
+const fn spec(fields: &'static Message) -> FieldType {
+    one(2, "spec", Of(fields))
+}
+
+/// To another object.
+const fn reference(number: u64, name: &'static str) -> FieldType {
+    one(number, name, Of(&REFERENCE))
+}
+
 use Kind::{Bytes, Count, Entries, Flag, Json, MicroTime, Number, Of, Text, Time};
 
 /// The message of a kind, if it is one that clients send to this server.
@@ -116,7 +126,7 @@ static DELETE_OPTIONS: [FieldType; 5] = [
 
 static NAMESPACE: [FieldType; 3] = [
     METADATA,
-    one(2, "spec", Of(&[many(1, "finalizers", Text)])),
+    spec(&[many(1, "finalizers", Text)]),
     one(3, "status", Of(&[one(1, "phase", Text)])),
 ];
 
@@ -142,7 +152,7 @@ static SERIES: [FieldType; 2] = [one(1, "count", Count), one(2, "lastObservedTim
 
 static CORE_EVENT: [FieldType; 15] = [
     METADATA,
-    one(2, "involvedObject", Of(&REFERENCE)),
+    reference(2, "involvedObject"),
     one(3, "reason", Text),
     one(4, "message", Text),
     one(5, "source", Of(&SOURCE)),
@@ -153,7 +163,7 @@ static CORE_EVENT: [FieldType; 15] = [
     one(10, "eventTime", MicroTime),
     one(11, "series", Of(&SERIES)),
     one(12, "action", Text),
-    one(13, "related", Of(&REFERENCE)),
+    reference(13, "related"),
     one(14, "reportingComponent", Text),
     one(15, "reportingInstance", Text),
 ];
@@ -166,8 +176,8 @@ static EVENT: [FieldType; 15] = [
     one(5, "reportingInstance", Text),
     one(6, "action", Text),
     one(7, "reason", Text),
-    one(8, "regarding", Of(&REFERENCE)),
-    one(9, "related", Of(&REFERENCE)),
+    reference(8, "regarding"),
+    reference(9, "related"),
     one(10, "note", Text),
     one(11, "type", Text),
     one(12, "deprecatedSource", Of(&SOURCE)),
@@ -178,47 +188,39 @@ static EVENT: [FieldType; 15] = [
 
 static LEASE: [FieldType; 2] = [
     METADATA,
-    one(
-        2,
-        "spec",
-        Of(&[
-            one(1, "holderIdentity", Text),
-            one(2, "leaseDurationSeconds", Number),
-            one(3, "acquireTime", MicroTime),
-            one(4, "renewTime", MicroTime),
-            one(5, "leaseTransitions", Number),
-            one(6, "strategy", Text),
-            one(7, "preferredHolder", Text),
-        ]),
-    ),
+    spec(&[
+        one(1, "holderIdentity", Text),
+        one(2, "leaseDurationSeconds", Number),
+        one(3, "acquireTime", MicroTime),
+        one(4, "renewTime", MicroTime),
+        one(5, "leaseTransitions", Number),
+        one(6, "strategy", Text),
+        one(7, "preferredHolder", Text),
+    ]),
 ];
 
-static SCALE: [FieldType; 2] = [METADATA, one(2, "spec", Of(&[one(1, "replicas", Number)]))];
+static SCALE: [FieldType; 2] = [METADATA, spec(&[one(1, "replicas", Number)])];
 
 static ACCESS_REVIEW: [FieldType; 2] = [
     METADATA,
-    one(
-        2,
-        "spec",
-        Of(&[
-            one(
-                1,
-                "resourceAttributes",
-                Of(&[
-                    one(1, "namespace", Text),
-                    one(2, "verb", Text),
-                    one(3, "group", Text),
-                    one(4, "version", Text),
-                    one(5, "resource", Text),
-                    one(6, "subresource", Text),
-                    one(7, "name", Text),
-                ]),
-            ),
-            one(2, "nonResourceAttributes", Of(&[one(1, "path", Text), one(2, "verb", Text)])),
-        ]),
-    ),
+    spec(&[
+        one(
+            1,
+            "resourceAttributes",
+            Of(&[
+                one(1, "namespace", Text),
+                one(2, "verb", Text),
+                one(3, "group", Text),
+                one(4, "version", Text),
+                one(5, "resource", Text),
+                one(6, "subresource", Text),
+                one(7, "name", Text),
+            ]),
+        ),
+        one(2, "nonResourceAttributes", Of(&[one(1, "path", Text), one(2, "verb", Text)])),
+    ]),
 ];
 
-static RULES_REVIEW: [FieldType; 2] = [METADATA, one(2, "spec", Of(&[one(1, "namespace", Text)]))];
+static RULES_REVIEW: [FieldType; 2] = [METADATA, spec(&[one(1, "namespace", Text)])];
 
 static SUBJECT_REVIEW: [FieldType; 1] = [METADATA];

@@ -54,11 +54,13 @@ const IGNORED_METADATA_FIELDS: [&str; 1] = ["selfLink"];
 /// Fields of the metadata that clients have no say in.
 const SERVER_FIELDS: [&str; 5] =
     ["uid", "creationTimestamp", "generation", "deletionTimestamp", "deletionGracePeriodSeconds"];
+/// Unknown fields and the like that a client is told of at once, as in Kubernetes.
+const MAX_FAULTS_TOLD: usize = 100;
 /// As in Kubernetes: keys and values of all annotations together.
 const MAX_ANNOTATION_BYTES: usize = 256 << 10;
 
-/// Prunes, defaults and validates `object`; returns warnings about what was pruned. The fields'
-/// managers are left as they are.
+/// Prunes, defaults and validates `object`; returns warnings about what was pruned, and about
+/// `duplicates`. The fields' managers are left as they are.
 ///
 /// Faults that `current` has too are let pass: an object from before a stricter schema must stay
 /// able to report its status and to lose its finalizers.
@@ -66,12 +68,13 @@ pub(super) fn admit(
     call: &Call,
     object: &mut Value,
     current: Option<&Value>,
+    duplicates: &[String],
 ) -> Result<Vec<String>, ApiError> {
     let resource = &call.resource;
-    let warnings = prune(call, object)?;
+    let warnings = prune(call, object, duplicates)?;
     let mut causes = builtin::prepare(resource, object);
     resource.schema.default(object);
-    causes.extend(metadata_causes(object));
+    causes.extend(metadata_causes(object, resource.is_namespaces()));
     causes.extend(resource.schema.validate(object, current));
     if let (false, Some(current)) = (causes.is_empty(), current) {
         let known = resource.schema.validate(current, None);
@@ -83,24 +86,30 @@ pub(super) fn admit(
     Ok(warnings)
 }
 
-/// Removes unknown fields, or refuses them where the client wants that; returns warnings.
-pub(super) fn prune(call: &Call, object: &mut Value) -> Result<Vec<String>, ApiError> {
+/// Removes unknown fields, or refuses them and `duplicates` where the client wants that; returns
+/// warnings.
+pub(super) fn prune(
+    call: &Call,
+    object: &mut Value,
+    duplicates: &[String],
+) -> Result<Vec<String>, ApiError> {
     let resource = &call.resource;
     let validation = FieldValidation::of(call)?;
     let mut unknown = prune_metadata(object);
     unknown.extend(resource.schema.prune(object));
-    let unknown: Vec<String> =
-        unknown.into_iter().map(|path| format!("unknown field \"{path}\"")).collect();
-    if validation == FieldValidation::Strict && !unknown.is_empty() {
+    let unknown = unknown.into_iter().map(|path| format!("unknown field \"{path}\""));
+    let faults: Vec<String> =
+        duplicates.iter().cloned().chain(unknown).take(MAX_FAULTS_TOLD).collect();
+    if validation == FieldValidation::Strict && !faults.is_empty() {
         let kind = &resource.kind;
         let version = &resource.version;
         return Err(ApiError::BadRequest(format!(
             "{kind} in version \"{version}\" cannot be handled as a {kind}: strict decoding \
              error: {}",
-            unknown.join(", ")
+            faults.join(", ")
         )));
     }
-    Ok(if validation == FieldValidation::Warn { unknown } else { Vec::new() })
+    Ok(if validation == FieldValidation::Warn { faults } else { Vec::new() })
 }
 
 /// Removes what isn't metadata, and empty fields; returns the paths of what isn't known.
@@ -242,10 +251,10 @@ pub(super) fn bump_generation(current: &Value, wanted: &mut Value) {
     }
 }
 
-/// What is wrong with the metadata.
-fn metadata_causes(object: &Value) -> Vec<Cause> {
+/// What is wrong with the metadata. Names of namespaces are part of other names.
+fn metadata_causes(object: &Value, of_namespace: bool) -> Vec<Cause> {
     let mut causes = Vec::new();
-    name_causes(object, &mut causes);
+    name_causes(object, of_namespace, &mut causes);
     for field in ["labels", "annotations"] {
         string_map_causes(object, field, &mut causes);
     }
@@ -301,14 +310,27 @@ fn owner_causes(object: &Value, causes: &mut Vec<Cause>) {
     }
 }
 
-fn name_causes(object: &Value, causes: &mut Vec<Cause>) {
+fn name_causes(object: &Value, of_namespace: bool, causes: &mut Vec<Cause>) {
     let name = object::name(object);
+    let label = |field: &str, name: &str| {
+        invalid(
+            field,
+            format!(
+                "Invalid value: {}: a lowercase RFC 1123 label must consist of lower case \
+                 alphanumeric characters or '-', and must start and end with an alphanumeric \
+                 character",
+                json!(name)
+            ),
+        )
+    };
     if name.is_empty() {
         causes.push(Cause {
             reason: "FieldValueRequired",
             message: "Required value: name or generateName is required".to_owned(),
             field: "metadata.name".to_owned(),
         });
+    } else if of_namespace && !is_dns_label(name) {
+        causes.push(label("metadata.name", name));
     } else if !is_dns_subdomain(name) {
         causes.push(invalid(
             "metadata.name",
@@ -321,17 +343,9 @@ fn name_causes(object: &Value, causes: &mut Vec<Cause>) {
         ));
     }
     if let Some(namespace) = object::namespace(object)
-        && !(is_dns_subdomain(namespace) && namespace.len() <= 63 && !namespace.contains('.'))
+        && !is_dns_label(namespace)
     {
-        causes.push(invalid(
-            "metadata.namespace",
-            format!(
-                "Invalid value: {}: a lowercase RFC 1123 label must consist of lower case \
-                 alphanumeric characters or '-', and must start and end with an alphanumeric \
-                 character",
-                json!(namespace)
-            ),
-        ));
+        causes.push(label("metadata.namespace", namespace));
     }
 }
 
@@ -376,6 +390,10 @@ fn is_dns_subdomain(text: &str) -> bool {
     text.len() <= 253 && text.split('.').all(label)
 }
 
+fn is_dns_label(text: &str) -> bool {
+    text.len() <= 63 && !text.contains('.') && is_dns_subdomain(text)
+}
+
 fn is_label_key(key: &str) -> bool {
     let (prefix, name) = match key.split_once('/') {
         Some((prefix, name)) => (Some(prefix), name),
@@ -401,7 +419,7 @@ mod tests {
     #[test]
     fn metadata_is_checked_field_by_field() {
         let check = |metadata: Value, expect: &[&str]| {
-            let causes = metadata_causes(&json!({"metadata": metadata}));
+            let causes = metadata_causes(&json!({"metadata": metadata}), false);
             let fields: Vec<_> = causes.iter().map(|c| c.field.as_str()).collect();
             assert_eq!(fields, expect, "{metadata}");
         };

@@ -30,6 +30,9 @@ struct Options {
     orphan_dependents: Option<bool>,
     #[serde(default)]
     dry_run: Option<Vec<String>>,
+    /// What `dry_run` comes to.
+    #[serde(skip)]
+    only_tries: bool,
 }
 
 /// What must hold of the object.
@@ -69,6 +72,14 @@ impl Propagation {
     }
 
     fn of(options: &Options) -> Result<Self, ApiError> {
+        if options.propagation_policy.is_some() && options.orphan_dependents.is_some() {
+            return Err(ApiError::invalid_option(
+                "DeleteOptions",
+                "FieldValueInvalid",
+                "propagationPolicy",
+                "Invalid value: orphanDependents and deletionPropagation cannot be both set",
+            ));
+        }
         match options.propagation_policy.as_deref() {
             None if options.orphan_dependents == Some(true) => Ok(Self::Orphan),
             None | Some("Background") => Ok(Self::Background),
@@ -99,7 +110,7 @@ pub(crate) async fn delete(call: &Call) -> Result<Response, ApiError> {
         });
     }
     let preconditions = options.preconditions.unwrap_or_default();
-    let dry_run = call.query.dry_run()? || options.dry_run.is_some_and(|d| !d.is_empty());
+    let dry_run = call.query.dry_run()? || options.only_tries;
     let store = call.server.store();
     if dry_run {
         let entry = store.get(&call.key()).await?;
@@ -135,11 +146,22 @@ fn options(call: &Call) -> Result<Options, ApiError> {
     let mut options: Options = if call.body.is_empty() {
         Options::default()
     } else {
-        serde_json::from_value(call.body_object()?)
+        serde_json::from_value(call.body_object()?.object)
             .map_err(|error| ApiError::BadRequest(format!("bad DeleteOptions: {error}")))?
     };
     if let Some(policy) = call.query.get("propagationPolicy") {
         options.propagation_policy = Some(policy.to_owned());
+    }
+    if let Some(orphan) = call.query.flag("orphanDependents")? {
+        options.orphan_dependents = Some(orphan);
+    }
+    for value in options.dry_run.iter().flatten() {
+        if value != "All" {
+            let message = format!("Unsupported value: \"{value}\": supported values: \"All\"");
+            let reason = "FieldValueNotSupported";
+            return Err(ApiError::invalid_option("DeleteOptions", reason, "dryRun", &message));
+        }
+        options.only_tries = true;
     }
     Ok(options)
 }
@@ -243,7 +265,7 @@ pub(crate) async fn delete_collection(call: &Call) -> Result<Response, ApiError>
     if call.resource.is_namespaces() {
         return Err(ApiError::MethodNotAllowed);
     }
-    let dry_run = call.query.dry_run()? || options.dry_run.is_some_and(|d| !d.is_empty());
+    let dry_run = call.query.dry_run()? || options.only_tries;
     let (objects, revision) = read::matching(call).await?;
     if !dry_run {
         for object in &objects {

@@ -2,6 +2,7 @@
 
 mod admission;
 mod delete;
+mod patch;
 mod read;
 pub(crate) mod scale;
 mod strategic;

@@ -3,12 +3,13 @@
 use axum::{http::StatusCode, response::Response};
 use serde_json::{Value, json};
 
-use super::write::{self, Patch};
+use super::{patch::Patch, write};
 use crate::{
+    body::Input,
     error::{ApiError, Cause},
     object,
     resource::ScalePaths,
-    server::{Call, json_response},
+    server::{Call, json_response, warn},
 };
 
 pub(crate) async fn get(call: &Call) -> Result<Response, ApiError> {
@@ -18,13 +19,13 @@ pub(crate) async fn get(call: &Call) -> Result<Response, ApiError> {
 }
 
 pub(crate) async fn update(call: &Call) -> Result<Response, ApiError> {
-    let wanted = call.body_object()?;
-    set(call, |_| Ok(wanted.clone())).await
+    let Input { object: wanted, duplicates } = call.body_object()?;
+    set(call, &duplicates, |_| Ok(wanted.clone())).await
 }
 
 pub(crate) async fn patch(call: &Call) -> Result<Response, ApiError> {
     let patch = Patch::read(call)?;
-    set(call, |scale| {
+    set(call, &patch.duplicates, |scale| {
         let mut wanted = scale.clone();
         patch.apply(&mut wanted)?;
         Ok(wanted)
@@ -38,10 +39,11 @@ fn paths(call: &Call) -> Result<&ScalePaths, ApiError> {
 
 async fn set(
     call: &Call,
+    duplicates: &[String],
     wanted: impl Fn(&Value) -> Result<Value, ApiError>,
 ) -> Result<Response, ApiError> {
     let paths = paths(call)?;
-    let (object, _) = write::change(call, |current| {
+    let (object, warnings) = write::change(call, duplicates, |current| {
         let scale = wanted(&scale_of(paths, current))?;
         let replicas = replicas(call, &scale)?;
         let mut object = current.clone();
@@ -54,7 +56,7 @@ async fn set(
         Ok(object)
     })
     .await?;
-    Ok(json_response(StatusCode::OK, &scale_of(paths, &object)))
+    Ok(warn(json_response(StatusCode::OK, &scale_of(paths, &object)), &warnings))
 }
 
 fn replicas(call: &Call, scale: &Value) -> Result<i64, ApiError> {

@@ -1,4 +1,4 @@
-//! create, update, patch and apply.
+//! create, update and apply, and what all writes have in common.
 
 use std::sync::Arc;
 
@@ -6,13 +6,17 @@ use axum::{http::StatusCode, response::Response};
 use exo_store::{Entry, Txn, TxnOutcome};
 use serde_json::{Value, json};
 
-use super::{admission, strategic};
+use super::{
+    admission,
+    patch::{APPLY_PATCH, PATCH_TYPES, Patch},
+};
 use crate::{
-    clock,
-    error::{ApiError, Cause, Subject},
+    body::Input,
+    builtin, clock,
+    error::{ApiError, Cause},
     fields::{self, Author},
     namespace, object, schema,
-    server::{Call, MAX_BODY_BYTES, Subresource},
+    server::{Call, Subresource},
 };
 
 /// Tries of a write that names no resource version; each one looks anew.
@@ -24,7 +28,7 @@ const SUFFIX_LEN: usize = 5;
 const MAX_GENERATE_BASE: usize = 63 - SUFFIX_LEN;
 
 pub(crate) async fn create(call: &Call) -> Result<Response, ApiError> {
-    let mut object = call.body_object()?;
+    let Input { mut object, duplicates } = call.body_object()?;
     admission::check_identity(call, &mut object)?;
     if object::resource_version(&object).is_some() {
         return Err(ApiError::BadRequest(
@@ -47,7 +51,7 @@ pub(crate) async fn create(call: &Call) -> Result<Response, ApiError> {
             object::set_metadata(&mut object, "name", Some(json!(name)));
         }
         object::set_metadata(&mut object, "managedFields", None);
-        let warnings = admission::admit(call, &mut object, None)?;
+        let warnings = admission::admit(call, &mut object, None, &duplicates)?;
         let now = clock::format(clock::now());
         let author = author(call, &manager, &now);
         fields::created(call.resource.schema.typed(), &mut object, &author);
@@ -75,25 +79,14 @@ fn manager(call: &Call) -> Result<String, ApiError> {
         return Ok(if name.is_empty() { "unknown".to_owned() } else { name });
     };
     if manager.len() > MAX_MANAGER_LEN || manager.chars().any(char::is_control) {
-        return Err(invalid_option(
+        return Err(ApiError::invalid_option(
+            "PatchOptions",
             "FieldValueInvalid",
             "fieldManager",
             &format!("Invalid value: must be at most {MAX_MANAGER_LEN} printable characters"),
         ));
     }
     Ok(manager.to_owned())
-}
-
-fn invalid_option(reason: &'static str, field: &str, message: &str) -> ApiError {
-    ApiError::Invalid {
-        subject: Subject {
-            group: "meta.k8s.io".to_owned(),
-            kind: "PatchOptions".to_owned(),
-            plural: "PatchOptions".to_owned(),
-            name: String::new(),
-        },
-        causes: vec![Cause { reason, message: message.to_owned(), field: field.to_owned() }],
-    }
 }
 
 fn author<'a>(call: &'a Call, manager: &'a str, now: &'a str) -> Author<'a> {
@@ -136,9 +129,9 @@ fn set_version(object: &mut Value, revision: u64) {
 }
 
 pub(crate) async fn update(call: &Call) -> Result<Response, ApiError> {
-    let mut wanted = call.body_object()?;
+    let Input { object: mut wanted, duplicates } = call.body_object()?;
     admission::check_identity(call, &mut wanted)?;
-    if object::resource_version(&wanted).is_none() {
+    if object::resource_version(&wanted).is_none() && !builtin::updates_blindly(&call.resource) {
         return Err(ApiError::Invalid {
             subject: call.resource.subject(&call.name),
             causes: vec![Cause {
@@ -148,22 +141,16 @@ pub(crate) async fn update(call: &Call) -> Result<Response, ApiError> {
             }],
         });
     }
-    let (object, warnings) = change(call, |_| Ok(wanted.clone())).await?;
+    let (object, warnings) = change(call, &duplicates, |_| Ok(wanted.clone())).await?;
     Ok(call.respond(StatusCode::OK, object, &warnings))
 }
-
-const PATCH_TYPES: &str = "application/json-patch+json, application/merge-patch+json, \
-                           application/apply-patch+yaml";
-const MERGE_PATCH: &str = "application/merge-patch+json";
-const STRATEGIC_PATCH: &str = "application/strategic-merge-patch+json";
-const APPLY_PATCH: &str = "application/apply-patch+yaml";
 
 pub(crate) async fn patch(call: &Call) -> Result<Response, ApiError> {
     if call.content_type.as_deref() == Some(APPLY_PATCH) {
         return apply(call).await;
     }
     let patch = Patch::read(call)?;
-    let (object, warnings) = change(call, |current| {
+    let (object, warnings) = change(call, &patch.duplicates, |current| {
         let mut wanted = current.clone();
         patch.apply(&mut wanted)?;
         Ok(wanted)
@@ -172,76 +159,25 @@ pub(crate) async fn patch(call: &Call) -> Result<Response, ApiError> {
     Ok(call.respond(StatusCode::OK, object, &warnings))
 }
 
-/// A patch that says what to change, as read from a request.
-pub(super) enum Patch {
-    Json(json_patch::Patch),
-    Merge(Value),
-    Strategic(Value),
-}
-
-impl Patch {
-    pub(super) fn read(call: &Call) -> Result<Self, ApiError> {
-        if call.query.get("force").is_some() {
-            let message = "Forbidden: may not be specified for non-apply patch";
-            return Err(invalid_option("FieldValueForbidden", "force", message));
-        }
-        let bad =
-            |error: serde_json::Error| ApiError::BadRequest(format!("the patch is bad: {error}"));
-        let object = || -> Result<Value, ApiError> {
-            let patch: Value = serde_json::from_slice(&call.body).map_err(bad)?;
-            if patch.is_object() {
-                return Ok(patch);
-            }
-            Err(ApiError::BadRequest("the patch is not an object".to_owned()))
-        };
-        match call.content_type.as_deref() {
-            Some("application/json-patch+json") => {
-                Ok(Self::Json(serde_json::from_slice(&call.body).map_err(bad)?))
-            }
-            Some(MERGE_PATCH) => Ok(Self::Merge(object()?)),
-            // As in Kubernetes, for its own types only.
-            Some(STRATEGIC_PATCH)
-                if call.resource.builtin || call.subresource == Some(Subresource::Scale) =>
-            {
-                Ok(Self::Strategic(object()?))
-            }
-            _ => Err(ApiError::UnsupportedMediaType(PATCH_TYPES)),
-        }
-    }
-
-    pub(super) fn apply(&self, object: &mut Value) -> Result<(), ApiError> {
-        match self {
-            Self::Json(patch) => apply_json_patch(object, patch),
-            Self::Merge(patch) => {
-                json_patch::merge(object, patch);
-                Ok(())
-            }
-            Self::Strategic(patch) => {
-                strategic::merge(object, patch);
-                Ok(())
-            }
-        }
-    }
-}
-
 /// Server-side apply.
 async fn apply(call: &Call) -> Result<Response, ApiError> {
     if call.query.get("fieldManager").is_none() {
         let message = "Required value: is required for apply patch";
-        return Err(invalid_option("FieldValueRequired", "fieldManager", message));
+        let reason = "FieldValueRequired";
+        return Err(ApiError::invalid_option("PatchOptions", reason, "fieldManager", message));
     }
     if call.subresource == Some(Subresource::Scale) {
         return Err(ApiError::UnsupportedMediaType(PATCH_TYPES));
     }
     let manager = manager(call)?;
     let force = call.query.flag("force")? == Some(true);
-    let mut config = call.apply_object()?;
+    let Input { object: mut config, duplicates } = call.apply_object()?;
     admission::check_identity(call, &mut config)?;
     check_name(call, &config)?;
     if config.pointer("/metadata/managedFields").is_some_and(|m| !m.is_null()) {
         return Err(ApiError::BadRequest("metadata.managedFields must be nil".to_owned()));
     }
-    let warnings = admission::prune(call, &mut config)?;
+    let warnings = admission::prune(call, &mut config, &duplicates)?;
     let typed = call.resource.schema.typed();
     schema::drop_nulls(Some(typed), &mut config);
     restrict(call, &mut config);
@@ -266,7 +202,7 @@ async fn apply(call: &Call) -> Result<Response, ApiError> {
         let managed = new.pointer("/metadata/managedFields").cloned();
         admission::merge_update(call, &current, &mut new);
         object::set_metadata(&mut new, "managedFields", managed);
-        admission::admit(call, &mut new, Some(&current))?;
+        admission::admit(call, &mut new, Some(&current), &[])?;
         if let Some(new) = commit(call, &entry, &current, new).await? {
             return Ok(call.respond(StatusCode::OK, new, &warnings));
         }
@@ -310,53 +246,19 @@ async fn apply_new(
     let applied = fields::apply(call.resource.schema.typed(), None, config, false, author);
     let mut object = applied.expect("a new object has no other managers");
     admission::stamp_new(&call.resource, &mut object);
-    admission::admit(call, &mut object, None)?;
+    admission::admit(call, &mut object, None, &[])?;
     Ok(insert(call, &object).await?.map(|revision| {
         set_version(&mut object, revision);
         call.respond(StatusCode::CREATED, object, warnings)
     }))
 }
 
-/// Operations of one JSON patch, as in Kubernetes.
-const MAX_PATCH_OPERATIONS: usize = 10_000;
-
-fn apply_json_patch(object: &mut Value, patch: &json_patch::Patch) -> Result<(), ApiError> {
-    if patch.len() > MAX_PATCH_OPERATIONS {
-        return Err(ApiError::TooLarge(MAX_BODY_BYTES));
-    }
-    for operation in &patch.0 {
-        if tests_absence(object, operation) {
-            continue;
-        }
-        json_patch::patch(object, std::slice::from_ref(operation))
-            .map_err(|error| ApiError::Unprocessable(error.to_string()))?;
-        // A few copies of copies could fill the memory.
-        if matches!(operation, json_patch::PatchOperation::Copy(_))
-            && object.to_string().len() > MAX_BODY_BYTES
-        {
-            return Err(ApiError::TooLarge(MAX_BODY_BYTES));
-        }
-    }
-    Ok(())
-}
-
-/// A test for null holds where there is nothing, as in Kubernetes: so clients make sure that a field
-/// is not there yet.
-fn tests_absence(object: &Value, operation: &json_patch::PatchOperation) -> bool {
-    let json_patch::PatchOperation::Test(test) = operation else {
-        return false;
-    };
-    let path = test.path.as_str();
-    let Some((parent, _)) = path.rsplit_once('/').filter(|_| test.value.is_null()) else {
-        return false;
-    };
-    object.pointer(path).is_none() && object.pointer(parent).is_some_and(Value::is_object)
-}
-
 /// Replaces the object by what `wanted` makes of it; returns it with warnings. Where that carries a
 /// resource version it must be the current one; where it doesn't, a conflict means another try.
+/// `duplicates` are the request's, to be warned of or refused.
 pub(super) async fn change(
     call: &Call,
+    duplicates: &[String],
     wanted: impl Fn(&Value) -> Result<Value, ApiError>,
 ) -> Result<(Value, Vec<String>), ApiError> {
     let manager = manager(call)?;
@@ -370,7 +272,7 @@ pub(super) async fn change(
         check_target(call, &current, &mut new)?;
         let claimed = new.pointer("/metadata/managedFields").cloned();
         admission::merge_update(call, &current, &mut new);
-        let warnings = admission::admit(call, &mut new, Some(&current))?;
+        let warnings = admission::admit(call, &mut new, Some(&current), duplicates)?;
         let typed = call.resource.schema.typed();
         fields::updated(typed, &current, &mut new, claimed.as_ref(), &author);
         if let Some(new) = commit(call, &entry, &current, new).await? {

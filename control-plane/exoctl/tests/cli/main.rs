@@ -5,4 +5,5 @@
 mod cluster;
 mod edit;
 mod golden;
+mod shells;
 mod streams;

@@ -181,25 +181,3 @@ async fn waiting_ends_when_a_failure_for_good_comes_to_light() {
     let ended = tokio::time::timeout(PATIENCE, child.wait()).await.unwrap().unwrap();
     assert_eq!(ended.code(), Some(1));
 }
-
-#[tokio::test]
-async fn bash_completes_with_what_the_server_has() {
-    let cluster = Cluster::start().await;
-    cluster.create_shards().await;
-    let bin = std::path::Path::new(env!("CARGO_BIN_EXE_exoctl")).parent().unwrap().display();
-    let complete = async |words: &str| {
-        let script = format!(
-            "PATH={bin}:$PATH; source <(exoctl completion bash); COMP_WORDS=(exoctl {words})\n\
-             COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _exoctl; echo \"${{COMPREPLY[*]}}\""
-        );
-        let mut bash = tokio::process::Command::new("bash");
-        let bash = bash.args(["-c", &script]).env("EXO_HOME", cluster.dir.path());
-        let output = bash.env_remove("KUBECONFIG").output().await.unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    };
-    assert_eq!(complete("app").await, "apply\n");
-    assert_eq!(complete("get shards ''").await, "llama-0-a1-0 llama-0-a1-1\n");
-    assert_eq!(complete("delete --cascade = o").await, "orphan\n");
-    assert_eq!(complete("apply -f ./").await, "\n");
-}

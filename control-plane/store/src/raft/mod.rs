@@ -51,7 +51,7 @@ use crate::{
         writer::Writer,
     },
     shared::Shared,
-    store::Leadership,
+    store::{Leadership, RaftPosition},
 };
 
 openraft::declare_raft_types!(
@@ -301,6 +301,25 @@ impl RaftBackend {
 
     pub(crate) fn metrics(&self) -> RaftMetrics<u64, MemberNode> {
         self.node.metrics().borrow().clone()
+    }
+
+    pub(crate) fn position(&self) -> RaftPosition {
+        let metrics = self.metrics();
+        let members = metrics.membership_config.membership();
+        let name = |id| {
+            members.get_node(id).map(|node| match node.name.as_str() {
+                "" => node.addr.clone(),
+                name => name.to_owned(),
+            })
+        };
+        let followers = metrics.replication.iter().flatten().filter(|(id, _)| **id != metrics.id);
+        RaftPosition {
+            log_index: metrics.last_log_index.unwrap_or(0),
+            applied_index: metrics.last_applied.map_or(0, |id| id.index),
+            followers: followers
+                .filter_map(|(id, log)| Some((name(id)?, log.map_or(0, |id| id.index))))
+                .collect(),
+        }
     }
 
     pub(crate) async fn shutdown(&self) {

@@ -1,0 +1,223 @@
+//! What all ranks run before rank 0 takes requests, so that the first ones find all kernels made. Owns the choice of
+//! shapes; measures nothing, and never decides how long is too long.
+
+use exo_engine::{Feed, Sampling, SeqId, Step, cache_positions};
+
+use super::{
+    driver::{Executor, Stepped},
+    report::Failure,
+};
+
+/// Enough for the kernels of a prefill.
+const PROMPT_TOKENS: usize = 32;
+/// Between prompts of rows side by side: their positions differ then, and the shorter ones begin with padding.
+const PROMPT_DIFFERENCE: usize = 8;
+/// Two with all rows, the second of which was begun ahead; one after some have left.
+const DECODE_STEPS: usize = 3;
+/// Rows up to which kernels differ by their number; more are handled as these are.
+const ROWS_MAX: usize = 32;
+
+/// What the shapes follow from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Extent {
+    /// Kernels are compiled when they are first used.
+    pub(crate) compiles: bool,
+    pub(crate) max_context: usize,
+    /// Sequences that are decoded together at most.
+    pub(crate) live_max: usize,
+    /// Prompt tokens fed in one step.
+    pub(crate) chunk_tokens: usize,
+}
+
+/// Sequences that run side by side.
+#[derive(Debug)]
+struct Round {
+    /// How each draws, and the length of its prompt.
+    rows: Vec<(Sampling, usize)>,
+}
+
+/// Runs the shapes one after the other until `is_over` says so; the first always. Tells after each how many are done,
+/// and of how many.
+///
+/// # Errors
+/// A rank failed, or refused what it must be able to do.
+pub(crate) fn warm_up(
+    executor: &mut impl Executor,
+    extent: &Extent,
+    is_over: impl Fn() -> bool,
+    mut tell: impl FnMut(usize, usize),
+) -> Result<(), Failure> {
+    let rounds = rounds(extent);
+    for (index, round) in rounds.iter().enumerate() {
+        if index > 0 && is_over() {
+            break;
+        }
+        run(executor, extent, round)?;
+        tell(index + 1, rounds.len());
+    }
+    Ok(())
+}
+
+fn rounds(extent: &Extent) -> Vec<Round> {
+    // Room for one token behind the prompt, where there is any.
+    let room = extent.max_context.saturating_sub(1).max(1);
+    let one = |sampling, prompt: usize| Round { rows: vec![(sampling, prompt.min(room))] };
+    let mut rounds = vec![one(Sampling::greedy(), PROMPT_TOKENS)];
+    if !extent.compiles {
+        return rounds;
+    }
+    rounds.push(one(chosen(), PROMPT_TOKENS));
+    rounds.push(one(penalized(), extent.chunk_tokens));
+    let longest = PROMPT_TOKENS + PROMPT_DIFFERENCE;
+    let fits = |rows: usize| {
+        let tokens = longest + DECODE_STEPS + 1;
+        rows <= extent.live_max.min(ROWS_MAX)
+            && tokens <= extent.max_context
+            && cache_positions(std::iter::repeat_n(tokens, rows)) <= extent.max_context
+    };
+    let doubled = std::iter::successors(Some(2_usize), |rows| Some(rows * 2));
+    rounds.extend(doubled.take_while(|rows| fits(*rows)).map(|rows| {
+        let row = |index: usize| match index % 2 {
+            0 => (Sampling::greedy(), PROMPT_TOKENS),
+            _ => (chosen(), longest),
+        };
+        Round { rows: (0..rows).map(row).collect() }
+    }));
+    rounds
+}
+
+/// By chance among some tokens.
+fn chosen() -> Sampling {
+    Sampling { temperature: 0.7, top_k: 40, top_p: 0.9, min_p: 0.05, ..Sampling::greedy() }
+}
+
+/// By chance among all, with everything that changes logits, and reported.
+fn penalized() -> Sampling {
+    Sampling {
+        temperature: 1.0,
+        repetition_penalty: 1.1,
+        presence_penalty: 0.1,
+        frequency_penalty: 0.1,
+        logit_bias: vec![(0, 0.5)],
+        logprobs: Some(5),
+        ..Sampling::greedy()
+    }
+}
+
+/// All sequences are closed behind it: requests may have their numbers.
+fn run(executor: &mut impl Executor, extent: &Extent, round: &Round) -> Result<(), Failure> {
+    let mut open: Vec<SeqId> = Vec::new();
+    for ((sampling, prompt), seq) in round.rows.iter().zip(0..) {
+        executor.open(seq, sampling, *prompt)?;
+        open.push(seq);
+        let mut fed = 0;
+        while fed < *prompt {
+            let end = (fed + extent.chunk_tokens).min(*prompt);
+            let (tokens, sample) = (vec![0; end - fed], end == *prompt);
+            done(executor.prefill(&Step::Prefill { seq, tokens, sample, draw: 0 })?)?;
+            fed = end;
+        }
+    }
+    let longest = round.rows.iter().map(|(_, prompt)| *prompt).max().unwrap_or(0);
+    let steps = DECODE_STEPS.min(extent.max_context.saturating_sub(longest));
+    for draw in 1..=steps as u64 {
+        if draw as usize == DECODE_STEPS {
+            for seq in open.split_off(open.len().div_ceil(2)) {
+                executor.close(seq)?;
+            }
+        }
+        let feeds: Vec<Feed> = open.iter().map(|&seq| Feed { seq, token: 0, draw }).collect();
+        done(executor.decode(&feeds)?)?;
+    }
+    open.into_iter().try_for_each(|seq| executor.close(seq))
+}
+
+fn done(stepped: Stepped) -> Result<(), Failure> {
+    match stepped {
+        Stepped::Done(_) => Ok(()),
+        Stepped::Refused(message) => Err(Failure::permanent("EngineFailed", message)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, collections::BTreeMap};
+
+    use super::*;
+
+    /// Knows what is open, and refuses what does not fit.
+    struct Model {
+        extent: Extent,
+        held: BTreeMap<SeqId, usize>,
+        batches: Vec<usize>,
+        chunks: Vec<usize>,
+    }
+
+    impl Model {
+        fn feed(&mut self, seq: SeqId, tokens: usize) {
+            *self.held.get_mut(&seq).expect("open") += tokens;
+            let held = self.held.values().copied();
+            assert!(held.clone().all(|held| held <= self.extent.max_context));
+            assert!(held.len() == 1 || cache_positions(held) <= self.extent.max_context);
+        }
+    }
+
+    impl Executor for Model {
+        fn open(&mut self, seq: SeqId, _: &Sampling, _: usize) -> Result<(), Failure> {
+            assert!(self.held.insert(seq, 0).is_none());
+            Ok(())
+        }
+
+        fn prefill(&mut self, step: &Step) -> Result<Stepped, Failure> {
+            let Step::Prefill { seq, tokens, .. } = step else { panic!("{step:?}") };
+            self.chunks.push(tokens.len());
+            self.feed(*seq, tokens.len());
+            Ok(Stepped::Done(Vec::new()))
+        }
+
+        fn decode(&mut self, feeds: &[Feed]) -> Result<Stepped, Failure> {
+            feeds.iter().for_each(|feed| self.feed(feed.seq, 1));
+            self.batches.push(feeds.len());
+            Ok(Stepped::Done(Vec::new()))
+        }
+
+        fn close(&mut self, seq: SeqId) -> Result<(), Failure> {
+            assert!(self.held.remove(&seq).is_some());
+            Ok(())
+        }
+    }
+
+    /// Batches and chunks that were run until `rounds` were done.
+    fn warmed(extent: Extent, rounds: usize) -> (Vec<usize>, Vec<usize>) {
+        let mut model =
+            Model { extent, held: BTreeMap::new(), batches: Vec::new(), chunks: Vec::new() };
+        let told = Cell::new(0);
+        warm_up(&mut model, &extent, || told.get() >= rounds, |done, _| told.set(done)).unwrap();
+        assert!(model.held.is_empty());
+        (model.batches, model.chunks)
+    }
+
+    #[test]
+    fn shapes_are_those_that_requests_can_have() {
+        let extent = Extent { compiles: true, max_context: 4096, live_max: 12, chunk_tokens: 512 };
+        let (batches, chunks) = warmed(extent, usize::MAX);
+        assert_eq!(batches, [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 1, 4, 4, 2, 8, 8, 4]);
+        assert_eq!(chunks[..5], [32, 32, 512, 32, 40]);
+        // Nothing is compiled: one short answer will do.
+        let (batches, chunks) = warmed(Extent { compiles: false, ..extent }, usize::MAX);
+        assert_eq!((batches, chunks), (vec![1; 3], vec![32]));
+        // Whatever there is room for.
+        let (batches, _) = warmed(Extent { max_context: 600, ..extent }, usize::MAX);
+        assert_eq!(batches.iter().max(), Some(&2));
+        for max_context in 1..50 {
+            warmed(Extent { max_context, ..extent }, usize::MAX);
+        }
+    }
+
+    #[test]
+    fn it_ends_when_its_time_is_over() {
+        let extent = Extent { compiles: true, max_context: 4096, live_max: 12, chunk_tokens: 512 };
+        assert_eq!(warmed(extent, 0).0, [1; 3]);
+        assert_eq!(warmed(extent, 4).0.iter().max(), Some(&2));
+    }
+}

@@ -1,0 +1,103 @@
+//! Bodies of requests: read whole, and made into objects from JSON, YAML or protocol buffers.
+
+use axum::body::Body;
+use bytes::Bytes;
+use exo_crds::document::{self, Document};
+use serde_json::Value;
+
+use crate::{
+    error::ApiError,
+    protobuf,
+    request::Verb,
+    server::{Call, Subresource},
+};
+
+/// Larger bodies are refused, as in Kubernetes; and larger objects, however they came about.
+pub(crate) const MAX_BODY_BYTES: usize = 3 << 20;
+
+pub(crate) async fn read(body: Body) -> Result<Bytes, ApiError> {
+    use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+    match Limited::new(body, MAX_BODY_BYTES).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(ApiError::TooLarge(MAX_BODY_BYTES)),
+        Err(error) => Err(ApiError::BadRequest(format!("reading the body: {error}"))),
+    }
+}
+
+/// An object that came with a request.
+pub(crate) struct Input {
+    pub(crate) object: Value,
+    /// `duplicate field "spec.x"` for each that was given twice.
+    pub(crate) duplicates: Vec<String>,
+}
+
+impl Input {
+    fn of(document: Document) -> Result<Self, ApiError> {
+        if !document.value.is_object() {
+            return Err(ApiError::BadRequest("the body is not an object".to_owned()));
+        }
+        Ok(Self { object: document.value, duplicates: duplicate_fields(&document.duplicates) })
+    }
+}
+
+/// As Kubernetes words it.
+pub(crate) fn duplicate_fields(paths: &[String]) -> Vec<String> {
+    paths.iter().map(|path| format!("duplicate field \"{path}\"")).collect()
+}
+
+impl Call {
+    /// The body as an object, in whichever form the resource takes.
+    pub(crate) fn body_object(&self) -> Result<Input, ApiError> {
+        match self.content_type.as_deref() {
+            None | Some("application/json") => {}
+            Some("application/yaml") => return self.yaml_object(),
+            // As in Kubernetes, for its own types only.
+            Some(protobuf::MEDIA_TYPE) if self.takes_protobuf() => {
+                let object = protobuf::read(&self.body).map_err(|error| {
+                    ApiError::BadRequest(format!("the body can't be read: {error}"))
+                })?;
+                return Ok(Input { object, duplicates: Vec::new() });
+            }
+            Some(_) => {
+                return Err(ApiError::UnsupportedMediaType("application/json, application/yaml"));
+            }
+        }
+        let document = document::from_json(&self.body)
+            .map_err(|error| ApiError::BadRequest(format!("the body is not JSON: {error}")))?;
+        Input::of(document)
+    }
+
+    /// Its own types, and what is not of the resource's type at all.
+    fn takes_protobuf(&self) -> bool {
+        let is_scale = self.subresource == Some(Subresource::Scale);
+        self.resource.builtin || is_scale || self.verb == Verb::Delete
+    }
+
+    /// An applied configuration: YAML, of which JSON is the usual part.
+    pub(crate) fn apply_object(&self) -> Result<Input, ApiError> {
+        match document::from_json(&self.body) {
+            Ok(document) => Input::of(document),
+            Err(_) => self.yaml_object(),
+        }
+    }
+
+    fn yaml_object(&self) -> Result<Input, ApiError> {
+        let bad =
+            |problem: String| ApiError::BadRequest(format!("the body is not YAML: {problem}"));
+        let text = std::str::from_utf8(&self.body).map_err(|e| bad(e.to_string()))?;
+        let mut documents =
+            exo_crds::yaml::lenient_documents(text).map_err(|e| bad(with_cause(&e)))?;
+        documents.retain(|document| !document.value.is_null());
+        match <[Document; 1]>::try_from(documents) {
+            Ok([document]) => Input::of(document),
+            Err(_) => Err(bad("exactly one document is expected".to_owned())),
+        }
+    }
+}
+
+fn with_cause(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
+    }
+}

@@ -1,0 +1,92 @@
+//! What a rank holds: weights, caches of one full context, overhead. Owns the sizes; knows no nodes.
+
+use std::ops::Range;
+
+use exo_crds::{ModelSpec, ShardingKind};
+
+use crate::tensor;
+
+/// Memory of a rank beside weights and KV cache: the process, what MLX keeps for reuse (96 MiB at
+/// most), caches that are copied ([`COPY_BYTES`]), activations of one prefill chunk.
+pub(crate) const OVERHEAD_BYTES: u64 = 256 << 20;
+
+/// When sequences come, go or outgrow their buffers, runners copy caches layer by layer, and never
+/// hold more twice than this and one layer's.
+const COPY_BYTES: u64 = 64 << 20;
+
+/// KV cache elements are half-precision floats.
+const CACHE_ELEMENT_BYTES: u64 = 2;
+
+/// Bytes that the parts of a model take on a rank.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizes {
+    /// Weights and KV cache of one layer.
+    pub(super) layer: u64,
+    embedding: u64,
+    pub(super) head: u64,
+    /// What one layer's cache takes up a second time while it is copied, beyond [`OVERHEAD_BYTES`].
+    copy: u64,
+}
+
+impl Sizes {
+    /// `ranks` share each layer. What all of them hold, its norms, is small.
+    pub(super) fn new(model: &ModelSpec, context_length: u32, ranks: u32) -> Self {
+        let cache = cache_bytes_per_token(model, ranks).saturating_mul(u64::from(context_length));
+        Self {
+            layer: model.weights.layer.div_ceil(u64::from(ranks.max(1))).saturating_add(cache),
+            embedding: model.weights.embedding,
+            head: model.weights.head,
+            copy: cache.saturating_sub(COPY_BYTES),
+        }
+    }
+
+    /// What a rank holds beside its layers.
+    pub(super) fn fixed(&self, first: bool, last: bool) -> u64 {
+        OVERHEAD_BYTES
+            .saturating_add(self.copy)
+            .saturating_add(if first { self.embedding } else { 0 })
+            .saturating_add(if last { self.head } else { 0 })
+    }
+
+    /// Layers that fit beside the fixed parts.
+    pub(super) fn room(&self, free_bytes: u64, first: bool, last: bool) -> u64 {
+        free_bytes.saturating_sub(self.fixed(first, last)) / self.layer.max(1)
+    }
+}
+
+/// Bytes that one layer's cache takes for a token, on one of `ranks` ranks that share the layer. Models that keep a
+/// latent (DeepSeek's, arXiv 2412.19437, section 2.1.1) have it, and a key for all heads, on every rank; the others
+/// have keys and values of each of the rank's heads.
+fn cache_bytes_per_token(model: &ModelSpec, ranks: u32) -> u64 {
+    let facts = &model.architecture;
+    let elements = match facts.kv_latent() {
+        Some(latent) => latent,
+        None => 2 * u64::from(tensor::kv_heads(model, ranks)) * u64::from(facts.head_dim),
+    };
+    elements.saturating_mul(CACHE_ELEMENT_BYTES)
+}
+
+/// One rank's part of a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Share {
+    pub sharding: ShardingKind,
+    pub rank: u32,
+    pub world_size: u32,
+    pub layers: Range<u32>,
+}
+
+/// Bytes that a rank holds once it is ready.
+pub fn memory_needed(model: &ModelSpec, context_length: u32, share: &Share) -> u64 {
+    let (sizes, first, last) = match share.sharding {
+        ShardingKind::Pipeline => {
+            let last = share.layers.end >= model.architecture.layers;
+            (Sizes::new(model, context_length, 1), share.layers.start == 0, last)
+        }
+        // All ranks have the embedding, the first alone the head.
+        ShardingKind::Tensor => {
+            (Sizes::new(model, context_length, share.world_size), true, share.rank == 0)
+        }
+    };
+    let layers = u64::from(share.layers.end - share.layers.start);
+    sizes.fixed(first, last).saturating_add(sizes.layer.saturating_mul(layers))
+}

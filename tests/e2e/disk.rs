@@ -1,0 +1,101 @@
+//! A disk without room, as clients of the API meet it.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+    process::Command,
+    time::Duration,
+};
+
+use exo_tests::{Admin, Exo, Place, binary, root, wait_for};
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// A small file system in memory; gone when dropped.
+struct Volume(TempDir);
+
+impl Volume {
+    /// `None` where this process may not mount.
+    fn mount(options: &str) -> Option<Self> {
+        let dir = TempDir::new().unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(dir.path());
+        mount.status().is_ok_and(|status| status.success()).then(|| Self(dir))
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        // A process that has just been killed may hold it for a moment: then it goes when that is
+        // over.
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+fn fill(path: &Path, bytes: usize) {
+    fs::write(path, vec![1; bytes]).unwrap();
+    File::open(path).unwrap().sync_all().unwrap();
+}
+
+fn instance(name: &str) -> Value {
+    json!({"apiVersion": "exo.dev/v1alpha1", "kind": "InferenceInstance",
+        "metadata": {"name": name}, "spec": {"model": "tiny"}})
+}
+
+#[test]
+fn a_full_disk_is_told_to_clients_and_passes() {
+    let Some(volume) = Volume::mount("size=220m") else {
+        assert!(std::env::var_os("CI").is_none(), "CI may mount");
+        return eprintln!("nothing can be mounted here: this test did not run");
+    };
+    let place = Place::loopback(volume.0.path(), &root().join("manifests/models"));
+    let mut exo =
+        Exo::start(&place, "mac-1", &["--port", "0", "--api-port", "0", "--no-agent"]).unwrap();
+    let admin = Admin::of(&exo, Duration::from_secs(30)).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let instances =
+        format!("{}/apis/exo.dev/v1alpha1/namespaces/default/inferenceinstances", admin.url);
+    let create = |name: &str| {
+        runtime.block_on(async {
+            let answer = admin.client.post(&instances).json(&instance(name)).send().await.unwrap();
+            let retry = answer.headers().contains_key("retry-after");
+            (answer.status(), retry, answer.json::<Value>().await.unwrap())
+        })
+    };
+    assert_eq!(create("before").0, StatusCode::CREATED);
+
+    let ballast = volume.0.path().join("ballast");
+    fill(&ballast, 110 << 20);
+    let (code, retry, body) = create("meanwhile");
+    assert_eq!((code, retry), (StatusCode::INSUFFICIENT_STORAGE, false), "{body}");
+    assert_eq!(body["reason"], "InsufficientStorage");
+    assert!(body["message"].as_str().unwrap().contains("the disk is full"), "{body}");
+    let exoctl = |args: &[&str]| {
+        let mut command = Command::new(binary("exoctl").unwrap());
+        let kubeconfig = exo.data_dir.join("kubeconfig");
+        command.arg("--kubeconfig").arg(kubeconfig).args(args).output().unwrap()
+    };
+    let refused = exoctl(&["scale", "instance", "before", "--replicas", "2"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("the disk is full"), "{said}");
+    let listed = exoctl(&["get", "instances", "-o", "name"]);
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    assert_eq!(listed, "inferenceinstance.exo.dev/before\n", "reads go on");
+
+    // It may even end and begin without room.
+    exo.kill().unwrap();
+    exo.restart().unwrap();
+    assert_eq!(create("meanwhile").0, StatusCode::INSUFFICIENT_STORAGE);
+    fs::remove_file(&ballast).unwrap();
+    wait_for("writes to be taken again", || {
+        Ok((create("after").0 == StatusCode::CREATED).then_some(()))
+    })
+    .unwrap_or_else(|error| panic!("{error:#}{}", exo.log_tail()));
+    let listed = runtime.block_on(async {
+        admin.client.get(&instances).send().await.unwrap().json::<Value>().await.unwrap()
+    });
+    let names: Vec<_> =
+        listed["items"].as_array().unwrap().iter().map(|i| &i["metadata"]["name"]).collect();
+    assert_eq!(names, ["after", "before"]);
+}
