@@ -1,6 +1,7 @@
 //! `exo-runner generate`: one prompt, one answer, on one rank or several. Owns the loop and the printing; all ranks
 //! run the same loop in lock-step and learn each token from the first. With `--more`, one such answer after the other.
 
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -73,11 +73,6 @@ pub(crate) fn watch_loading() {
     guard.work = Some(Work { what, since: Instant::now(), limit });
 }
 
-/// Nothing is watched until there is work again.
-pub(crate) fn rest() {
-    guard().work = None;
-}
-
 fn guard() -> MutexGuard<'static, Guard> {
     GUARD.lock().unwrap_or_else(PoisonError::into_inner)
 }
