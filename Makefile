@@ -41,9 +41,10 @@ test: test-setup ## run all tests
 	$(CARGO) $(TEST_RUNNER) --workspace --locked $(FEATURES)
 	.venv/bin/python -m pytest -q tests/parity
 
-parity: test-setup ## compare with mlx-lm in full: every architecture, packed form and split on three seeds (an hour or two)
+parity: test-setup ## compare with mlx-lm in full: every architecture, packed form and split on three seeds (some 20 minutes)
 	$(CARGO) build --locked -p exo-runner
-	.venv/bin/python -m pytest -q tests/parity --full
+	@rm -f target/parity.jsonl
+	.venv/bin/python -m pytest -q tests/parity --full --results target/parity.jsonl
 
 verify: test-setup ## format, lints, docs and tests; writes nothing
 	$(CARGO) fmt --all --check
