@@ -68,6 +68,7 @@ pub(super) async fn run(args: &Events, server: &Server, out: &mut dyn Write) -> 
         no_headers: args.no_headers,
         show_labels: false,
         ignore_not_found: false,
+        stale: false,
         show_managed_fields: false,
     };
     get::run(&get, server, out).await
