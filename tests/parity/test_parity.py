@@ -93,6 +93,8 @@ def test_sampled_tokens_are_the_same_on_any_number_of_ranks(models):
     assert runner.generate(folder, prompt, **how)["tokens"] == alone
     assert runner.generate(folder, prompt, ranks=2, **how)["tokens"] == alone
     assert runner.generate(folder, prompt, ranks=3, **how)["tokens"] == alone
+    team = how | {"extra": how["extra"] + ["--sharding", "tensor"]}
+    assert runner.generate(folder, prompt, ranks=2, **team)["tokens"] == alone
     other = how | {"extra": ["--temperature", "1.5", "--seed", "12"]}
     assert runner.generate(folder, prompt, **other)["tokens"] != alone
 

@@ -9,7 +9,6 @@ use std::path::PathBuf;
 
 use mlx_rs::Array;
 use mlx_rs::error::Exception;
-use mlx_rs::transforms::{async_eval, eval};
 use serde::{Deserialize, Serialize};
 
 use self::run::{Ahead, Batch};
@@ -22,7 +21,6 @@ use crate::models::{Args, Facts, Model, Part};
 use crate::pipeline::{self, Pipeline};
 use crate::sample::{Sampling, StepOutput};
 use crate::tensor::Team;
-use crate::timing;
 
 /// Decode steps between two times that MLX is told to give back memory that it keeps for reuse.
 const STEPS_PER_CLEANUP: u64 = 256;
@@ -162,9 +160,11 @@ pub struct Engine {
     sequences: BTreeMap<SeqId, Sequence>,
     segments: Segments,
     next_row: RowId,
-    /// What was begun before it was asked for; on a rank of its own only.
+    /// What was begun before it was asked for.
     ahead: Vec<Ahead>,
     decoded: u64,
+    /// Of the vocabulary.
+    last_token: Array,
 }
 
 impl Engine {
@@ -217,6 +217,7 @@ impl Engine {
             weight_bytes,
         };
         let layers = part.layers.len();
+        let last_token = Array::from_slice(&[info.vocab_size.saturating_sub(1) as u32], &[1]);
         Ok(Self {
             model,
             info,
@@ -227,6 +228,7 @@ impl Engine {
             next_row: 0,
             ahead: Vec::new(),
             decoded: 0,
+            last_token,
         })
     }
 
@@ -275,7 +277,8 @@ impl Engine {
         }
     }
 
-    /// Runs one step on this rank. The first rank gets what was drawn; the others, and steps that draw nothing, none.
+    /// Runs one step on this rank. Every rank gets the token that was drawn, the first its log-probabilities, too; steps
+    /// that draw nothing give none.
     ///
     /// Every rank of the group must be given the same steps in the same order. A step that is refused before it
     /// begins (unknown sequence, bad token, full context) is refused on all ranks alike and leaves the sequence as it
@@ -294,8 +297,8 @@ impl Engine {
         }
     }
 
-    /// Runs one decode step for several sequences together, which reads the weights once for all of them. The first
-    /// rank gets what was drawn, in the order of `feeds`; the others get nothing.
+    /// Runs one decode step for several sequences together, which reads the weights once for all of them. What was drawn
+    /// is in the order of `feeds`.
     ///
     /// # Errors
     /// As [`Engine::step`].
@@ -310,17 +313,7 @@ impl Engine {
         if feeds.is_empty() {
             return Err(EngineError::NoTokens);
         }
-        let outputs = match self.ranks.clone() {
-            Ranks::Alone => self.decode_alone(feeds)?,
-            ranks @ (Ranks::Pipeline(_) | Ranks::Team(_)) => {
-                self.note(feeds);
-                let batch = self.gather(feeds)?;
-                let outputs = self.run_with(&ranks, &batch)?;
-                let order = batch.rows.iter().map(|fed| fed.seq);
-                let mut by_seq: BTreeMap<SeqId, StepOutput> = order.zip(outputs).collect();
-                feeds.iter().filter_map(|feed| by_seq.remove(&feed.seq)).collect()
-            }
-        };
+        let outputs = self.run_decode(feeds)?;
         self.decoded += 1;
         if self.decoded.is_multiple_of(STEPS_PER_CLEANUP) {
             mlx_rs::memory::clear_cache()?;
@@ -344,10 +337,7 @@ impl Engine {
             sequence.history.iter_mut().for_each(|history| history.feed_prompt(tokens));
         }
         let batch = Batch { rows, tokens: tokens.to_vec(), draws: draw.is_some() };
-        let output = match self.ranks.clone() {
-            Ranks::Alone => self.prefill_alone(&batch)?,
-            ranks @ (Ranks::Pipeline(_) | Ranks::Team(_)) => self.run_with(&ranks, &batch)?.pop(),
-        };
+        let output = self.run_prefill(&batch)?;
         // A chunk's temporary memory is much larger than a decode step's.
         if tokens.len() > 1 {
             mlx_rs::memory::clear_cache()?;
@@ -355,11 +345,17 @@ impl Engine {
         Ok(output)
     }
 
-    fn run_with(&mut self, ranks: &Ranks, batch: &Batch) -> Result<Vec<StepOutput>, EngineError> {
-        match ranks {
-            Ranks::Alone => unreachable!("a rank of its own begins steps ahead"),
-            Ranks::Pipeline(pipeline) => self.run_in_pipeline(pipeline, batch),
-            Ranks::Team(team) => self.run_in_team(team, batch),
+    /// Ends the work of a rank whose steps have all gone well: waits for what was begun ahead, which takes as long as
+    /// the other ranks do.
+    pub fn finish(self) {
+        let group = match &self.ranks {
+            Ranks::Alone => None,
+            Ranks::Pipeline(pipeline) => Some(pipeline.group()),
+            Ranks::Team(team) => team.group(),
+        };
+        crate::mlx::synchronize();
+        if let Some(group) = group {
+            group.synchronize();
         }
     }
 
@@ -391,8 +387,8 @@ impl Engine {
 }
 
 impl Drop for Engine {
-    /// Begun steps are waited for: a process that ends while MLX works ends in a crash. With other ranks nothing is
-    /// begun ahead, and waiting for a peer that is gone would never end.
+    /// Begun steps are waited for: a process that ends while MLX works ends in a crash. With other ranks that is for
+    /// [`Engine::finish`]: waiting for a peer that is gone would never end.
     fn drop(&mut self) {
         match self.ranks {
             Ranks::Alone => crate::mlx::synchronize(),
@@ -446,12 +442,4 @@ fn meet(
 /// Token ids as the model takes them, `[1, positions]`.
 fn ids(tokens: &[u32]) -> Array {
     Array::from_slice(tokens, &[1, tokens.len() as i32])
-}
-
-/// Evaluates; a failure counts as one of the collective that the arrays depend on.
-fn wait(arrays: &[&Array], operation: &'static str) -> Result<(), GroupError> {
-    let arrays = || arrays.iter().copied();
-    timing::submit(|| async_eval(arrays()))
-        .and_then(|()| timing::wait(|| eval(arrays())))
-        .map_err(|e| GroupError::collective(operation, &e))
 }

@@ -4,11 +4,11 @@
 use std::ffi::CStr;
 
 use mlx_rs::error::Exception;
-use mlx_rs::ops::{addmm, gather_mm, matmul, quantize};
+use mlx_rs::ops::{addmm, gather_mm, quantize};
 use mlx_rs::{Array, Dtype};
 
 use crate::batch::Offset;
-use crate::mlx::{Quantized, slice};
+use crate::mlx::{Quantized, Turn, matmul, slice};
 use crate::tensor::Team;
 
 /// How the values of a group are made from their packed form.
@@ -304,13 +304,10 @@ impl Rope {
         let scaled = if self.magnitude == 1.0 { None } else { Some(times(x, self.magnitude)?) };
         let x = scaled.as_ref().unwrap_or(x);
         let &Self { dims, traditional, scale, .. } = self;
+        let turn = Turn { dims, traditional, base, scale, periods };
         match offset {
-            Offset::All(offset) => {
-                mlx_rs::fast::rope(x, dims, traditional, base, scale, *offset, periods)
-            }
-            Offset::ByRow(offsets) => {
-                mlx_rs::fast::rope_dynamic(x, dims, traditional, base, scale, offsets, periods)
-            }
+            Offset::All(offset) => turn.all(x, *offset),
+            Offset::ByRow(offsets) => turn.by_row(x, offsets),
         }
     }
 }

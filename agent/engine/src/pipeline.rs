@@ -1,5 +1,5 @@
 //! What the ranks of a pipeline pass on: hidden states from each rank to the next, the drawn token from the last to
-//! the first. Owns the order of collectives; never computes layers.
+//! the first and from there to those between. Owns who sends to whom; never computes layers.
 
 use std::ops::Range;
 
@@ -102,6 +102,23 @@ impl Pipeline {
     /// On the last rank: sends the report to the first; done when the result has been evaluated.
     pub(crate) fn send_report(&self, report: &Array) -> Result<Array, GroupError> {
         self.group.send(report, 0)
+    }
+
+    /// Between the first rank and the last: the drawn tokens `[rows]`, from the rank before.
+    pub(crate) fn receive_tokens(&self, rows: usize) -> Result<Array, GroupError> {
+        self.group.recv(&[rows as i32], Dtype::Uint32, self.group.rank() - 1)
+    }
+
+    /// Sends the drawn tokens to the rank behind, unless that is the last, which has them; done when the result has
+    /// been evaluated.
+    pub(crate) fn pass_on_tokens(&self, tokens: &Array) -> Result<Option<Array>, GroupError> {
+        let behind = self.group.rank() + 1;
+        let is_between = behind + 1 < self.group.size();
+        is_between.then(|| self.group.send(tokens, behind)).transpose()
+    }
+
+    pub(crate) fn group(&self) -> &Group {
+        &self.group
     }
 }
 

@@ -54,6 +54,15 @@ impl Team {
         }
     }
 
+    /// The tokens `[rows]` of the first rank on every rank; the others give zeros.
+    pub(crate) fn share_tokens(&self, tokens: &Array) -> Result<Array, GroupError> {
+        self.group.as_ref().map_or_else(|| Ok(tokens.clone()), |group| group.all_sum(tokens))
+    }
+
+    pub(crate) fn group(&self) -> Option<&Group> {
+        self.group.as_ref()
+    }
+
     /// `choice`, uint32, as the first rank has made it, on all ranks. Each rank chooses from the same numbers, and alike
     /// where the devices are; where they are not, choices between almost equal numbers may differ, and are shared.
     pub(crate) fn agreed(&self, choice: Array) -> Result<Array, Exception> {

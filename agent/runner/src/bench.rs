@@ -7,12 +7,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use exo_engine::distributed::Group;
 use exo_engine::{DeviceTimes, Engine, Feed, LoadConfig, Sampling, SeqId, derive_shard_seed};
 use serde::Serialize;
 
-use crate::generate::{Sharding, parse_layers, prefill, share, share_of};
+use crate::generate::{Sharding, parse_layers, prefill, share_of};
 use crate::guard;
 use crate::printer::ignore_broken_pipe;
 
@@ -115,13 +115,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let (rank, ranks) = group.as_ref().map_or((0, 1), |g| (g.rank(), g.size()));
     let (layers, sharding) =
         share_of(&args.model, args.sharding, args.layers.as_ref(), rank, ranks)?;
-    let config = LoadConfig {
-        model_dir: args.model.clone(),
-        layers,
-        sharding,
-        group: group.clone(),
-        context_length: 0,
-    };
+    let config =
+        LoadConfig { model_dir: args.model.clone(), layers, sharding, group, context_length: 0 };
     let started = Instant::now();
     guard::watch_loading();
     let mut engine = Engine::load(&config, &mut |_| guard::watch_loading())?;
@@ -129,7 +124,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut runs = Vec::new();
     for &length in &args.prompt_tokens {
         for &batch in &args.batch {
-            runs.push(measure(&mut engine, group.as_ref(), length, batch, args)?);
+            runs.push(measure(&mut engine, length, batch, args)?);
         }
     }
     let report = Report {
@@ -146,25 +141,21 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         guard::rest();
         writeln!(io::stdout().lock(), "{text}").or_else(ignore_broken_pipe)?;
     }
+    guard::watch("the last step");
+    engine.finish();
     Ok(ExitCode::SUCCESS)
 }
 
-fn measure(
-    engine: &mut Engine,
-    group: Option<&Group>,
-    length: usize,
-    batch: usize,
-    args: &Args,
-) -> anyhow::Result<Run> {
+fn measure(engine: &mut Engine, length: usize, batch: usize, args: &Args) -> anyhow::Result<Run> {
     let (wanted, max_context) = (length + args.max_tokens, engine.info().max_context);
     ensure!(wanted <= max_context, "{wanted} tokens do not fit the context of {max_context}");
     let vocab_size = engine.info().vocab_size as u64;
     let token = |i: usize| (derive_shard_seed(0, 0, i as u64) % vocab_size) as u32;
     let prompt = |row: usize| (row * length..(row + 1) * length).map(token).collect();
     let prompts: Vec<Vec<u32>> = (0..batch).map(prompt).collect();
-    round(engine, group, &prompts, args.max_tokens.min(WARM_UP_TOKENS))?;
+    round(engine, &prompts, args.max_tokens.min(WARM_UP_TOKENS))?;
     let rounds: anyhow::Result<Vec<Round>> =
-        (0..args.rounds).map(|_| round(engine, group, &prompts, args.max_tokens)).collect();
+        (0..args.rounds).map(|_| round(engine, &prompts, args.max_tokens)).collect();
     let rounds = rounds?;
     let steps = (args.max_tokens - 1) as f64;
     let median_of = |f: &dyn Fn(&Round) -> f64| median(rounds.iter().map(f).collect());
@@ -189,39 +180,29 @@ fn measure(
 
 /// Feeds the prompts one after the other, then draws `max_tokens` likeliest tokens for each together, whatever they
 /// are.
-fn round(
-    engine: &mut Engine,
-    group: Option<&Group>,
-    prompts: &[Vec<u32>],
-    max_tokens: usize,
-) -> anyhow::Result<Round> {
+fn round(engine: &mut Engine, prompts: &[Vec<u32>], max_tokens: usize) -> anyhow::Result<Round> {
     let started = Instant::now();
     let (mut tokens, mut first_token_s) = (Vec::new(), 0.0);
     for (seq, prompt) in (0..).zip(prompts) {
         engine.open(seq, &Sampling::greedy());
         let drawn = prefill(engine, seq, prompt)?;
-        tokens.push(share(group, drawn.as_ref())?);
+        tokens.push(drawn.context("the engine drew no token")?.token);
         if seq == 0 {
             first_token_s = started.elapsed().as_secs_f64();
         }
     }
     let first = Instant::now();
     DeviceTimes::take();
-    let mut shared = Duration::ZERO;
     for draw in 1..max_tokens as u64 {
         guard::watch("a step");
         let feed = |(seq, &token): (SeqId, &u32)| Feed { seq, token, draw };
         let feeds: Vec<Feed> = (0..).zip(&tokens).map(feed).collect();
         let drawn = engine.decode(&feeds)?;
-        let asked = Instant::now();
-        for (row, token) in tokens.iter_mut().enumerate() {
-            *token = share(group, drawn.get(row))?;
-        }
-        shared += asked.elapsed();
+        ensure!(drawn.len() == feeds.len(), "the engine drew {} tokens", drawn.len());
+        tokens = drawn.iter().map(|output| output.token).collect();
     }
     let decode_s = first.elapsed().as_secs_f64();
-    let mut device = DeviceTimes::take();
-    device.wait += shared;
+    let device = DeviceTimes::take();
     (0..prompts.len() as SeqId).for_each(|seq| engine.close(seq));
     let prefill_s = first.duration_since(started).as_secs_f64();
     Ok(Round { first_token_s, prefill_s, decode_s, device })

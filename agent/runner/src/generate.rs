@@ -1,5 +1,6 @@
 //! `exo-runner generate`: one prompt, one answer, on one rank or several. Owns the loop and the printing; all ranks
-//! run the same loop in lock-step and learn each token from the first. With `--more`, one such answer after the other.
+//! run the same loop in lock-step: the engine tells each of them every token. With `--more`, one such answer after the
+//! other.
 
 use std::io;
 use std::ops::Range;
@@ -224,8 +225,12 @@ fn answer(args: &Args, group: Option<&Group>) -> anyhow::Result<()> {
     let mut engine = Engine::load(&config, &mut |_| guard::watch_loading())?;
     let printer = (rank == 0).then(Printer::start).transpose()?;
     let output = Output { tokenizer: tokenizer.as_ref(), printer, json: args.json };
-    let report = generate(args, &mut engine, group, &prompt, &output)?;
-    output.finish(&report)
+    let report = generate(args, &mut engine, &prompt, &output)?;
+    output.finish(&report)?;
+    guard::watch("the last step");
+    engine.finish();
+    guard::rest();
+    Ok(())
 }
 
 /// The layers of `rank` of `size`: those asked for, or an even share.
@@ -292,7 +297,6 @@ fn prompt_tokens(args: &Args, tokenizer: Option<&Tokenizer>) -> anyhow::Result<V
 fn generate(
     args: &Args,
     engine: &mut Engine,
-    group: Option<&Group>,
     prompt: &[u32],
     output: &Output<'_>,
 ) -> anyhow::Result<Report> {
@@ -312,7 +316,8 @@ fn generate(
     let (mut tokens, mut logprobs, mut finish_reason) = (Vec::new(), Vec::new(), "length");
     let mut draws = 0;
     loop {
-        let token = share(group, drawn.as_ref())?;
+        let step = drawn.context("the engine drew no token")?;
+        let token = step.token;
         let now = Instant::now();
         times = Some((times.map_or(now, |(first, _)| first), now));
         draws += 1;
@@ -321,7 +326,7 @@ fn generate(
             break;
         }
         tokens.push(token);
-        logprobs.extend(drawn.as_ref().and_then(token_logprob));
+        logprobs.extend(token_logprob(&step));
         if let Some(tokenizer) = output.tokenizer {
             output.piece(&detokenizer.push(tokenizer, token)?);
         }
@@ -365,15 +370,6 @@ pub(crate) fn prefill(
         drawn = engine.step(&Step::Prefill { seq, tokens, sample, draw: 0 })?;
     }
     Ok(drawn)
-}
-
-/// The drawn token on every rank; only the first has it.
-pub(crate) fn share(group: Option<&Group>, drawn: Option<&StepOutput>) -> anyhow::Result<u32> {
-    let own = drawn.map(|d| d.token);
-    match group.filter(|g| g.size() > 1) {
-        None => own.context("the engine drew no token"),
-        Some(group) => Ok(group.share_u32(own.unwrap_or(0))?),
-    }
 }
 
 fn token_logprob(drawn: &StepOutput) -> Option<TokenLogprob> {

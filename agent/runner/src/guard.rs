@@ -1,5 +1,5 @@
 //! Ends a process that runs by hand when the other ranks do not come or do not go on: a collective with a stopped
-//! peer never returns. Owns the deadlines, one for the process, as it has one group; never touches MLX.
+//! peer never returns, and of several that wait for a peer that is gone, MLX lets only the first fail. Owns the deadlines, one for the process, as it has one group; never touches MLX.
 
 use std::{
     io,
@@ -8,12 +8,15 @@ use std::{
 };
 
 use exo_engine::{
-    distributed::{Backend, suspects},
+    distributed::{Backend, gone, suspects},
     exit_now,
 };
 
 /// How late a stall may be noticed.
 const PERIOD: Duration = Duration::from_millis(200);
+/// What takes longer than this may be waiting for a peer that is gone. MLX's own message, which is clearer, comes
+/// earlier.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Ranks read different amounts from different disks: how much longer than for a step they may wait for each other.
 const LOAD_FACTOR: u32 = 10;
 const EXIT_STALLED: i32 = 1;
@@ -44,9 +47,17 @@ pub(crate) fn start(limit: Duration) -> io::Result<()> {
     std::thread::Builder::new().name("guard".to_owned()).spawn(|| {
         loop {
             std::thread::sleep(PERIOD);
-            let stall = guard().stall(Instant::now());
+            let now = Instant::now();
+            let (stall, waits) = {
+                let guard = guard();
+                (guard.stall(now), guard.waits(now))
+            };
             if let Some(stall) = stall {
                 end(&stall);
+            }
+            if let Some((what, peers)) = waits.and_then(|what| Some((what, gone()?))) {
+                eprintln!("error: {what} can't go on: {peers}");
+                exit_now(EXIT_STALLED);
             }
         }
     })?;
@@ -78,6 +89,12 @@ fn guard() -> MutexGuard<'static, Guard> {
 }
 
 impl Guard {
+    /// What has taken long enough to look for the reason, if anything.
+    fn waits(&self, now: Instant) -> Option<&'static str> {
+        let Work { what, since, .. } = self.work.as_ref()?;
+        (now.saturating_duration_since(*since) > PATIENCE).then_some(what)
+    }
+
     /// What is overdue, if anything.
     fn stall(&self, now: Instant) -> Option<String> {
         let Work { what, since, limit } = self.work.as_ref()?;
@@ -105,7 +122,8 @@ mod tests {
         let mut guard = Guard { limit, work: None };
         assert_eq!(guard.stall(at(1000)), None);
         guard.work = Some(Work { what: "a step", since, limit });
-        assert_eq!(guard.stall(at(7)), None);
+        assert_eq!((guard.stall(at(7)), guard.waits(at(1))), (None, None));
+        assert_eq!(guard.waits(at(2)), Some("a step"));
         assert_eq!(guard.stall(at(8)).as_deref(), Some("a step made no progress for 7 s"));
     }
 }

@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// For what takes a second or two on an idle machine.
@@ -71,6 +71,34 @@ impl Ranks {
         let began = ranks[0].child.stdout.as_mut().unwrap().read_exact(&mut text);
         assert!(began.is_ok(), "no answer: {}", ranks[0].log());
         ranks
+    }
+
+    /// What all together answer; one alone is in no group.
+    fn answer(&self, arguments: &[&str]) -> Value {
+        let start = |rank: usize| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_exo-runner"));
+            command.args(["generate", "--json", "--prompt-ids", "1,2,3", "--model"]);
+            command.arg(self.dir.path()).args(arguments).stdout(Stdio::piped());
+            if self.addresses.len() > 1 {
+                command.env("MLX_RANK", rank.to_string());
+                command.env("MLX_HOSTFILE", self.dir.path().join("hosts.json"));
+            }
+            command.spawn().unwrap()
+        };
+        let running: Vec<_> = (0..self.addresses.len()).map(start).collect();
+        let ended = running.into_iter().map(|child| child.wait_with_output().unwrap());
+        let outputs: Vec<_> = ended.collect();
+        assert!(outputs.iter().all(|output| output.status.success()), "{outputs:?}");
+        assert!(outputs[1..].iter().all(|output| output.stdout.is_empty()));
+        serde_json::from_slice(&outputs[0].stdout).unwrap()
+    }
+
+    /// From now on these tokens end an answer.
+    fn end_at(&self, tokens: &Value) {
+        let path = self.dir.path().join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["eos_token_id"] = tokens.clone();
+        fs::write(path, config.to_string()).unwrap();
     }
 
     /// As messages name it.
@@ -217,4 +245,36 @@ fn a_host_file_that_is_missing_is_an_error() {
     fs::remove_file(Path::new(ranks.dir.path()).join("hosts.json")).unwrap();
     let log = ranks.start(0, &[]).failure();
     assert!(log.contains("the 'ring' group could not be formed"), "{log}");
+}
+
+/// Each rank begins a step before it knows whether there will be one: at the end all have begun the same.
+#[test]
+fn answers_are_the_same_on_any_number_of_ranks() {
+    let greedy = ["--max-tokens", "12"];
+    let drawn = ["--max-tokens", "12", "--temperature", "9", "--seed", "7", "--top-p", "0.99"];
+    let answers = |count: usize, sharding: &[&str]| {
+        let ranks = Ranks::new(count);
+        let answer = |arguments: &[&str]| ranks.answer(&[arguments, sharding].concat());
+        let mut found = vec![answer(&greedy), answer(&drawn)];
+        let bias = format!("{}=-100", found[1]["tokens"][0]);
+        let more = ["--frequency-penalty", "0.7", "--logprobs", "3", "--logit-bias", &bias];
+        found.push(answer(&[&drawn[..], &more].concat()));
+        // The answer ends where this token comes first.
+        ranks.end_at(&json!([found[1]["tokens"][6]]));
+        found.push(answer(&drawn));
+        found
+    };
+    let alone = answers(1, &[]);
+    assert_eq!(alone[3]["finish_reason"], "stop");
+    assert_ne!(alone[1]["tokens"], alone[0]["tokens"]);
+    assert_ne!(alone[2]["tokens"], alone[1]["tokens"]);
+    for (count, sharding) in [(2, "pipeline"), (2, "tensor"), (4, "pipeline"), (4, "tensor")] {
+        let found = answers(count, &["--sharding", sharding]);
+        for (found, alone) in found.iter().zip(&alone) {
+            assert_eq!(found["tokens"], alone["tokens"], "{sharding} on {count}");
+            assert_eq!(found["finish_reason"], alone["finish_reason"], "{sharding} on {count}");
+        }
+        let tops = found[2]["logprobs"].as_array().unwrap();
+        assert!(tops.len() == 12 && tops.iter().all(|t| t["top"].as_array().unwrap().len() == 3));
+    }
 }

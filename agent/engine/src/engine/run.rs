@@ -1,16 +1,17 @@
-//! How steps run, for one rank and for several: what is fed goes through the layers, what is drawn comes back. On a
-//! rank of its own the next decode step is begun before it is asked for.
+//! How steps run: what is fed goes through the layers, what is drawn comes back. The next decode step is begun before
+//! it is asked for, on all ranks alike: they are told the same steps, and all know what was drawn.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use mlx_rs::Array;
 use mlx_rs::error::Exception;
-use mlx_rs::ops::concatenate;
+use mlx_rs::ops::{concatenate, minimum};
 use mlx_rs::transforms::{async_eval, eval};
 
-use super::{Engine, EngineError, Feed, SeqId, ids, wait};
+use super::{Engine, EngineError, Feed, Ranks, SeqId, ids};
 use crate::batch::RowId;
+use crate::distributed::{Group, GroupError};
 use crate::pipeline::Pipeline;
 use crate::sample::{self, Draw, Row, StepOutput};
 use crate::tensor::Team;
@@ -33,41 +34,30 @@ pub(super) struct Batch {
     pub(super) draws: bool,
 }
 
-impl Batch {
-    fn row_ids(&self) -> BTreeSet<RowId> {
-        self.rows.iter().map(|fed| fed.row).collect()
-    }
-
-    fn positions(&self) -> i32 {
-        (self.tokens.len() / self.rows.len()) as i32
-    }
-}
-
 /// Draws of several rows, still on the device.
 struct Drawn {
     rows: Vec<RowId>,
-    /// Where each row's report is.
-    spans: Vec<Range<usize>>,
-    draw: Draw,
+    /// `[rows]`, uint32: what the next step feeds. Every rank has them.
+    tokens: Array,
+    /// On the first rank, with where each row's is.
+    report: Option<(Array, Vec<Range<usize>>)>,
 }
 
 impl Drawn {
-    fn begin(rows: Vec<RowId>, spans: Vec<Range<usize>>, draw: Draw) -> Result<Self, Exception> {
-        timing::submit(|| async_eval([&draw.tokens, &draw.report]))?;
-        Ok(Self { rows, spans, draw })
-    }
-
     /// Waits for the outcome, by row.
     fn read(&self) -> Result<Vec<(RowId, StepOutput)>, Exception> {
-        let outputs = parse(&self.draw.report, &self.spans)?;
-        Ok(self.rows.iter().copied().zip(outputs).collect())
+        let array = self.report.as_ref().map_or(&self.tokens, |(report, _)| report);
+        timing::wait(|| array.eval())?;
+        let numbers = array.as_slice::<u32>();
+        let output = |(index, row): (usize, &RowId)| {
+            let own = match &self.report {
+                Some((_, spans)) => &numbers[spans[index].clone()],
+                None => &numbers[index..=index],
+            };
+            (*row, StepOutput::parse(own))
+        };
+        Ok(self.rows.iter().enumerate().map(output).collect())
     }
-}
-
-fn parse(report: &Array, spans: &[Range<usize>]) -> Result<Vec<StepOutput>, Exception> {
-    timing::wait(|| report.eval())?;
-    let report = report.as_slice::<u32>();
-    Ok(spans.iter().map(|span| StepOutput::parse(&report[span.clone()])).collect())
 }
 
 /// A decode step that was begun before it was asked for.
@@ -85,36 +75,81 @@ impl Ahead {
     }
 }
 
+impl Ranks {
+    /// Whether a step may be begun while the host does something else.
+    fn look_ahead(&self) -> bool {
+        match self {
+            Self::Alone => true,
+            Self::Pipeline(pipeline) => pipeline.group().runs_beside_the_host(),
+            Self::Team(team) => team.group().is_none_or(Group::runs_beside_the_host),
+        }
+    }
+
+    /// What it means that work of this rank's failed.
+    fn failure(&self, error: Exception) -> EngineError {
+        match self {
+            Self::Alone => EngineError::Mlx(error),
+            Self::Pipeline(_) => GroupError::collective("a message", &error).into(),
+            Self::Team(_) => GroupError::collective("a sum", &error).into(),
+        }
+    }
+
+    /// Hands work to the device.
+    fn submit(&self, arrays: &[&Array]) -> Result<(), EngineError> {
+        let arrays = arrays.iter().copied();
+        timing::submit(|| async_eval(arrays)).map_err(|error| self.failure(error))
+    }
+}
+
 impl Engine {
     /// While the caller handles a token, the device already works on the next one.
-    pub(super) fn prefill_alone(
-        &mut self,
-        batch: &Batch,
-    ) -> Result<Option<StepOutput>, EngineError> {
-        let Some(drawn) = self.run_alone(batch)? else { return Ok(None) };
+    pub(super) fn run_prefill(&mut self, batch: &Batch) -> Result<Option<StepOutput>, EngineError> {
+        let tokens = ids(&batch.tokens);
+        let Some(drawn) = self.pass(&tokens, &batch.rows, batch.draws, None)? else {
+            return Ok(None);
+        };
         let begun = self.begin(&batch.rows, std::slice::from_ref(&drawn))?;
-        let outputs = drawn.read()?;
+        let outputs = self.read(&drawn)?;
         self.keep_ahead(begun, &outputs);
         Ok(outputs.into_iter().next().map(|(_, output)| output))
     }
 
-    /// As [`Engine::prefill_alone`] for one token to each of several sequences.
-    pub(super) fn decode_alone(&mut self, feeds: &[Feed]) -> Result<Vec<StepOutput>, EngineError> {
+    /// As [`Engine::run_prefill`] for one token to each of several sequences.
+    pub(super) fn run_decode(&mut self, feeds: &[Feed]) -> Result<Vec<StepOutput>, EngineError> {
         let (mut drawn, cold) = self.settle(feeds)?;
         self.note(feeds);
         if !cold.is_empty() {
-            let batch = self.gather(&cold)?;
-            drawn.extend(self.run_alone(&batch)?);
+            let Batch { rows, tokens, draws } = self.gather(&cold)?;
+            drawn.extend(self.pass(&ids(&tokens), &rows, draws, None)?);
         }
         let rows: Vec<Fed> = feeds.iter().map(|feed| self.fed(feed)).collect();
         let begun = self.begin(&rows, &drawn)?;
         let mut outputs = Vec::with_capacity(rows.len());
         for drawn in &drawn {
-            outputs.extend(drawn.read()?);
+            outputs.extend(self.read(drawn)?);
         }
         self.keep_ahead(begun, &outputs);
         let mut outputs: BTreeMap<RowId, StepOutput> = outputs.into_iter().collect();
         Ok(rows.iter().filter_map(|fed| outputs.remove(&fed.row)).collect())
+    }
+
+    fn read(&self, drawn: &Drawn) -> Result<Vec<(RowId, StepOutput)>, EngineError> {
+        let outputs = drawn.read().map_err(|error| self.ranks.failure(error))?;
+        let vocab_size = self.info.vocab_size;
+        match outputs.iter().find(|(_, output)| output.token as usize >= vocab_size) {
+            None => Ok(outputs),
+            // A rank whose own peer is gone goes on with what happens to be in its memory.
+            Some((_, StepOutput { token, .. })) => {
+                let reason = format!("{token} came, which is no token of {vocab_size}");
+                Err(self.ranks.failure(Exception::custom(reason)))
+            }
+        }
+    }
+
+    /// What came from another rank as tokens, which may be anything if that rank is gone: reading rows of the
+    /// embedding is not checked.
+    fn within_vocabulary(&self, tokens: &Array) -> Result<Array, Exception> {
+        minimum(tokens, &self.last_token)
     }
 
     /// Takes back what was begun for rows that are fed something else now, or nothing. Returns what is confirmed, and
@@ -171,7 +206,7 @@ impl Engine {
         }
     }
 
-    /// Begins to feed what `drawn` has for `rows`, unless a context is full with it.
+    /// Begins to feed what `drawn` has for `rows`, unless a context is full with it or nothing may be begun ahead.
     fn begin(
         &mut self,
         rows: &[Fed],
@@ -179,96 +214,136 @@ impl Engine {
     ) -> Result<Option<(Vec<Fed>, Drawn)>, EngineError> {
         let max_context = self.info.max_context;
         let is_full = |fed: &Fed| self.sequences[&fed.seq].position >= max_context;
-        if rows.iter().any(is_full) {
+        if !self.ranks.look_ahead() || rows.iter().any(is_full) {
             return Ok(None);
         }
-        let wanted: BTreeSet<RowId> = rows.iter().map(|fed| fed.row).collect();
-        let order = self.segments.gather(&wanted)?;
+        let order = self.segments.gather(&rows.iter().map(|fed| fed.row).collect())?;
         let next: BTreeMap<RowId, Fed> =
             rows.iter().map(|fed| (fed.row, Fed { draw: fed.draw + 1, ..*fed })).collect();
         let rows: Vec<Fed> = order.iter().map(|row| next[row]).collect();
         let tokens = in_order(&order, drawn)?;
-        let hidden = self.model.embed(&tokens.reshape(&[1, rows.len() as i32])?)?;
-        let mut pass = self.segments.pass(&wanted, 1)?;
-        let hidden = self.model.forward(hidden, rows.len() as i32, &mut pass)?;
-        let (spans, draw) = self.draw(&hidden, &rows, Some(&tokens))?;
-        Ok(Some((rows, Drawn::begin(order, spans, draw)?)))
+        let drawn =
+            self.pass(&tokens.reshape(&[1, rows.len() as i32])?, &rows, true, Some(&tokens))?;
+        Ok(drawn.map(|drawn| (rows, drawn)))
     }
 
-    fn run_alone(&mut self, batch: &Batch) -> Result<Option<Drawn>, EngineError> {
-        let hidden = self.model.embed(&ids(&batch.tokens))?;
-        let mut pass = self.segments.pass(&batch.row_ids(), batch.positions())?;
-        let hidden = self.model.forward(hidden, batch.rows.len() as i32, &mut pass)?;
-        if !batch.draws {
-            eval(pass.arrays())?;
-            return Ok(None);
-        }
-        let (spans, draw) = self.draw(&hidden, &batch.rows, None)?;
-        let rows = batch.rows.iter().map(|fed| fed.row).collect();
-        Ok(Some(Drawn::begin(rows, spans, draw)?))
-    }
-
-    /// The outputs are in the order of the batch; there are none but on the first rank.
-    pub(super) fn run_in_pipeline(
+    /// Feeds `tokens` `[1, positions]` to `rows`, each the same number. With `draws` it is only begun; else it is
+    /// waited for, and nothing comes of it. `pending` as for [`Engine::draw`].
+    ///
+    /// Messages and sums run in the order in which they are handed to the device: each rank must hand over those of
+    /// one pass before those of the next, and in the order of the other ranks.
+    fn pass(
         &mut self,
-        pipeline: &Pipeline,
-        batch: &Batch,
-    ) -> Result<Vec<StepOutput>, EngineError> {
-        let (rows, fed) = (batch.rows.len() as i32, batch.tokens.len() as i32);
-        let hidden = if pipeline.is_first() {
-            self.model.embed(&ids(&batch.tokens))?
-        } else {
-            pipeline.receive_hidden(fed)?
+        tokens: &Array,
+        rows: &[Fed],
+        draws: bool,
+        pending: Option<&Array>,
+    ) -> Result<Option<Drawn>, EngineError> {
+        let ranks = self.ranks.clone();
+        let (count, positions) = (rows.len() as i32, tokens.dim(1));
+        let (hidden, wanted) = match &ranks {
+            Ranks::Pipeline(pipeline) => {
+                let wanted = if pipeline.is_last() { count } else { positions };
+                match pipeline.is_first() {
+                    true => (self.model.embed(tokens)?, wanted),
+                    false => (pipeline.receive_hidden(positions)?, wanted),
+                }
+            }
+            Ranks::Alone | Ranks::Team(_) => (self.model.embed(tokens)?, count),
         };
-        let wanted = if pipeline.is_last() { rows } else { fed };
-        let mut pass = self.segments.pass(&batch.row_ids(), batch.positions())?;
+        let fed = rows.iter().map(|fed| fed.row).collect();
+        let mut pass = self.segments.pass(&fed, positions / count)?;
         let hidden = self.model.forward(hidden, wanted, &mut pass)?;
-        if !batch.draws {
-            // Nothing else may depend on the last layer's keys and values.
+        if !draws {
             let mut arrays: Vec<Array> = pass.arrays().into_iter().cloned().collect();
-            if !pipeline.is_last() {
+            if let Ranks::Pipeline(pipeline) = &ranks
+                && !pipeline.is_last()
+            {
                 arrays.push(pipeline.send_hidden(&hidden)?);
             }
-            wait(&arrays.iter().collect::<Vec<_>>(), "recv")?;
-            return Ok(Vec::new());
+            let arrays: Vec<&Array> = arrays.iter().collect();
+            ranks.submit(&arrays)?;
+            timing::wait(|| eval(arrays.iter().copied())).map_err(|e| ranks.failure(e))?;
+            return Ok(None);
         }
-        if pipeline.is_last() {
-            let (_, draw) = self.draw(&hidden, &batch.rows, None)?;
-            wait(&[&pipeline.send_report(&draw.report)?], "send")?;
-        } else {
-            wait(&[&pipeline.send_hidden(&hidden)?], "send")?;
-        }
-        if !pipeline.is_first() {
-            return Ok(Vec::new());
-        }
-        let spans = self.spans(&batch.rows);
-        let report = pipeline.receive_report(spans.last().map_or(0, |span| span.end))?;
-        wait(&[&report], "recv")?;
-        Ok(parse(&report, &spans)?)
+        let drawn = match &ranks {
+            Ranks::Alone => self.draw_alone(&hidden, rows, pending),
+            Ranks::Pipeline(pipeline) => self.draw_in_pipeline(pipeline, &hidden, rows, pending),
+            Ranks::Team(team) => self.draw_in_team(team, &hidden, rows, pending),
+        };
+        drawn.map(Some)
     }
 
-    /// All ranks do the same work on their parts of each layer; the first alone has the head and draws. Nothing is
-    /// begun ahead: ranks whose steps went apart would wait for each other's sums for ever.
-    pub(super) fn run_in_team(
+    fn draw_alone(
+        &mut self,
+        hidden: &Array,
+        rows: &[Fed],
+        pending: Option<&Array>,
+    ) -> Result<Drawn, EngineError> {
+        let Draw { tokens, report } = self.draw(hidden, rows, pending)?;
+        self.ranks.submit(&[&tokens, &report])?;
+        let report = Some((report, self.spans(rows)));
+        Ok(Drawn { rows: row_ids(rows), tokens, report })
+    }
+
+    /// The last rank draws and tells the first, which tells those between, each by the one before it.
+    fn draw_in_pipeline(
+        &mut self,
+        pipeline: &Pipeline,
+        hidden: &Array,
+        rows: &[Fed],
+        pending: Option<&Array>,
+    ) -> Result<Drawn, EngineError> {
+        let (ids, count) = (row_ids(rows), rows.len());
+        if pipeline.is_last() {
+            let Draw { tokens, report } = self.draw(hidden, rows, pending)?;
+            self.ranks.submit(&[&tokens, &pipeline.send_report(&report)?])?;
+            return Ok(Drawn { rows: ids, tokens, report: None });
+        }
+        self.ranks.submit(&[&pipeline.send_hidden(hidden)?])?;
+        if !pipeline.is_first() {
+            let tokens = pipeline.receive_tokens(count)?;
+            let passed_on = pipeline.pass_on_tokens(&tokens)?;
+            self.ranks.submit(&[passed_on.as_ref().unwrap_or(&tokens)])?;
+            return Ok(Drawn { rows: ids, tokens, report: None });
+        }
+        let spans = self.spans(rows);
+        let report = pipeline.receive_report(spans.last().map_or(0, |span| span.end))?;
+        let tokens = match report.dim(0) as usize == count {
+            true => report.clone(),
+            false => {
+                let starts: Vec<u32> = spans.iter().map(|span| span.start as u32).collect();
+                report.take_axis(Array::from_slice(&starts, &[count as i32]), 0)?
+            }
+        };
+        let passed_on = pipeline.pass_on_tokens(&tokens)?;
+        self.ranks.submit(&[&report, passed_on.as_ref().unwrap_or(&tokens)])?;
+        let tokens = self.within_vocabulary(&tokens)?;
+        Ok(Drawn { rows: ids, tokens, report: Some((report, spans)) })
+    }
+
+    /// All ranks have done the same work on their parts of each layer; the first alone has the head and draws, so that
+    /// all go on with the same tokens even where their sums differ by rounding.
+    fn draw_in_team(
         &mut self,
         team: &Team,
-        batch: &Batch,
-    ) -> Result<Vec<StepOutput>, EngineError> {
-        let hidden = self.model.embed(&ids(&batch.tokens))?;
-        let mut pass = self.segments.pass(&batch.row_ids(), batch.positions())?;
-        let hidden = self.model.forward(hidden, batch.rows.len() as i32, &mut pass)?;
-        // All ranks must evaluate the same sums: those behind the last layer's keys, or those behind its result.
-        if !batch.draws {
-            wait(&pass.arrays(), "all_sum")?;
-            return Ok(Vec::new());
+        hidden: &Array,
+        rows: &[Fed],
+        pending: Option<&Array>,
+    ) -> Result<Drawn, EngineError> {
+        if team.is_first() {
+            let Draw { tokens, report } = self.draw(hidden, rows, pending)?;
+            let tokens = self.within_vocabulary(&team.share_tokens(&tokens)?)?;
+            self.ranks.submit(&[&tokens, &report])?;
+            let report = Some((report, self.spans(rows)));
+            return Ok(Drawn { rows: row_ids(rows), tokens, report });
         }
-        if !team.is_first() {
-            wait(&[&hidden], "all_sum")?;
-            return Ok(Vec::new());
-        }
-        let (spans, draw) = self.draw(&hidden, &batch.rows, None)?;
-        wait(&[&draw.report], "all_sum")?;
-        Ok(parse(&draw.report, &spans)?)
+        // Before the tokens, which nothing else here would keep behind the layers' sums.
+        self.ranks.submit(&[hidden])?;
+        let nothing = Array::from_slice(&vec![0_u32; rows.len()], &[rows.len() as i32]);
+        let tokens = self.within_vocabulary(&team.share_tokens(&nothing)?)?;
+        self.ranks.submit(&[&tokens])?;
+        Ok(Drawn { rows: row_ids(rows), tokens, report: None })
     }
 
     /// The rows of `feeds` in common buffers, as one pass feeds them.
@@ -301,13 +376,13 @@ impl Engine {
     }
 
     /// Draws from the last hidden state of each row, `[1, rows, width]`. `pending` `[rows]` are tokens that are fed,
-    /// but not noted yet. Also says where each row's report is.
+    /// but not noted yet.
     fn draw(
         &mut self,
         hidden: &Array,
         rows: &[Fed],
         pending: Option<&Array>,
-    ) -> Result<(Vec<Range<usize>>, Draw), EngineError> {
+    ) -> Result<Draw, EngineError> {
         let logits = self.model.head(hidden)?.reshape(&[rows.len() as i32, -1])?;
         let mut counts = Vec::with_capacity(rows.len());
         for (index, fed) in rows.iter().enumerate() {
@@ -330,9 +405,12 @@ impl Engine {
                 Row { sampling, draw: fed.draw, counts, bias }
             })
             .collect();
-        let draw = sample::draw(&logits, &rows_to_draw)?;
-        Ok((self.spans(rows), draw))
+        Ok(sample::draw(&logits, &rows_to_draw)?)
     }
+}
+
+fn row_ids(rows: &[Fed]) -> Vec<RowId> {
+    rows.iter().map(|fed| fed.row).collect()
 }
 
 /// The tokens of `rows`, `[rows]`, wherever they were drawn.
@@ -340,13 +418,13 @@ fn in_order(rows: &[RowId], drawn: &[Drawn]) -> Result<Array, Exception> {
     if let [one] = drawn
         && one.rows == rows
     {
-        return Ok(one.draw.tokens.clone());
+        return Ok(one.tokens.clone());
     }
     let all: Vec<RowId> = drawn.iter().flat_map(|drawn| drawn.rows.iter().copied()).collect();
     // A row that was taken back may stand twice: its newest draw is the last.
     let place = |row: &RowId| all.iter().rposition(|other| other == row).map(|at| at as u32);
     let places: Vec<u32> = rows.iter().filter_map(place).collect();
     assert_eq!(places.len(), rows.len(), "every row was drawn for");
-    let tokens: Vec<Array> = drawn.iter().map(|drawn| drawn.draw.tokens.clone()).collect();
+    let tokens: Vec<Array> = drawn.iter().map(|drawn| drawn.tokens.clone()).collect();
     concatenate(&tokens, 0)?.take_axis(Array::from_slice(&places, &[rows.len() as i32]), 0)
 }

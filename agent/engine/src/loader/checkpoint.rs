@@ -1,15 +1,15 @@
-//! The tensors of a model folder, over one file or several with an index. Owns where each tensor lies and reads
-//! single tensors; knows nothing of models.
+//! The tensors of a model folder, over one file or several with an index. Owns where each tensor lies; knows nothing
+//! of models.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
 
 use super::error::LoadError;
 use super::header::{self, Entry};
+use super::pieces::{Piece, Pieces, Region, Source};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -115,91 +115,23 @@ impl Checkpoint {
         self.absent.get(name)
     }
 
-    /// Appends the bytes of one tensor, or of a region of it, to `out`; reads nothing else of its file.
-    pub(crate) fn read(
-        &self,
-        name: &str,
-        region: Option<&Region>,
-        out: &mut Vec<u8>,
-    ) -> Result<(), LoadError> {
-        let (file, entry) = self.tensors.get(name).expect("the caller has checked the name");
-        let path = &self.files[*file];
-        let io = |source| LoadError::Io { path: path.clone(), source };
-        let file = File::open(path).map_err(io)?;
-        let runs = region.map_or_else(|| Runs::whole(entry), |region| region.runs(entry));
-        runs.read(&file, entry.start, out).map_err(io)
-    }
-}
-
-/// `start..stop` along one axis of a tensor, all of the others.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Region {
-    pub(crate) axis: usize,
-    pub(crate) start: i32,
-    pub(crate) stop: i32,
-}
-
-impl Region {
-    /// The region's shape in a tensor of `shape`.
-    pub(crate) fn shape(&self, shape: &[i32]) -> Vec<i32> {
-        let mut shape = shape.to_vec();
-        shape[self.axis] = self.stop - self.start;
-        shape
-    }
-
-    fn runs(&self, entry: &Entry) -> Runs {
-        let product = |dims: &[i32]| dims.iter().map(|&n| n as u64).product::<u64>();
-        let count = product(&entry.shape[..self.axis]);
-        let stride = entry.length.checked_div(count).unwrap_or(0);
-        let one = stride.checked_div(entry.shape[self.axis] as u64).unwrap_or(0);
-        let length = (self.stop - self.start) as u64 * one;
-        Runs { first: self.start as u64 * one, length, stride, count }
-    }
-}
-
-/// Byte runs of one length at one distance, from the start of a tensor.
-#[derive(Debug, PartialEq, Eq)]
-struct Runs {
-    first: u64,
-    length: u64,
-    stride: u64,
-    count: u64,
-}
-
-/// Runs shorter than this are read with what lies between them: a call each would cost more.
-const SHORT_RUN_BYTES: u64 = 16 << 10;
-/// Most bytes read at a time with short runs.
-const BLOCK_BYTES: u64 = 4 << 20;
-
-impl Runs {
-    fn whole(entry: &Entry) -> Self {
-        Self { first: 0, length: entry.length, stride: entry.length, count: 1 }
-    }
-
-    fn read(&self, file: &File, start: u64, out: &mut Vec<u8>) -> std::io::Result<()> {
-        let &Self { first, length, stride, count } = self;
-        if count == 1 || length >= SHORT_RUN_BYTES {
-            for run in 0..count {
-                let from = out.len();
-                out.resize(from + length as usize, 0);
-                file.read_exact_at(&mut out[from..], start + first + run * stride)?;
-            }
-            return Ok(());
+    /// The bytes of several tensors one behind the other, each whole or a region of it.
+    pub(crate) fn pieces(&self, wanted: &[(&str, Option<&Region>)]) -> Result<Pieces, LoadError> {
+        let mut opened: BTreeMap<usize, Arc<Source>> = BTreeMap::new();
+        let mut list = Vec::with_capacity(wanted.len());
+        for &(name, region) in wanted {
+            let (index, entry) = self.tensors.get(name).expect("the caller has checked the name");
+            let source = match opened.get(index) {
+                Some(source) => source.clone(),
+                None => {
+                    let source = Arc::new(Source::open(&self.files[*index])?);
+                    opened.insert(*index, source.clone());
+                    source
+                }
+            };
+            list.push(Piece::new(source, entry, region));
         }
-        let per_block = (BLOCK_BYTES / stride.max(1)).clamp(1, count);
-        let mut block = Vec::new();
-        let mut run = 0;
-        while run < count {
-            let runs = per_block.min(count - run);
-            block.resize(((runs - 1) * stride + length) as usize, 0);
-            file.read_exact_at(&mut block, start + first + run * stride)?;
-            for i in 0..runs {
-                let at = (i * stride) as usize;
-                out.extend_from_slice(&block[at..at + length as usize]);
-            }
-            run += runs;
-        }
-        Ok(())
+        Ok(Pieces::new(list))
     }
 }
 
@@ -212,51 +144,4 @@ fn read_index(path: &Path) -> Result<Index, LoadError> {
     }
     let text = std::fs::read(path).map_err(io)?;
     serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::Write;
-
-    use mlx_rs::Dtype;
-
-    use super::*;
-
-    /// Elements of a `[a, b, c]` tensor of bytes that a region holds, by their indices.
-    fn expect(shape: [i32; 3], region: &Region) -> Vec<u8> {
-        let mut found = Vec::new();
-        let [a, b, c] = shape;
-        for (i, index) in (0..a)
-            .flat_map(|x| (0..b).flat_map(move |y| (0..c).map(move |z| [x, y, z])))
-            .enumerate()
-        {
-            if (region.start..region.stop).contains(&index[region.axis]) {
-                found.push((i % 251) as u8);
-            }
-        }
-        found
-    }
-
-    #[test]
-    fn regions_are_read_whatever_their_axis_and_length() {
-        // The first has runs of both kinds; the second more short runs than a block holds.
-        for shape in [[3, 5, 20_000], [2, 70, 70_000]] {
-            let length = shape.iter().product::<i32>() as usize;
-            let bytes: Vec<u8> = (0..length).map(|i| (i % 251) as u8).collect();
-            let mut file = tempfile::tempfile().unwrap();
-            file.write_all(b"header").unwrap();
-            file.write_all(&bytes).unwrap();
-            let shape_vec = shape.to_vec();
-            let entry =
-                Entry { dtype: Dtype::Uint8, shape: shape_vec, start: 6, length: length as u64 };
-            for (axis, start, stop) in
-                [(0, 1, 2), (0, 0, 2), (1, 2, 4), (2, 0, 7), (2, 9_000, 9_100), (2, 10, 20_000)]
-            {
-                let region = Region { axis, start, stop };
-                let mut out = Vec::new();
-                region.runs(&entry).read(&file, 6, &mut out).unwrap();
-                assert!(out == expect(shape, &region), "{region:?} of {shape:?}");
-            }
-        }
-    }
 }

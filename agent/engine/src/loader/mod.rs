@@ -6,8 +6,11 @@ mod checkpoint;
 mod error;
 mod header;
 mod module;
+mod pieces;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::mem::MaybeUninit;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use mlx_rs::Array;
 use mlx_rs::error::Exception;
@@ -18,7 +21,7 @@ use module::Wanted;
 pub(crate) use module::{Home, Kind, Module, Split};
 
 use crate::config::Quantization;
-use crate::mlx::{from_bytes, on_device};
+use crate::mlx::read_array;
 use crate::nn::{Embedding, Joint, Linear, Mode, Packed, Packing, Stack};
 use crate::tensor::Share;
 
@@ -189,22 +192,28 @@ fn length(checkpoint: &Checkpoint, tensor: &Wanted) -> u64 {
 
 /// One array of `parts`, which differ in their number of rows alone.
 fn read(checkpoint: &Checkpoint, parts: &[&Wanted]) -> Result<Array, LoadError> {
-    let bytes_total: u64 = parts.iter().map(|tensor| length(checkpoint, tensor)).sum();
-    let mut bytes = Vec::with_capacity(bytes_total as usize);
     let mut shape = parts[0].own_shape();
     shape[0] = parts.iter().map(|tensor| tensor.own_shape()[0]).sum();
-    for tensor in parts {
-        for source in &tensor.sources {
-            checkpoint.read(source, tensor.region.as_ref(), &mut bytes)?;
-        }
-    }
-    let dtype = checkpoint.entry(&parts[0].sources[0]).map(|entry| entry.dtype);
+    let wanted = parts.iter().flat_map(|tensor| {
+        tensor.sources.iter().map(|source| (source.as_str(), tensor.region.as_ref()))
+    });
+    let pieces = checkpoint.pieces(&wanted.collect::<Vec<_>>())?;
+    let name = &parts[0].sources[0];
+    let dtype = checkpoint.entry(name).map(|entry| entry.dtype).expect("`check` has seen it");
+    let failure = Arc::new(Mutex::new(None));
+    let told = failure.clone();
     // safetensors is little-endian, and so is every machine that MLX runs on.
-    let array = from_bytes(&bytes, &shape, dtype.expect("it was read from there"));
-    drop(bytes);
-    on_device(array).map_err(|e| LoadError::Device {
-        tensor: parts[0].sources[0].clone(),
-        reason: crate::mlx::reason(e.what()).to_owned(),
+    let fill = move |out: &mut [MaybeUninit<u8>]| {
+        let read = pieces.read(out);
+        *told.lock().unwrap_or_else(PoisonError::into_inner) = read.err();
+        told.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+    };
+    read_array(&shape, dtype, Box::new(fill)).map_err(|error| {
+        let read = failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+        read.unwrap_or_else(|| LoadError::Device {
+            tensor: name.clone(),
+            reason: crate::mlx::reason(error.what()).to_owned(),
+        })
     })
 }
 

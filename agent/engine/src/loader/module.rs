@@ -2,8 +2,8 @@
 
 use mlx_rs::Dtype;
 
-use super::checkpoint::Region;
 use super::error::LoadError;
+use super::pieces::Region;
 use crate::nn::{Mode, Packing};
 use crate::tensor::Share;
 

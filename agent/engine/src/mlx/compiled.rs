@@ -4,10 +4,10 @@ use std::cell::OnceCell;
 use std::ffi::c_int;
 
 use mlx_rs::error::Exception;
-use mlx_rs::ops::{multiply, sigmoid};
 use mlx_rs::{Array, Device, DeviceType};
 
 use super::array::finish;
+use super::ops::{multiply, sigmoid};
 use super::take_error;
 
 /// `silu(gate) · up`, for shapes that are equal.
@@ -22,7 +22,7 @@ pub(crate) fn gated(gate: &Array, up: &Array) -> Result<Array, Exception> {
 }
 
 fn gated_steps(gate: &Array, up: &Array) -> Result<Array, Exception> {
-    multiply(multiply(gate, sigmoid(gate)?)?, up)
+    multiply(&multiply(gate, &sigmoid(gate)?)?, up)
 }
 
 extern "C" fn gated_graph(

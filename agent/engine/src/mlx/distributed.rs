@@ -12,8 +12,9 @@ use mlx_rs::error::Exception;
 use mlx_rs::{Array, Dtype, Stream};
 
 use super::array::finish;
-pub use super::peers::suspects;
+pub use super::peers::{gone, suspects};
 use super::peers::{remember_ring, ring_is_formed, trouble};
+use super::reader::is_cuda;
 use super::{init, reason, take_error};
 
 /// How the ranks of a group reach each other.
@@ -50,6 +51,14 @@ impl Backend {
             Some(Self::Nccl)
         } else {
             None
+        }
+    }
+
+    /// Whether a rank can send to one other rank: MLX's NCCL has collectives of all ranks only.
+    pub fn has_messages(self) -> bool {
+        match self {
+            Self::Ring | Self::Jaccl => true,
+            Self::Nccl => false,
         }
     }
 
@@ -249,17 +258,18 @@ impl Group {
         })
     }
 
-    /// The first rank's number on every rank; what the others give is not looked at. Blocks.
-    ///
-    /// # Errors
-    /// A rank is gone.
-    pub fn share_u32(&self, number: u32) -> Result<u32, GroupError> {
-        let own = if self.rank == 0 { number } else { 0 };
-        let sum = self.all_sum(&Array::from_slice(&[own], &[1]))?;
-        let failed = |e: &Exception| GroupError::collective("all_sum", e);
-        sum.eval().map_err(|e| failed(&e))?;
-        let values = sum.as_slice::<u32>().first().copied();
-        values.ok_or_else(|| failed(&Exception::custom("no value")))
+    /// Whether work may be handed over that waits for other ranks, while the host goes on to other work. On CUDA not
+    /// where messages run on the CPU: the device waits for them by a kernel that spins, and what the host does
+    /// meanwhile (giving back memory, loading a kernel) can wait for the device, while the message's end waits for the
+    /// host.
+    pub(crate) fn runs_beside_the_host(&self) -> bool {
+        self.backend == Backend::Nccl || !is_cuda()
+    }
+
+    /// Waits until all collectives that were handed over so far are done.
+    pub(crate) fn synchronize(&self) {
+        // SAFETY: the stream is live. The result says only whether the work failed, which its arrays say as well.
+        unsafe { mlx_sys::mlx_synchronize(self.stream.as_ptr()) };
     }
 
     fn call(

@@ -1,20 +1,24 @@
 //! The boundary to MLX's C interface: the only place with `unsafe`. Owns what mlx-rs lacks (process groups, exact
-//! slices, packed matrices, fused functions) and error capture for it; never holds model or sequence state.
+//! slices, packed matrices, fused functions, reading from anywhere, operations at less cost) and error capture for it; never holds model or sequence state.
 #![allow(unsafe_code)]
 
 mod array;
 mod compiled;
 mod device;
 pub mod distributed;
+mod ops;
 mod peers;
 mod quantized;
+mod reader;
 mod self_test;
 
-pub(crate) use array::{from_bytes, on_device, slice, slice_update};
+pub(crate) use array::{slice, slice_update};
 pub(crate) use compiled::gated;
 pub(crate) use device::kind as device_kind;
 pub use device::uses_gpu;
+pub(crate) use ops::{Turn, add, attend, matmul, reshape, rms_norm};
 pub(crate) use quantized::Quantized;
+pub(crate) use reader::{read_array, read_exact_at};
 
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_void};

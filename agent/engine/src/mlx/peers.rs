@@ -40,6 +40,11 @@ pub(super) fn trouble() -> Option<String> {
     RING.get()?.trouble()
 }
 
+/// The neighbours that are gone from a ring that was formed, if any. For whoever waits: MLX may never say so.
+pub fn gone() -> Option<String> {
+    RING.get().filter(|ring| ring.formed.load(Ordering::Relaxed))?.trouble()
+}
+
 /// As `trouble`, but if all neighbours are connected, names them: one of them does not go on. For whoever has
 /// waited too long for the group.
 pub fn suspects() -> Option<String> {

@@ -2,10 +2,11 @@
 
 use std::ffi::CStr;
 
+use mlx_rs::Array;
 use mlx_rs::error::Exception;
-use mlx_rs::{Array, Stream};
 
 use super::array::finish;
+use super::ops::stream;
 
 /// A matrix, or a stack of matrices, in one of MLX's packed forms.
 #[derive(Clone, Copy)]
@@ -38,7 +39,6 @@ fn handle(array: Option<&Array>) -> mlx_sys::mlx_array {
 impl Quantized<'_> {
     /// `x · Wᵀ` for `transpose`, else `x · W`.
     pub(crate) fn matmul(&self, x: &Array, transpose: bool) -> Result<Array, Exception> {
-        let stream = Stream::thread_local_or_default();
         // SAFETY: all handles and the mode's name are live; the result is checked before use.
         unsafe {
             let mut result = mlx_sys::mlx_array_new();
@@ -52,7 +52,7 @@ impl Quantized<'_> {
                 optional(self.group_size),
                 optional(self.bits),
                 self.mode.as_ptr(),
-                stream.as_ptr(),
+                stream(),
             );
             finish(status, result)
         }
@@ -65,7 +65,6 @@ impl Quantized<'_> {
         indices: &Array,
         sorted: bool,
     ) -> Result<Array, Exception> {
-        let stream = Stream::thread_local_or_default();
         // SAFETY: as in `matmul`.
         unsafe {
             let mut result = mlx_sys::mlx_array_new();
@@ -82,7 +81,7 @@ impl Quantized<'_> {
                 optional(self.bits),
                 self.mode.as_ptr(),
                 sorted,
-                stream.as_ptr(),
+                stream(),
             );
             finish(status, result)
         }
@@ -90,7 +89,6 @@ impl Quantized<'_> {
 
     /// The values themselves, `[…, rows, columns]`.
     pub(crate) fn dequantize(&self) -> Result<Array, Exception> {
-        let stream = Stream::thread_local_or_default();
         let dtype =
             mlx_sys::mlx_optional_dtype { value: self.scales.dtype().into(), has_value: false };
         // SAFETY: as in `matmul`.
@@ -106,7 +104,7 @@ impl Quantized<'_> {
                 self.mode.as_ptr(),
                 handle(None),
                 dtype,
-                stream.as_ptr(),
+                stream(),
             );
             finish(status, result)
         }

@@ -2,14 +2,13 @@
 
 use mlx_rs::Array;
 use mlx_rs::error::Exception;
-use mlx_rs::fast::{rms_norm, scaled_dot_product_attention};
 
 use super::LayerModules;
 use super::common::Common;
 use crate::batch::LayerCache;
 use crate::config::ConfigError;
 use crate::loader::{Kind, Split, Weights};
-use crate::mlx::slice;
+use crate::mlx::{attend, reshape, rms_norm, slice};
 use crate::nn::{Joint, Linear, Rope, last};
 use crate::tensor::Team;
 
@@ -131,7 +130,7 @@ impl Attention {
         let output = cache.each(inputs, |[queries, keys, values], part| {
             let (keys, values) = part.extend(&keys, &values)?;
             let mask = part.mask(queries.dim(2));
-            scaled_dot_product_attention(&queries, &keys, &values, scale, mask, None)
+            attend(&queries, &keys, &values, scale, mask.as_ref())
         })?;
         let mut output = self.join_heads(&output)?;
         if rows > 1 {
@@ -154,7 +153,11 @@ impl Attention {
             && wanted == positions
         {
             let all = self.split_heads(&linear.forward(x)?, both + self.kv_heads)?;
-            let rotated = self.rope.forward(&heads_of(&all, 0, both)?, &cache.offset(0))?;
+            // Rotating a few values in vain costs less than leaving them out.
+            let rotated = match positions {
+                1 => self.rope.forward(&all, &cache.offset(0))?,
+                _ => self.rope.forward(&heads_of(&all, 0, both)?, &cache.offset(0))?,
+            };
             return Ok([
                 heads_of(&rotated, 0, heads)?,
                 heads_of(&rotated, heads, both)?,
@@ -177,7 +180,7 @@ impl Attention {
     fn split_heads(&self, x: &Array, heads: i32) -> Result<Array, Exception> {
         let (batch, positions) = (x.dim(0), x.dim(1));
         if positions == 1 {
-            return x.reshape(&[batch, heads, 1, self.head_dim]);
+            return reshape(x, &[batch, heads, 1, self.head_dim]);
         }
         x.reshape(&[batch, positions, heads, self.head_dim])?.transpose_axes(&[0, 2, 1, 3])
     }
@@ -187,7 +190,7 @@ impl Attention {
         let (batch, heads, positions) = (x.dim(0), x.dim(1), x.dim(2));
         let shape = [batch, positions, heads * self.head_dim];
         if positions == 1 {
-            return x.reshape(&shape);
+            return reshape(x, &shape);
         }
         x.transpose_axes(&[0, 2, 1, 3])?.reshape(&shape)
     }

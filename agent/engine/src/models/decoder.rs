@@ -3,7 +3,6 @@
 
 use mlx_rs::Array;
 use mlx_rs::error::Exception;
-use mlx_rs::fast::rms_norm;
 
 use super::attention::{Attention, AttentionArgs};
 use super::common::Common;
@@ -12,6 +11,7 @@ use super::mlp::FeedForward;
 use super::{Args, LayerModules, Part, layer_path};
 use crate::batch::{LayerCache, Pass};
 use crate::loader::{Home, Kind, Module, Split, Weights};
+use crate::mlx::{add, rms_norm};
 use crate::nn::{Embedding, Linear, last};
 use crate::tensor::Team;
 
@@ -99,9 +99,9 @@ impl Block {
             SelfAttention::Grouped(attention) => attention.forward(&normed, wanted, cache)?,
             SelfAttention::Latent(attention) => attention.forward(&normed, wanted, cache)?,
         };
-        let x = last(x, wanted)?.add(attended)?;
+        let x = add(&last(x, wanted)?, &attended)?;
         let normed = rms_norm(&x, Some(&self.post_attention_layernorm), self.eps)?;
-        x.add(self.feed_forward.forward(&normed, &self.team)?)
+        add(&x, &self.feed_forward.forward(&normed, &self.team)?)
     }
 }
 

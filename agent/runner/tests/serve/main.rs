@@ -169,8 +169,20 @@ async fn bad_requests_are_refused_with_the_field() {
 
 #[tokio::test]
 async fn requests_run_side_by_side_and_may_be_cancelled() {
+    side_by_side(2, ShardingKind::Pipeline).await;
+}
+
+/// What was begun for a request that is cancelled must be dropped by all ranks alike.
+#[tokio::test]
+async fn so_they_do_on_more_ranks_and_in_teams() {
+    side_by_side(3, ShardingKind::Pipeline).await;
+    side_by_side(2, ShardingKind::Tensor).await;
+}
+
+async fn side_by_side(world_size: usize, sharding: ShardingKind) {
     let model = Model::new();
-    let group = model.group(2);
+    let mut group = model.group(world_size);
+    group.sharding = sharding;
     let _runners = group.start_all();
     let client = client(&group);
     let alone = client.whole(&request("Hello", 12)).await;
@@ -194,6 +206,7 @@ async fn requests_run_side_by_side_and_may_be_cancelled() {
     }
     let after = client.metric("exo_runner_decode_step_seconds_count").await;
     assert!(after - made < 300.0, "it went on for {} steps", after - made);
+    assert_eq!(client.whole(&request("Hello", 12)).await, alone);
 }
 
 #[tokio::test]

@@ -93,8 +93,10 @@ impl Group {
         let world_size = self.ring.len() as u32;
         let share = self.model_layers / world_size;
         let first = rank as u32 * share;
+        let is_last = rank + 1 == self.ring.len();
+        let end = if is_last { self.model_layers } else { first + share };
         let layers = match self.sharding {
-            ShardingKind::Pipeline => format!("{first}-{}", first + share - 1),
+            ShardingKind::Pipeline => format!("{first}-{}", end - 1),
             ShardingKind::Tensor => format!("0-{}", self.model_layers - 1),
         };
         serde_json::from_value(json!({
