@@ -15,6 +15,8 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
 const CALL_LIMIT: Duration = Duration::from_secs(600);
+/// An HTTP/2 connection takes 200 streams at once; each client has one to its node.
+const WATCHES_PER_CLIENT: usize = 100;
 /// Creations under way at once.
 const WRITERS: usize = 64;
 const LISTS: usize = 20;
@@ -109,8 +111,13 @@ async fn measure(trio: &Trio, admins: &[Admin], shards: usize, watches: usize) {
 async fn fan_out(trio: &Trio, admins: &[Admin], version: &str, watches: usize) {
     let sent: Arc<Mutex<Instant>> = Arc::new(Mutex::new(Instant::now()));
     let (seen, mut all_seen) = tokio::sync::mpsc::unbounded_channel::<Duration>();
+    let mut watchers: Vec<Admin> = Vec::new();
     for watch in 0..watches {
-        let admin = &admins[watch % 3];
+        if watch % WATCHES_PER_CLIENT == 0 {
+            let node = &trio.nodes[watchers.len() % 3];
+            watchers.push(Admin::of(node, CALL_LIMIT).unwrap());
+        }
+        let admin = &watchers[watch / WATCHES_PER_CLIENT];
         let query = format!("{}?watch=true&resourceVersion={version}", url(admin));
         let mut answer = admin.client.get(query).send().await.unwrap();
         assert!(answer.status().is_success(), "{}", answer.status());

@@ -113,7 +113,11 @@ impl Exo {
     async fn start() -> Self {
         let voter = |id| (id, Voter::start(id, free_address(), TempDir::new_in(".").unwrap()));
         let exo = Self { voters: (1..=3).map(voter).collect(), client: reqwest::Client::new() };
-        let first = exo.leader().await;
+        // The others keep a writer waiting for as long as they know of no leader.
+        let first = exo.nodes().swap_remove(0);
+        while !put(&exo.client, &first, "/probe").await {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
         for id in [2, 3] {
             let address = exo.voters[&id].address;
             let change = json!({"add_learner": {"id": id, "address": address}});

@@ -118,7 +118,7 @@ fn refusal(to: &Target, status: StatusCode, body: &Bytes) -> CallError {
 }
 
 /// An error with its causes, in one line.
-fn chain(error: &dyn Error) -> String {
+pub(super) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

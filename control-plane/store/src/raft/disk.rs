@@ -217,6 +217,11 @@ impl Disk {
         file.flush().map_err(|source| DiskError::Mark { path: file.path().to_owned(), source })
     }
 
+    /// The newest entry, or the last one that was purged.
+    pub(super) fn newest(&self) -> Option<LogId<u64>> {
+        self.mark.lock().unwrap_or_else(PoisonError::into_inner).mark().last
+    }
+
     /// What is missing for taking on more, in words; `None` when there is room.
     pub(super) fn is_full(&self) -> Option<String> {
         let volume = rustix::fs::statvfs(&self.path).ok()?;

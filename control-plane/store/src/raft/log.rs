@@ -32,6 +32,7 @@ use tokio::sync::{Notify, oneshot, watch};
 
 use super::{
     TypeConfig,
+    call::chain,
     disk::{Disk, DiskError},
     node::Proposals,
 };
@@ -100,7 +101,8 @@ impl Flushing {
         self.0.send_modify(change);
     }
 
-    fn failure(&self) -> Option<String> {
+    /// Why nothing more is written.
+    pub(super) fn failure(&self) -> Option<String> {
         self.0.borrow().failed.clone()
     }
 
@@ -135,6 +137,13 @@ impl Flushing {
             Some(failed) => Err(io::Error::other(failed)),
             None => Ok(()),
         }
+    }
+
+    /// Waits until this leader has proposed an entry after this one.
+    pub(super) async fn proposed_after(&self, index: u64) {
+        let mut progress = self.0.subscribe();
+        // The sender lives in `self`.
+        let _ = progress.wait_for(|p| p.early > index).await;
     }
 
     /// The same entry if it is on disk, or the newest one that is.
@@ -308,7 +317,7 @@ impl Writing {
         let result = match self.flushing.failure() {
             // What comes after a hole in the log must not be there.
             Some(failed) => Err(failed),
-            None => self.disk.append(entries).map_err(|error| AnyError::new(&error).to_string()),
+            None => self.disk.append(entries).map_err(|error| chain(&error)),
         };
         match result {
             Ok(bytes) => {

@@ -6,6 +6,7 @@ use openraft::{
     AnyError, Entry, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot,
     StorageError, StorageIOError, StoredMembership, storage::RaftStateMachine,
 };
+use tokio::sync::watch;
 
 use super::{
     MemberNode, Request, Response, SnapshotData, TypeConfig,
@@ -25,6 +26,8 @@ pub(super) struct StateMachine {
     disk: Arc<Disk>,
     flushing: Option<Flushing>,
     applied: Option<LogId<u64>>,
+    /// Tells how far this is.
+    progress: watch::Sender<u64>,
     membership: StoredMembership<u64, MemberNode>,
 }
 
@@ -36,6 +39,7 @@ impl StateMachine {
             disk: Arc::clone(disk),
             flushing: None,
             applied: None,
+            progress: watch::Sender::new(0),
             membership: StoredMembership::default(),
         };
         if let Some((meta, data)) = disk.snapshot()? {
@@ -54,10 +58,20 @@ impl StateMachine {
         &self.shared
     }
 
+    /// The newest entry that is applied; 0 for none.
+    pub(super) fn progress(&self) -> watch::Receiver<u64> {
+        self.progress.subscribe()
+    }
+
+    fn reached(&mut self, id: Option<LogId<u64>>) {
+        self.applied = id;
+        self.progress.send_replace(id.map_or(0, |id| id.index));
+    }
+
     fn adopt(&mut self, meta: &Meta, image: StateImage) {
         let new = State::from_image(HistoryLimits::DEFAULT, image);
         self.shared.change(|state| *state = new);
-        self.applied = meta.last_log_id;
+        self.reached(meta.last_log_id);
         self.membership = meta.last_membership.clone();
     }
 
@@ -85,6 +99,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         I::IntoIter: OptionalSend,
     {
         let mut responses = Vec::new();
+        let mut last = self.applied;
         for entry in entries {
             if let Some(flushing) = &self.flushing {
                 flushing
@@ -92,7 +107,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                     .await
                     .map_err(|error| StorageIOError::apply(entry.log_id, AnyError::new(&error)))?;
             }
-            self.applied = Some(entry.log_id);
+            last = Some(entry.log_id);
             responses.push(match entry.payload {
                 EntryPayload::Blank => Response(Vec::new()),
                 EntryPayload::Normal(request) => self.apply_request(entry.log_id.index, &request),
@@ -102,6 +117,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 }
             });
         }
+        self.reached(last);
         Ok(responses)
     }
 

@@ -5,6 +5,7 @@
 
 mod call;
 mod disk;
+mod election;
 mod log;
 mod machine;
 mod mark;
@@ -27,7 +28,7 @@ use std::{
     time::Duration,
 };
 
-use openraft::{Raft, RaftMetrics, ServerState, SnapshotPolicy};
+use openraft::{Raft, RaftMetrics, ServerState, SnapshotPolicy, metrics::RaftServerMetrics};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, task::JoinHandle};
 
@@ -42,10 +43,11 @@ use crate::{
     raft::{
         call::Caller,
         disk::Disk,
+        election::Ear,
         log::{Growth, LogStore},
         machine::StateMachine,
         members::Change,
-        network::Peers,
+        network::{Peers, Telling},
         node::Node,
         reads::Reads,
         writer::Writer,
@@ -68,7 +70,8 @@ openraft::declare_raft_types!(
 pub(crate) struct Request {
     /// The proposer's clock, milliseconds since the Unix epoch.
     time_ms: u64,
-    commands: Vec<Command>,
+    /// Shared: log, followers and state machine look at the same ones.
+    commands: Arc<[Command]>,
     /// Tells this process's proposals apart; means nothing elsewhere.
     #[serde(skip)]
     mark: u64,
@@ -119,9 +122,8 @@ pub enum OpenError {
 
 /// Followers hear from the leader this often; a call to a follower may take as long.
 const HEARTBEAT_MS: u64 = 150;
-/// A follower that hears nothing of the leader for the upper bound, and then for a random time
-/// between both, stands for election: a new leader is there within a second. Several heartbeats fit
-/// in, so that a busy machine does not lose its leader.
+/// A follower that heard of its leader within the upper bound votes for no other one; when followers
+/// stand themselves is in [`election`].
 const ELECTION_MS: (u64, u64) = (300, 450);
 /// Log entries between snapshots: replaying so many takes well under a second.
 const SNAPSHOT_EVERY: u64 = 10_000;
@@ -173,6 +175,7 @@ fn settings() -> Result<Arc<openraft::Config>, OpenError> {
         max_in_snapshot_log_to_keep: KEEP_BEHIND_SNAPSHOT,
         snapshot_max_chunk_size: CHUNK_BYTES,
         install_snapshot_timeout: CHUNK_LIMIT_MS,
+        enable_elect: false,
         ..openraft::Config::default()
     };
     Ok(Arc::new(settings.validate().map_err(|e| fault(&e))?))
@@ -191,12 +194,20 @@ impl RaftBackend {
             .map_err(|error| OpenError::Raft(error.to_string()))??;
         let disk = Arc::new(disk);
         let mut machine = StateMachine::load(&disk)?;
-        let shared = Arc::clone(machine.shared());
+        let (shared, applied) = (Arc::clone(machine.shared()), machine.progress());
         let log = LogStore::open(Arc::clone(&disk))?;
         let (proposals, growth) = (log.proposals(), log.growth());
         machine.after(log.flushing());
+        let flushing = log.flushing();
+        // What failed on disk says more than that Raft has stopped.
+        let fault = |error: &dyn std::error::Error| match flushing.failure() {
+            Some(failed) => OpenError::Raft(failed),
+            None => fault(error),
+        };
         let caller = Caller::new(config.node_id, peering.as_ref());
-        let peers = Peers { caller: caller.clone(), flushing: log.flushing() };
+        let telling = Telling::new();
+        let peers =
+            Peers { caller: caller.clone(), flushing: log.flushing(), telling: telling.clone() };
         let raft = NodeRaft::new(config.node_id, settings()?, peers, log, machine)
             .await
             .map_err(|e| fault(&e))?;
@@ -208,14 +219,26 @@ impl RaftBackend {
                 .await
                 .map_err(|e| fault(&e))?;
         }
-        start_alone(&raft, config.node_id, is_new).await?;
-        let node =
-            Arc::new(Node { id: config.node_id, raft, caller, proposals, disk: Arc::clone(&disk) });
-        let now = leadership(&node.metrics().borrow());
+        start_alone(&raft, config.node_id, is_new).await.map_err(|e| fault(&*e))?;
+        let (quorum_sender, quorum_lost) = watch::channel(None);
+        let node = Arc::new(Node {
+            id: config.node_id,
+            raft,
+            caller,
+            proposals,
+            disk: Arc::clone(&disk),
+            ear: Ear::new(),
+            telling,
+            applied,
+            quorum_lost,
+        });
+        let now = leadership(&node.raft.server_metrics().borrow());
         let (leads_sender, leads) = watch::channel(now.is_leader);
         let (sender, leadership) = watch::channel(now);
         let tasks = vec![
-            tokio::spawn(follow_leadership(node.metrics(), sender, leads_sender)),
+            tokio::spawn(follow_leadership(node.raft.server_metrics(), sender, leads_sender)),
+            tokio::spawn(node::watch_quorum(node.metrics(), quorum_sender)),
+            tokio::spawn(election::keep(Arc::clone(&node))),
             tokio::spawn(snapshot_by_size(Arc::clone(&node), growth)),
             tokio::spawn(tell_address(Arc::clone(&node), config.name, config.address)),
         ];
@@ -339,45 +362,48 @@ impl RaftBackend {
 
 /// Waits until a single voter leads and has applied its log. It stands for election at once, so no
 /// timeout passes here.
-async fn start_alone(raft: &NodeRaft, node_id: u64, is_new: bool) -> Result<(), OpenError> {
+async fn start_alone(
+    raft: &NodeRaft,
+    node_id: u64,
+    is_new: bool,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     // Asked of the core itself: the metrics may still be those of before the start.
     let alone = raft
         .with_raft_state(move |state| state.membership_state.effective().voter_ids().eq([node_id]))
-        .await
-        .map_err(|e| fault(&e))?;
+        .await?;
     if !alone {
         return Ok(());
     }
     // A new one has begun to do so.
     if !is_new {
-        raft.trigger().elect().await.map_err(|e| fault(&e))?;
+        raft.trigger().elect().await?;
     }
     raft.wait(Some(START_LIMIT))
         .metrics(
             |m| {
                 let applied = m.last_applied.map(|id| id.index);
-                leadership(m).is_leader && applied == m.last_log_index
+                let leads = m.state == ServerState::Leader && m.current_leader == Some(m.id);
+                leads && applied == m.last_log_index
             },
             "this voter leads and has applied its log",
         )
-        .await
-        .map_err(|e| fault(&e))?;
+        .await?;
     Ok(())
 }
 
-fn leadership(metrics: &RaftMetrics<u64, MemberNode>) -> Leadership {
+fn leadership(metrics: &RaftServerMetrics<u64, MemberNode>) -> Leadership {
     let leader = metrics.current_leader;
     let membership = metrics.membership_config.membership();
     Leadership {
         is_leader: metrics.state == ServerState::Leader && leader == Some(metrics.id),
-        term: metrics.current_term,
+        term: metrics.vote.leader_id.term,
         leader: leader.and_then(|id| membership.get_node(&id)).map(|node| node.addr.clone()),
     }
 }
 
-/// Copies who leads out of openraft's metrics, which change with every write.
+/// Tells who leads.
 async fn follow_leadership(
-    mut metrics: watch::Receiver<RaftMetrics<u64, MemberNode>>,
+    mut metrics: watch::Receiver<RaftServerMetrics<u64, MemberNode>>,
     leadership_sender: watch::Sender<Leadership>,
     leads: watch::Sender<bool>,
 ) {

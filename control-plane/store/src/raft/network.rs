@@ -1,6 +1,13 @@
 //! openraft's network: its calls to followers, candidates' calls for votes, snapshots in chunks.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use openraft::{
     SnapshotMeta, Vote,
@@ -15,7 +22,7 @@ use openraft::{
     },
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::{
     MemberNode, TypeConfig,
@@ -30,18 +37,58 @@ const RETRY: Duration = Duration::from_millis(200);
 
 /// A follower hears of commits at most so much later, so that it need not be told again.
 const FLUSH_PATIENCE: Duration = Duration::from_millis(20);
+/// Entries that come within this time take the news of a commit along: a client that writes one
+/// after the other needs as long between two.
+const TELL_AFTER: Duration = Duration::from_millis(2);
+/// A follower hears of its leader this often, whatever is on its way.
+const TELL_AT_LEAST: Duration = Duration::from_millis(50);
+/// Whoever asked for something within this time, in milliseconds, may do so again.
+const ASKING_MS: u64 = 1_000;
 
 /// Makes connections.
 pub(super) struct Peers {
     pub(super) caller: Caller,
     pub(super) flushing: Flushing,
+    pub(super) telling: Telling,
 }
 
 /// One other node.
 pub(super) struct Peer {
     caller: Caller,
     flushing: Flushing,
+    telling: Telling,
     target: Target,
+    /// When it last answered a call for entries. openraft has one stream of these for each
+    /// follower, and asks its questions by others.
+    called: Option<Instant>,
+}
+
+/// Whether other nodes wait to hear of commits: those whose writes and reads come here.
+#[derive(Clone)]
+pub(super) struct Telling {
+    began: Instant,
+    /// Milliseconds from the beginning to the last time that one asked; 0 for never.
+    asked_ms: Arc<AtomicU64>,
+}
+
+impl Telling {
+    pub(super) fn new() -> Self {
+        Self { began: Instant::now(), asked_ms: Arc::default() }
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Another node asked for something.
+    pub(super) fn asked(&self) {
+        self.asked_ms.store(self.now_ms().max(1), Ordering::Relaxed);
+    }
+
+    fn is_urgent(&self) -> bool {
+        let asked_ms = self.asked_ms.load(Ordering::Relaxed);
+        asked_ms > 0 && self.now_ms().saturating_sub(asked_ms) < ASKING_MS
+    }
 }
 
 type Result<T, E = RaftError<u64>> = std::result::Result<T, RPCError<u64, MemberNode, E>>;
@@ -77,6 +124,23 @@ pub(super) fn json<T: Serialize>(value: &T) -> Vec<u8> {
 }
 
 impl Peer {
+    /// Lets a call without entries wait for those that follow, if nobody is in a hurry: a follower's
+    /// next entries say what is committed as well, and would have to wait for the end of this call.
+    ///
+    /// # Errors
+    /// When there are entries for this follower now; openraft sends them after that.
+    async fn hold_back(&self, request: &AppendEntriesRequest<TypeConfig>) -> Result<()> {
+        let heard_lately = self.called.is_some_and(|at| at.elapsed() < TELL_AT_LEAST);
+        let Some(known) = request.prev_log_id.filter(|_| heard_lately) else { return Ok(()) };
+        if self.telling.is_urgent() {
+            return Ok(());
+        }
+        match timeout(TELL_AFTER, self.flushing.proposed_after(known.index)).await {
+            Ok(()) => Err(NetworkError::new(&io::Error::other("entries follow")).into()),
+            Err(_) => Ok(()),
+        }
+    }
+
     async fn call<T, E>(
         &self,
         call: &str,
@@ -113,7 +177,9 @@ impl RaftNetworkFactory<TypeConfig> for Peers {
         Peer {
             caller: self.caller.clone(),
             flushing: self.flushing.clone(),
+            telling: self.telling.clone(),
             target: Target { id, address: node.addr.clone() },
+            called: None,
         }
     }
 }
@@ -124,9 +190,16 @@ impl RaftNetwork<TypeConfig> for Peer {
         mut request: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<u64>> {
-        // A commit counts when it is on this disk too; see `log`.
+        let carries = !request.entries.is_empty();
+        if !carries {
+            self.hold_back(&request).await?;
+        }
+        // A commit counts when it is on this disk too; see `log`. Entries need not wait for that:
+        // their own commit will be told.
         if let Some(commit) = request.leader_commit {
-            let _ = timeout(FLUSH_PATIENCE, self.flushing.reached(commit.index)).await;
+            if !carries {
+                let _ = timeout(FLUSH_PATIENCE, self.flushing.reached(commit.index)).await;
+            }
             request.leader_commit = self.flushing.at_most(commit);
         }
         let body = json(&request);
@@ -134,7 +207,11 @@ impl RaftNetwork<TypeConfig> for Peer {
             let half = request.entries.len() as u64 / 2;
             return Err(PayloadTooLarge::new_entries_hint(half).into());
         }
-        self.call("append", body, option.hard_ttl()).await
+        let answer = self.call("append", body, option.hard_ttl()).await?;
+        if carries || self.called.is_some() {
+            self.called = Some(Instant::now());
+        }
+        Ok(answer)
     }
 
     async fn install_snapshot(

@@ -21,6 +21,8 @@ use super::{
     MemberNode, NodeRaft,
     call::{CallError, Caller, Target},
     disk::Disk,
+    election::Ear,
+    network::Telling,
 };
 use crate::StoreError;
 
@@ -115,6 +117,12 @@ pub(super) struct Node {
     pub(super) caller: Caller,
     pub(super) proposals: Proposals,
     pub(super) disk: Arc<Disk>,
+    pub(super) ear: Ear,
+    pub(super) telling: Telling,
+    /// The newest entry that is applied here; 0 for none.
+    pub(super) applied: watch::Receiver<u64>,
+    /// Why this node, if it leads, can't commit anything.
+    pub(super) quorum_lost: watch::Receiver<Option<String>>,
 }
 
 /// Where an order goes now.
@@ -157,15 +165,12 @@ impl Node {
 
     /// Waits until this node leads without a majority, and says so.
     pub(super) async fn loses_quorum(&self) -> String {
-        let mut metrics = self.raft.metrics();
-        loop {
-            if let Some(why) = quorum_lost(&metrics.borrow_and_update()) {
-                return why;
-            }
-            // Raft tells of its state with every heartbeat; a sender that is gone tells nothing.
-            if metrics.changed().await.is_err() {
-                std::future::pending::<()>().await;
-            }
+        let mut lost = self.quorum_lost.clone();
+        let why = lost.wait_for(Option::is_some).await.ok().and_then(|why| why.clone());
+        match why {
+            Some(why) => why,
+            // A sender that is gone tells nothing.
+            None => std::future::pending().await,
         }
     }
 
@@ -181,10 +186,25 @@ impl Node {
 
     /// Waits until this node has applied the entry; `false` when the deadline is over.
     pub(super) async fn applied(&self, index: u64, deadline: Instant) -> bool {
-        let mut metrics = self.raft.metrics();
-        let reached =
-            metrics.wait_for(|m| m.last_applied.is_some_and(|applied| applied.index >= index));
-        index == 0 || matches!(timeout_at(deadline, reached).await, Ok(Ok(_)))
+        let mut applied = self.applied.clone();
+        let reached = applied.wait_for(|applied| *applied >= index);
+        matches!(timeout_at(deadline, reached).await, Ok(Ok(_)))
+    }
+}
+
+/// Looks whether this node leads without a majority, as often as calls to followers end.
+pub(super) async fn watch_quorum(
+    metrics: watch::Receiver<RaftMetrics<u64, MemberNode>>,
+    lost: watch::Sender<Option<String>>,
+) {
+    loop {
+        tokio::time::sleep(LOOK_AGAIN).await;
+        let now = quorum_lost(&metrics.borrow());
+        lost.send_if_modified(|known| {
+            let changed = known.is_some() != now.is_some();
+            *known = now;
+            changed
+        });
     }
 }
 

@@ -14,7 +14,7 @@ use axum::{
     response::{IntoResponse as _, Response},
     routing::post,
 };
-use openraft::raft::AppendEntriesRequest;
+use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
@@ -33,6 +33,7 @@ pub(crate) fn routes(backend: Arc<RaftBackend>) -> Router {
     Router::new()
         .route(&path("append"), post(append))
         .route(&path("vote"), post(vote))
+        .route(&path("would-have"), post(would_have))
         .route(&path("snapshot"), post(snapshot))
         .route(&path("read-index"), post(read))
         .route(&path("applied"), post(applied))
@@ -83,21 +84,44 @@ async fn append(State(backend): Backend, body: Bytes) -> Response {
     // Signs of life need no room. Without the rest this node falls behind, and catches up later.
     match backend.node.disk.is_full() {
         Some(problem) if !request.entries.is_empty() => {
+            backend.node.ear.heard();
             (StatusCode::SERVICE_UNAVAILABLE, problem).into_response()
         }
-        _ => answer(&backend.node.raft.append_entries(request).await),
+        _ => {
+            let answered = backend.node.raft.append_entries(request).await;
+            // Whoever calls with an old vote leads no more.
+            if answered.as_ref().is_ok_and(|a| !matches!(a, AppendEntriesResponse::HigherVote(_))) {
+                backend.node.ear.heard();
+            }
+            answer(&answered)
+        }
     }
 }
 
 async fn vote(State(backend): Backend, body: Bytes) -> Response {
-    with(&body, |request| backend.node.raft.vote(request)).await
+    with(&body, |request| async {
+        let answered = backend.node.raft.vote(request).await;
+        if answered.as_ref().is_ok_and(|vote| vote.vote_granted) {
+            backend.node.ear.heard();
+        }
+        answered
+    })
+    .await
+}
+
+async fn would_have(State(backend): Backend, body: Bytes) -> Response {
+    with(&body, |candidate| async move { backend.node.would_have(candidate) }).await
 }
 
 async fn snapshot(State(backend): Backend, body: Bytes) -> Response {
-    match decode_chunk(&body) {
-        Some(chunk) => answer(&backend.node.raft.install_snapshot(chunk).await),
-        None => (StatusCode::BAD_REQUEST, "not a part of a snapshot").into_response(),
+    let Some(chunk) = decode_chunk(&body) else {
+        return (StatusCode::BAD_REQUEST, "not a part of a snapshot").into_response();
+    };
+    let answered = backend.node.raft.install_snapshot(chunk).await;
+    if answered.is_ok() {
+        backend.node.ear.heard();
     }
+    answer(&answered)
 }
 
 /// How far this node is; a sign of life as well.
@@ -106,10 +130,12 @@ async fn applied(State(backend): Backend) -> Response {
 }
 
 async fn read(State(backend): Backend) -> Response {
+    backend.node.telling.asked();
     answer(&read_index(&backend.node).await)
 }
 
 async fn write(State(backend): Backend, body: Bytes) -> Response {
+    backend.node.telling.asked();
     with(&body, |commands| backend.writer.write_here(commands)).await
 }
 

@@ -31,7 +31,7 @@ fn log_and_machine_pass_openrafts_suite() {
 #[test]
 fn log_entries_keep_their_form_on_disk() {
     let request =
-        Request { time_ms: 5, commands: vec![Command::Txn(Txn::create("/a", "1"))], mark: 0 };
+        Request { time_ms: 5, commands: [Command::Txn(Txn::create("/a", "1"))].into(), mark: 0 };
     let entry: openraft::Entry<TypeConfig> = openraft::Entry {
         log_id: openraft::LogId::new(openraft::CommittedLeaderId::new(2, 1), 7),
         payload: openraft::EntryPayload::Normal(request),

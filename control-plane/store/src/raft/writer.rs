@@ -18,6 +18,7 @@ use tokio::{
 
 use super::{
     Request, Response, TypeConfig,
+    call::Target,
     network::json,
     node::{Node, PATIENCE, Place, Refusal},
 };
@@ -32,8 +33,9 @@ const QUEUE: usize = 1024;
 /// Limits of one entry.
 const BATCH_COMMANDS: usize = 256;
 const BATCH_BYTES: usize = 4 << 20;
-/// While followers write one entry, the leader writes the next.
-const IN_FLIGHT: usize = 2;
+/// While followers write one entry, the leader writes the next, and those that come meanwhile are on
+/// their way when a follower is done: each of its calls takes all that there are.
+const IN_FLIGHT: usize = 4;
 
 /// What became of the commands of one order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,7 +96,7 @@ async fn write_batches(node: Arc<Node>, mut queue: mpsc::Receiver<Order>) {
         let batch = Batch::collect(first, &mut queue);
         // Proposed here and now, so that entries are in the order of arrival.
         let begun = match node.place() {
-            Place::Here => Some(propose(&node, &batch.commands()).await),
+            Place::Here => Some(propose(&node, &batch.commands).await),
             Place::There(_) | Place::Nowhere(_) => None,
         };
         let node = Arc::clone(&node);
@@ -105,12 +107,23 @@ async fn write_batches(node: Arc<Node>, mut queue: mpsc::Receiver<Order>) {
     }
 }
 
-struct Batch(Vec<Order>);
+/// Orders that go together.
+struct Batch {
+    /// Of all orders, one after the other.
+    commands: Arc<[Command]>,
+    waiting: Vec<Waiting>,
+}
+
+/// One order without its commands.
+struct Waiting {
+    commands: usize,
+    here_only: bool,
+    reply: oneshot::Sender<Answer>,
+}
 
 impl Batch {
     fn collect(first: Order, queue: &mut mpsc::Receiver<Order>) -> Self {
-        let mut orders = Vec::new();
-        let (mut commands, mut bytes) = (0, 0);
+        let (mut commands, mut waiting, mut bytes) = (Vec::new(), Vec::new(), 0);
         let mut next = Some(first);
         while let Some(order) = next {
             if order.arrived.elapsed() > PATIENCE {
@@ -118,49 +131,38 @@ impl Batch {
                 // A caller that went away needs no answer, here and below.
                 let _ = order.reply.send(Err(refusal));
             } else {
-                commands += order.commands.len();
-                bytes += order.commands.iter().map(size).sum::<usize>();
-                orders.push(order);
+                let Order { commands: ordered, here_only, reply, .. } = order;
+                bytes += ordered.iter().map(size).sum::<usize>();
+                waiting.push(Waiting { commands: ordered.len(), here_only, reply });
+                commands.extend(ordered);
             }
-            let full = commands >= BATCH_COMMANDS || bytes >= BATCH_BYTES;
+            let full = commands.len() >= BATCH_COMMANDS || bytes >= BATCH_BYTES;
             next = if full { None } else { queue.try_recv().ok() };
         }
-        Self(orders)
-    }
-
-    fn commands(&self) -> Vec<Command> {
-        self.0.iter().flat_map(|order| &order.commands).cloned().collect()
+        Self { commands: commands.into(), waiting }
     }
 
     /// Sees the batch through, with as many tries as are safe and fit into the time.
     async fn finish(mut self, node: &Node, mut begun: Option<Proposal>) {
         let deadline = Instant::now() + PATIENCE;
-        while !self.0.is_empty() {
+        while !self.waiting.is_empty() {
             let answer = match (begun.take(), node.place()) {
+                // What is answered here is applied here.
                 (Some(proposal), _) => proposal.outcome(node, deadline).await,
                 (None, Place::Here) => {
-                    propose(node, &self.commands()).await.outcome(node, deadline).await
+                    propose(node, &self.commands).await.outcome(node, deadline).await
                 }
                 (None, Place::There(leader)) => {
                     self.refuse_forwarded(&leader.address);
-                    if self.0.is_empty() {
+                    if self.waiting.is_empty() {
                         return;
                     }
-                    let body = json(&self.commands());
-                    let limit = deadline.saturating_duration_since(Instant::now());
-                    match node.caller.post(&leader, "write", body, limit).await {
-                        Ok(answer) => answer,
-                        Err(error) => Err(error.into()),
-                    }
+                    self.forward(node, &leader, deadline).await
                 }
                 (None, Place::Nowhere(why)) => Err(Refusal::Unavailable(why)),
             };
             match answer {
-                Ok(written) => {
-                    // What this node acknowledged, it also shows; committed it is anyway.
-                    node.applied(written.index, deadline).await;
-                    return self.answer(written);
-                }
+                Ok(written) => return self.answer(written),
                 Err(refusal) => {
                     let again = refusal.is_definite() && node.news(deadline).await;
                     if !again {
@@ -171,16 +173,38 @@ impl Batch {
         }
     }
 
+    async fn forward(&self, node: &Node, leader: &Target, deadline: Instant) -> Answer {
+        let limit = deadline.saturating_duration_since(Instant::now());
+        let body = json(&self.commands);
+        let written: Written = node.caller.post::<Answer>(leader, "write", body, limit).await??;
+        // What this node acknowledged, it also shows; committed it is anyway.
+        node.applied(written.index, deadline).await;
+        Ok(written)
+    }
+
     /// Orders of other nodes go no further: their senders look for the leader.
     fn refuse_forwarded(&mut self, leader: &str) {
-        let (forwarded, own) = std::mem::take(&mut self.0).into_iter().partition(|o| o.here_only);
-        self.0 = own;
+        if !self.waiting.iter().any(|order| order.here_only) {
+            return;
+        }
         let refusal = Refusal::NotLeader { leader: Some(leader.to_owned()) };
-        Self(forwarded).refuse(&refusal);
+        let (mut commands, mut waiting) = (Vec::new(), Vec::new());
+        let mut rest = &self.commands[..];
+        for order in std::mem::take(&mut self.waiting) {
+            let (ordered, further) = rest.split_at(order.commands);
+            rest = further;
+            if order.here_only {
+                let _ = order.reply.send(Err(refusal.clone()));
+            } else {
+                commands.extend_from_slice(ordered);
+                waiting.push(order);
+            }
+        }
+        *self = Self { commands: commands.into(), waiting };
     }
 
     fn refuse(self, refusal: &Refusal) {
-        for order in self.0 {
+        for order in self.waiting {
             let _ = order.reply.send(Err(refusal.clone()));
         }
     }
@@ -188,8 +212,8 @@ impl Batch {
     fn answer(self, written: Written) {
         let Written { index, outcomes } = written;
         let mut outcomes = outcomes.into_iter();
-        for order in self.0 {
-            let outcomes = outcomes.by_ref().take(order.commands.len()).collect();
+        for order in self.waiting {
+            let outcomes = outcomes.by_ref().take(order.commands).collect();
             let _ = order.reply.send(Ok(Written { index, outcomes }));
         }
     }
@@ -201,12 +225,12 @@ enum Proposal {
     Refused(Refusal),
 }
 
-async fn propose(node: &Node, commands: &[Command]) -> Proposal {
+async fn propose(node: &Node, commands: &Arc<[Command]>) -> Proposal {
     if let Some(problem) = node.disk.is_full() {
         return Proposal::Refused(Refusal::Full(problem));
     }
     let mark = node.proposals.begin();
-    let request = Request { time_ms: now_ms(), commands: commands.to_vec(), mark };
+    let request = Request { time_ms: now_ms(), commands: Arc::clone(commands), mark };
     match node.raft.client_write_ff(request).await {
         Ok(answer) => Proposal::Begun { mark, answer },
         Err(error) => {
