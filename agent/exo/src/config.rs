@@ -13,6 +13,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 const DEFAULT_PORT: u16 = 8080;
 /// Kubernetes-style API; also the port that other nodes reach.
 const DEFAULT_API_PORT: u16 = 8443;
+const DEFAULT_CLUSTER: &str = "exo";
 /// Longest node name: one DNS label.
 const MAX_NAME: usize = 63;
 
@@ -31,12 +32,12 @@ pub(crate) struct RawArgs {
     /// Port of the OpenAI API (plain HTTP)
     #[arg(long, default_value_t = DEFAULT_PORT)]
     port: u16,
-    /// Name of this node [default: the host name]
+    /// Name of this node [default: the one that it had, else the host name]
     #[arg(long, value_name = "NODE")]
     name: Option<String>,
-    /// Name of the cluster; nodes join only their own
-    #[arg(long, value_name = "NAME", default_value = "exo")]
-    cluster: String,
+    /// Name of the cluster; nodes join only their own [default: exo]
+    #[arg(long, value_name = "NAME")]
+    cluster: Option<String>,
     /// Where state is kept [default: ~/.exo]
     #[arg(long, value_name = "DIR", env = "EXO_HOME")]
     data_dir: Option<PathBuf>,
@@ -95,6 +96,8 @@ pub(crate) enum LogFormat {
 pub(crate) struct Config {
     pub(crate) node_name: String,
     pub(crate) cluster: String,
+    /// Whether these two were asked for by name.
+    pub(crate) named: Named,
     pub(crate) data_dir: PathBuf,
     /// Address that other nodes are told.
     pub(crate) address: IpAddr,
@@ -105,6 +108,12 @@ pub(crate) struct Config {
     pub(crate) model_dirs: Vec<PathBuf>,
     /// Origins whose web pages may use the gateway.
     pub(crate) allowed_origins: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Named {
+    pub(crate) node: bool,
+    pub(crate) cluster: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -189,7 +198,9 @@ impl RawArgs {
             }
             (None, None) => bail!("this machine has no host name: add --name NODE"),
         };
-        let cluster = checked_name(&self.cluster).context("--cluster")?;
+        let cluster = self.cluster.as_deref().unwrap_or(DEFAULT_CLUSTER);
+        let cluster = checked_name(cluster).context("--cluster")?;
+        let named = Named { node: self.name.is_some(), cluster: self.cluster.is_some() };
         for peer in &self.peers {
             checked_peer(peer).context("--peers")?;
         }
@@ -222,6 +233,7 @@ impl RawArgs {
         Ok(Config {
             node_name,
             cluster,
+            named,
             data_dir,
             address,
             metrics: SocketAddr::new(any, self.api_port),
@@ -368,6 +380,25 @@ pub(crate) fn banner(addresses: &Addresses, kubeconfig: &str) -> String {
     let _ = writeln!(text, "  cluster API  https://{}   KUBECONFIG={kubeconfig}", host(api));
     let _ = writeln!(text, "  join         exo --peers {join}");
     text
+}
+
+#[cfg(test)]
+impl Config {
+    /// An agent in `data_dir`.
+    pub(crate) fn for_tests(data_dir: &std::path::Path) -> Self {
+        let ip = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        Self {
+            node_name: "a".to_owned(),
+            cluster: DEFAULT_CLUSTER.to_owned(),
+            named: Named::default(),
+            data_dir: data_dir.to_owned(),
+            address: ip,
+            metrics: SocketAddr::new(ip, 0),
+            role: Role::Agent { peers: Vec::new() },
+            model_dirs: Vec::new(),
+            allowed_origins: Vec::new(),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 //! pki/            ca.crt node.crt node.key, and ca.key where the control plane runs
 //! raft/           the replicated store
 //! joining         while this node is not yet a member of a cluster's control plane: whom it asks
+//! node            the names under which this node is in its cluster
 //! members         API addresses of the control plane, for a node that runs models only
 //! shards/         one folder per shard that runs here
 //! ```
@@ -24,6 +25,8 @@ use exo_trust::{
     certificate_expired, certificate_renewal_due, reqwest_client, write_private,
 };
 use serde_json::json;
+
+use crate::config::Config;
 
 /// What the name of a node's user begins with, as in Kubernetes.
 pub(crate) const NODE_USER_PREFIX: &str = "system:node:";
@@ -137,6 +140,46 @@ impl DataDir {
             }
             Ok(()) | Err(_) => Ok(()),
         }
+    }
+
+    /// Takes the names under which this node belongs to its cluster already: others know it by them.
+    ///
+    /// # Errors
+    /// When the command line asks for others, or the file can't be read.
+    pub(crate) fn settle_names(&self, config: &mut Config) -> anyhow::Result<()> {
+        if !matches!(self.standing(), Standing::ControlPlane | Standing::Agent) {
+            return Ok(());
+        }
+        let path = self.path.join("node");
+        let text = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            text => text.with_context(|| format!("reading {}", path.display()))?,
+        };
+        let known: serde_json::Value = serde_json::from_str(&text).with_context(|| {
+            format!("{} is damaged: remove it, and give --name", path.display())
+        })?;
+        let named = config.named;
+        for (field, flag, was_given, value) in [
+            ("name", "--name", named.node, &mut config.node_name),
+            ("cluster", "--cluster", named.cluster, &mut config.cluster),
+        ] {
+            let Some(known) = known[field].as_str() else { continue };
+            if was_given && known != value {
+                bail!(
+                    "{flag}: {} is the data of {field} `{known}`, not `{value}`: leave {flag} out, or \
+                     give another --data-dir",
+                    self.path.display()
+                );
+            }
+            known.clone_into(value);
+        }
+        Ok(())
+    }
+
+    /// Keeps the names for the next start; this node is in its cluster now.
+    pub(crate) fn keep_names(&self, config: &Config) -> anyhow::Result<()> {
+        let names = json!({"name": config.node_name, "cluster": config.cluster});
+        Ok(write_private(&self.path.join("node"), names.to_string().as_bytes())?)
     }
 
     /// The certificate of the cluster's authority, PEM.
@@ -263,6 +306,42 @@ pub(crate) fn known_members(path: &Path) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Named;
+
+    #[test]
+    fn a_node_keeps_its_names_with_its_data() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = DataDir::open(dir.path()).unwrap();
+        let config = |name: &str, cluster: &str, named: bool| Config {
+            node_name: name.to_owned(),
+            cluster: cluster.to_owned(),
+            named: Named { node: named, cluster: named },
+            ..Config::for_tests(dir.path())
+        };
+        let settled = |mut config: Config| {
+            data.settle_names(&mut config).map(|()| (config.node_name, config.cluster))
+        };
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        data.keep_names(&config("second", "home", true)).unwrap();
+        // Not in a cluster yet: the names are free.
+        assert_eq!(settled(config("vm", "exo", true)).unwrap(), pair("vm", "exo"));
+
+        fs::create_dir(dir.path().join("raft")).unwrap();
+        fs::write(dir.path().join("raft/store.redb"), "").unwrap();
+        assert_eq!(settled(config("vm", "exo", false)).unwrap(), pair("second", "home"));
+        assert_eq!(settled(config("second", "home", true)).unwrap(), pair("second", "home"));
+        for (name, cluster, wanted) in
+            [("vm", "home", "--name: "), ("second", "exo", "--cluster: ")]
+        {
+            let error = settled(config(name, cluster, true)).unwrap_err().to_string();
+            assert!(error.starts_with(wanted) && error.contains("--data-dir"), "{error}");
+        }
+        fs::write(dir.path().join("node"), "{").unwrap();
+        let error = settled(config("vm", "exo", false)).unwrap_err();
+        assert!(format!("{error:#}").contains("node is damaged"), "{error:#}");
+        fs::remove_file(dir.path().join("node")).unwrap();
+        assert_eq!(settled(config("vm", "exo", false)).unwrap(), pair("vm", "exo"));
+    }
 
     #[test]
     fn a_second_process_is_refused() {

@@ -55,8 +55,9 @@ const READY_AGAIN: Duration = Duration::from_millis(200);
 const SERVER_LIMIT: Duration = Duration::from_millis(500);
 
 /// Runs until a signal comes or a part fails.
-pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
+pub(crate) async fn run(mut config: Config) -> anyhow::Result<()> {
     let data = DataDir::open(&config.data_dir)?;
+    data.settle_names(&mut config)?;
     let signal = CancellationToken::new();
     tokio::spawn(cancel_on_signal(signal.clone()));
     match config.role.clone() {
@@ -80,6 +81,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
             }
             let plane =
                 Box::pin(ControlPlane::start(&config, &data, sockets, (&start, &store))).await?;
+            data.keep_names(&config)?;
             Box::pin(plane.run(&config, &data, (start, agent), signal)).await
         }
         Role::Agent { peers } => run_agent_alone(&config, &data, &peers, signal).await,
@@ -229,7 +231,7 @@ impl ControlPlane {
             tokio::join!(serving, collecting);
             Ok(())
         });
-        warn!("no join token is set: whoever reaches {join_address} may join this cluster");
+        info!("whoever reaches {join_address} may join this cluster");
         Ok(Self {
             store,
             client,
@@ -482,6 +484,7 @@ async fn run_agent_alone(
         let name = (config.node_name.as_str(), config.cluster.as_str());
         join::join_first(data, peers, name).await?
     };
+    data.keep_names(config)?;
     let registry = Registry::new();
     let mut metrics = serve_metrics(config, data, &registry).await?;
     // First the one that answered, then what people said, then what was heard of last time.

@@ -20,6 +20,8 @@ pub(crate) async fn load(global: &Global) -> anyhow::Result<kube::Config> {
         .map_err(|error| innermost(error, &from))?;
     // A server on the LAN answers at once or not at all.
     config.connect_timeout = Some(std::time::Duration::from_secs(5));
+    // Whoever typed a command wants to know why it doesn't work, not to wait for minutes.
+    config.default_retry = false;
     Ok(config)
 }
 

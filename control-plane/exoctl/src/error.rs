@@ -107,6 +107,14 @@ pub(crate) fn is_not_found(error: &anyhow::Error) -> bool {
     refused(error).is_some_and(Refused::is_not_found)
 }
 
+/// Whether a server says that it can't find out now.
+pub(crate) fn is_unavailable(error: &anyhow::Error) -> bool {
+    match error.downcast_ref::<Failures>() {
+        Some(failures) => failures.0.iter().any(is_unavailable),
+        None => refused(error).is_some_and(|refused| refused.0.code == 503),
+    }
+}
+
 /// Turns a client error into one sentence. `server` says who was asked.
 pub(crate) fn explain(error: kube::Error, server: &str) -> anyhow::Error {
     match error {

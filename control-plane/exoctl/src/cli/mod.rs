@@ -146,6 +146,9 @@ pub(crate) struct Get {
     /// It is no error when a named object isn't there
     #[arg(long)]
     pub(crate) ignore_not_found: bool,
+    /// Shows what the asked server has, old or not: works without a majority
+    #[arg(long, conflicts_with_all = ["watch", "watch_only"])]
+    pub(crate) stale: bool,
     /// Shows in yaml and json which client is responsible for which field
     #[arg(long)]
     pub(crate) show_managed_fields: bool,

@@ -81,6 +81,8 @@ async fn edit(server: &Server, one: &Found<'_>, editor: &str) -> anyhow::Result<
     let file = tempfile::Builder::new().prefix("exoctl-edit-").suffix(".yaml").tempfile()?;
     let mut body = yaml::to_string(&session.base)?;
     let mut complaint: Option<String> = None;
+    // What was refused as it stands.
+    let mut refused: Option<String> = None;
     loop {
         let shown =
             format!("{HEADER}{}{body}", complaint.as_deref().map_or_else(String::new, commented));
@@ -88,13 +90,14 @@ async fn edit(server: &Server, one: &Found<'_>, editor: &str) -> anyhow::Result<
         open(editor, file.path())?;
         let text = std::fs::read_to_string(file.path()).context("reading the edited file")?;
         let edited = without_comments(&text);
-        if edited.trim().is_empty() || text == shown {
+        if edited.trim().is_empty() || text == shown || refused.as_ref() == Some(&edited) {
             let Some(complaint) = complaint else { return Ok(false) };
             return given_up(file, &edited, &complaint);
         }
         let object = match session.read(&edited) {
             Ok(object) => object,
             Err(error) => {
+                refused = Some(edited.clone());
                 (body, complaint) = (edited, Some(format!("{error:#}")));
                 continue;
             }
@@ -105,7 +108,10 @@ async fn edit(server: &Server, one: &Found<'_>, editor: &str) -> anyhow::Result<
         }
         match session.send(patch, edited.clone()).await {
             Ok(Sent::Done) => return Ok(true),
-            Ok(Sent::Again(text, why)) => (body, complaint) = (text, Some(why)),
+            Ok(Sent::Again(text, why)) => {
+                refused = (text == edited).then(|| edited.clone());
+                (body, complaint) = (text, Some(why));
+            }
             Err(error) => {
                 let saved = keep(file, &edited)?;
                 return Err(error.context(format!("the edited text is in {saved}")));

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     cli::{Get, Output},
-    error::{Collector, is_not_found},
+    error::{Collector, is_not_found, is_unavailable},
     jsonpath::{JsonPath, compare},
     kinds::Kind,
     output::Objects,
@@ -38,10 +38,14 @@ pub(super) async fn run(args: &Get, server: &Server, out: &mut dyn Write) -> any
             _ => bail!("only one kind, or one object, can be watched at a time"),
         };
     }
-    match &args.output {
+    let got = match &args.output {
         None | Some(Output::Wide) => tables(args, server, &selected, out).await,
         Some(form) => objects(args, form, server, &selected, out).await,
+    };
+    if !args.stale && got.as_ref().is_err_and(is_unavailable) {
+        note("--stale shows what this server had last");
     }
+    got
 }
 
 async fn tables(
@@ -53,7 +57,7 @@ async fn tables(
     let mut failures = Collector::default();
     let mut printed = false;
     for one in selected {
-        let mut query = args.select.query();
+        let mut query = query(args);
         let order = Order::of(args, one.kind);
         if order.is_some() {
             query.push(("includeObject", "Object"));
@@ -70,7 +74,7 @@ async fn tables(
             }
         }
         if table.rows.is_empty() {
-            if one.names.is_empty() && selected.len() == 1 {
+            if one.names.is_empty() && selected.len() == 1 && failures.is_empty() {
                 note(&nothing_found(one.kind, &args.select, server));
             }
             continue;
@@ -133,11 +137,11 @@ async fn objects(
         asked_for_one = selected.len() == 1 && one.names.len() == 1;
         let mut objects = Vec::new();
         if one.names.is_empty() {
-            let items = select::list(server, one.kind, &args.select).await;
+            let items = select::list_with(server, one.kind, &args.select, &query(args)).await;
             objects = failures.note(items)?.unwrap_or_default();
         } else {
             for path in paths(args, server, one) {
-                let object = server.get::<Value>(&path, &[], Form::Json).await;
+                let object = server.get::<Value>(&path, age(args), Form::Json).await;
                 if args.ignore_not_found && object.as_ref().is_err_and(is_not_found) {
                     continue;
                 }
@@ -156,6 +160,17 @@ async fn objects(
         printer.one(kind, object, out)?;
     }
     failures.finish()
+}
+
+/// How old an answer may be.
+fn age(args: &Get) -> &'static [(&'static str, &'static str)] {
+    if args.stale { &[("resourceVersion", "0")] } else { &[] }
+}
+
+fn query(args: &Get) -> Vec<(&str, &str)> {
+    let mut query = args.select.query();
+    query.extend(age(args));
+    query
 }
 
 /// The paths to ask: one for each name, or the whole list.

@@ -147,8 +147,18 @@ pub(super) async fn list(
     kind: &Kind,
     select: &Select,
 ) -> anyhow::Result<Vec<Value>> {
+    list_with(server, kind, select, &select.query()).await
+}
+
+/// The same with parameters of the caller's.
+pub(super) async fn list_with(
+    server: &Server,
+    kind: &Kind,
+    select: &Select,
+    query: &[(&str, &str)],
+) -> anyhow::Result<Vec<Value>> {
     let path = kind.path(select.namespace(server), None);
-    let mut list: Value = server.get(&path, &select.query(), Form::Json).await?;
+    let mut list: Value = server.get(&path, query, Form::Json).await?;
     Ok(take_items(&mut list, kind))
 }
 

@@ -143,3 +143,15 @@ async fn changes_of_others_to_the_same_field_are_shown() {
     assert!(again.contains("replicas: 2") && again.contains("seed: 7"), "{again}");
     assert_eq!(field(&cluster, ".spec.replicas} {.spec.seed").await, "4 7");
 }
+
+#[tokio::test]
+async fn the_same_refused_text_twice_ends_it() {
+    let cluster = cluster().await;
+    // Writes the whole file each time, without the reason at its top.
+    let script = "grep -v '^#' \"$1\" | sed 's/replicas: .*/replicas: many/' > new; mv new \"$1\"";
+    let edited = edit(&cluster, script).await;
+    assert_ne!(edited.code, 0);
+    assert!(edited.stderr.contains("spec.replicas"), "{}", edited.stderr);
+    assert!(edited.stderr.contains("the edited text is in"), "{}", edited.stderr);
+    assert!(was_opened_again(&cluster, 2) && !was_opened_again(&cluster, 3));
+}

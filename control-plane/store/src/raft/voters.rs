@@ -2,8 +2,8 @@
 //!
 //! An even number bears the loss of no more voters than the odd one below it, and needs one more to
 //! agree: two voters stop when either is lost, one voter and a learner only when the voter is.
-//! So learners become voters in pairs. Nobody loses its vote here: a voter that is away may come
-//! back, and one that does not is taken out by people.
+//! So learners become voters in pairs, and when people take out a voter, of the even number that is
+//! left one becomes a learner. A voter that is away keeps its vote: it may come back.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -34,15 +34,27 @@ fn to_promote(members: &[Member], ready: &BTreeSet<u64>) -> BTreeSet<u64> {
     learners.into_iter().take(wanted.saturating_sub(voters)).collect()
 }
 
-/// While this node leads, makes voters of learners; returns when Raft has stopped.
+/// The voter that becomes a learner now: of an even number the one that has least of the log, never
+/// the leader. `matched` says how far each has it.
+fn to_demote(members: &[Member], own: u64, matched: impl Fn(u64) -> Option<u64>) -> Option<u64> {
+    let voters = || members.iter().filter(|m| m.is_voter).map(|m| m.id);
+    if voters().count() % 2 == 1 {
+        return None;
+    }
+    voters().filter(|id| *id != own).min_by_key(|id| (matched(*id), std::cmp::Reverse(*id)))
+}
+
+/// While this node leads, keeps the number of voters odd; returns when Raft has stopped.
 pub(super) async fn keep(node: &Node) {
     let mut metrics = node.metrics();
     loop {
-        let leads_learners = metrics.wait_for(|m| {
+        let leads_others = metrics.wait_for(|m| {
             let membership = m.membership_config.membership();
-            m.current_leader == Some(node.id) && membership.learner_ids().next().is_some()
+            let is_even = membership.voter_ids().count() % 2 == 0;
+            let has_learners = membership.learner_ids().next().is_some();
+            m.current_leader == Some(node.id) && (has_learners || is_even)
         });
-        if leads_learners.await.is_err() {
+        if leads_others.await.is_err() {
             return;
         }
         let members = node.members();
@@ -52,9 +64,26 @@ pub(super) async fn keep(node: &Node) {
             if let Err(refusal) = node.change_here(&Change::Promote { ids }).await {
                 tracing::debug!(?refusal, "learners are not voters yet");
             }
+        } else if let Some(id) = to_demote(&members, node.id, |id| matched(node, id)) {
+            tracing::info!(
+                id,
+                "an even number of voters bears no more losses: one becomes a learner"
+            );
+            let voters = members.iter().filter(|m| m.is_voter && m.id != id);
+            let change = Change::Voters { ids: voters.map(|m| m.id).collect() };
+            if let Err(refusal) = node.change_here(&change).await {
+                tracing::debug!(?refusal, "the number of voters is even still");
+            }
         }
         sleep(PERIOD).await;
     }
+}
+
+/// The newest entry that a member is known to have, as far as this leader knows.
+fn matched(node: &Node, id: u64) -> Option<u64> {
+    let metrics = node.metrics();
+    let metrics = metrics.borrow();
+    metrics.replication.as_ref()?.get(&id).copied().flatten().map(|log_id| log_id.index)
 }
 
 /// The learners that answer and have nearly everything.
@@ -84,6 +113,28 @@ async fn ready(node: &Node, members: &[Member]) -> BTreeSet<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_even_number_of_voters_loses_one() {
+        let check = |voters: u64, learners: u64, own: u64, demoted: Option<u64>| {
+            let member = |id| Member {
+                id,
+                name: String::new(),
+                address: String::new(),
+                is_voter: id <= voters,
+            };
+            let members: Vec<_> = (1..=voters + learners).map(member).collect();
+            let found = to_demote(&members, own, |id| (id != 3).then_some(100));
+            assert_eq!(found, demoted, "{voters} voters, {learners} learners, {own} leads");
+        };
+        check(1, 3, 1, None);
+        check(3, 0, 1, None);
+        check(2, 0, 1, Some(2));
+        check(2, 1, 2, Some(1));
+        // Least of the log first, then the newest.
+        check(4, 0, 1, Some(3));
+        check(4, 0, 3, Some(4));
+    }
 
     #[test]
     fn voters_grow_in_pairs_up_to_five() {
