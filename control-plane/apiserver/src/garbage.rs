@@ -67,14 +67,17 @@ async fn lead_and_collect(server: &ApiServer) {
 /// Follows every object; ends when the store is shut down.
 async fn collect(server: &ApiServer) -> Result<(), ApiError> {
     let store = server.store();
-    let query = ListQuery { prefix: PREFIX.to_owned(), ..ListQuery::default() };
-    let listing = store.list(&query).await?;
-    let mut graph = Graph::default();
-    for entry in &listing.entries {
-        graph.apply(&entry.key, Some(&object::decode(entry)?));
-    }
+    let (mut graph, revision) = {
+        let query = ListQuery { prefix: PREFIX.to_owned(), ..ListQuery::default() };
+        let listing = store.list(&query).await?;
+        let mut graph = Graph::default();
+        for entry in &listing.entries {
+            graph.apply(&entry.key, Some(&object::decode(entry)?));
+        }
+        (graph, listing.revision)
+    };
     let mut suspects = graph.suspects();
-    let mut watch = store.watch(PREFIX, listing.revision);
+    let mut watch = store.watch(PREFIX, revision);
     loop {
         for key in suspects {
             for job in graph.jobs(&key) {

@@ -17,6 +17,7 @@ mod flow;
 mod garbage;
 mod health;
 mod jsonpath;
+mod list;
 mod metrics;
 mod namespace;
 mod object;

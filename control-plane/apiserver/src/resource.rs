@@ -1,6 +1,6 @@
 //! Resources as this server knows them: all it needs of a `CustomResourceDefinition`.
 
-use std::str::FromStr;
+use std::{fmt::Write as _, str::FromStr};
 
 use exo_store::Entry;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
@@ -201,13 +201,24 @@ impl Resource {
         Ok(object)
     }
 
-    /// The same as text, without reading it: lists and watches of many objects would spend most of
-    /// their time on that. `None` where the stored form is not what clients see.
-    pub(crate) fn text_at(&self, entry: &Entry, revision: u64) -> Option<String> {
-        let rest = entry.value.strip_prefix(self.head.as_str())?;
+    /// Whether clients see an object as it is stored, but for its resource version.
+    pub(crate) fn is_plain(&self, entry: &Entry) -> bool {
+        entry.value.starts_with(&self.head)
+    }
+
+    /// Writes the object of an entry without reading it: lists and watches of many objects would
+    /// spend most of their time on that. `false`, and nothing is written, where it is not plain.
+    pub(crate) fn write_at(&self, text: &mut String, entry: &Entry, revision: u64) -> bool {
+        let Some(rest) = entry.value.strip_prefix(&self.head) else {
+            return false;
+        };
         let comma = if rest.starts_with('}') { "" } else { "," };
-        let head = &self.head;
-        Some(format!("{head}\"resourceVersion\":\"{revision}\"{comma}{rest}"))
+        text.reserve(entry.value.len() + RESOURCE_VERSION_BYTES);
+        text.push_str(&self.head);
+        // Writing into a text can't fail.
+        let _ = write!(text, "\"resourceVersion\":\"{revision}\"{comma}");
+        text.push_str(rest);
+        true
     }
 
     /// The stored form.
@@ -224,6 +235,9 @@ impl Resource {
             && object.get("apiVersion").and_then(Value::as_str) == Some(&self.api_version())
     }
 }
+
+/// A resource version in its field takes no more.
+const RESOURCE_VERSION_BYTES: usize = 48;
 
 /// Everything of this server is below here.
 pub(crate) const PREFIX: &str = "/registry/";

@@ -381,10 +381,5 @@ pub(crate) fn warn(mut response: Response, warnings: &[String]) -> Response {
 }
 
 pub(crate) fn json_response(code: StatusCode, body: &Value) -> Response {
-    text_response(code, body.to_string())
-}
-
-/// The same for JSON that is text already.
-pub(crate) fn text_response(code: StatusCode, body: String) -> Response {
-    (code, [(header::CONTENT_TYPE, "application/json")], body).into_response()
+    (code, [(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
 }

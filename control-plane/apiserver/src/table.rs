@@ -1,6 +1,6 @@
 //! Objects in the forms that a client can ask for: whole, as a Table, or metadata only.
 
-use std::fmt::Write as _;
+use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
@@ -8,6 +8,7 @@ use time::OffsetDateTime;
 use crate::{
     builtin, clock,
     error::ApiError,
+    list::ListBody,
     object,
     resource::{Column, Resource},
 };
@@ -140,7 +141,7 @@ impl Form {
     }
 
     /// A list to which the items are added one by one.
-    pub(crate) fn begin_list(self, resource: &Resource) -> ListBody {
+    pub(crate) fn begin_list(self, resource: &Arc<Resource>) -> ListBody {
         let (head, items) = match self {
             Self::Whole => {
                 let (version, kind) = (resource.api_version(), &resource.list_kind);
@@ -161,37 +162,7 @@ impl Form {
         };
         let mut text = head.to_string();
         text.pop();
-        ListBody { text: format!("{text},\"{items}\":["), is_empty: true }
-    }
-}
-
-/// A list as text, while it is being written.
-pub(crate) struct ListBody {
-    text: String,
-    is_empty: bool,
-}
-
-impl ListBody {
-    pub(crate) fn push(&mut self, item: &Value) {
-        self.separate();
-        // Writing into a text can't fail.
-        let _ = write!(self.text, "{item}");
-    }
-
-    /// The same for an item that is text already.
-    pub(crate) fn push_text(&mut self, item: &str) {
-        self.separate();
-        self.text.push_str(item);
-    }
-
-    fn separate(&mut self) {
-        if !std::mem::take(&mut self.is_empty) {
-            self.text.push(',');
-        }
-    }
-
-    pub(crate) fn end(self, metadata: &Value) -> String {
-        format!("{}],\"metadata\":{metadata}}}", self.text)
+        ListBody::new(Arc::clone(resource), format!("{text},\"{items}\":["))
     }
 }
 

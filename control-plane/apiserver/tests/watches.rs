@@ -215,6 +215,53 @@ fn limited(limits: Limits) -> Router {
     in_process(app(server), Identity { name: "test".into(), groups: Vec::new() })
 }
 
+/// As whole objects, tables and metadata; with and without a selector, which has each object read.
+#[tokio::test]
+async fn long_lists_go_out_bit_by_bit() {
+    let router = limited(Limits::default());
+    let long = "x".repeat(1_000);
+    for n in 0..200 {
+        let mut shard = shard(&format!("s{n:03}"), "mac-1", 0);
+        shard["metadata"]["annotations"] = json!({"note": long});
+        let request = Request::builder().method(Method::POST).uri(SHARDS);
+        let request = request.body(Body::from(shard.to_string())).unwrap();
+        assert_eq!(router.clone().oneshot(request).await.unwrap().status(), StatusCode::CREATED);
+    }
+    let as_kind = |kind: &str| format!("application/json;as={kind};v=v1;g=meta.k8s.io");
+    let forms = [
+        ("application/json".to_owned(), "ShardList", "/items"),
+        (as_kind("Table"), "Table", "/rows"),
+        (as_kind("PartialObjectMetadataList"), "PartialObjectMetadataList", "/items"),
+    ];
+    for (accept, kind, items) in &forms {
+        for query in ["includeObject=Object", "includeObject=Object&labelSelector=exo.dev/instance"]
+        {
+            let request = Request::builder().uri(format!("{SHARDS}?{query}"));
+            let request = request.header("accept", accept).body(Body::empty()).unwrap();
+            let body = router.clone().oneshot(request).await.unwrap().into_body();
+            let (mut body, mut text, mut parts) = (body.into_data_stream(), Vec::new(), 0);
+            while let Some(part) = body.next().await {
+                let part = part.unwrap();
+                assert!((1..100_000).contains(&part.len()), "{}", part.len());
+                parts += 1;
+                text.extend_from_slice(&part);
+            }
+            assert!(parts > 3, "{parts}");
+            let list: Value = serde_json::from_slice(&text).unwrap();
+            assert_eq!(list["kind"], *kind);
+            let items = list.pointer(items).unwrap().as_array().unwrap();
+            let name = |item: &Value| {
+                let object = item.get("object").unwrap_or(item);
+                object["metadata"]["name"].as_str().unwrap().to_owned()
+            };
+            let wanted: Vec<String> = (0..200).map(|n| format!("s{n:03}")).collect();
+            assert_eq!(items.iter().map(name).collect::<Vec<_>>(), wanted);
+            let version = list["metadata"]["resourceVersion"].as_str().unwrap();
+            assert!(version.parse::<u64>().unwrap() >= 200, "{version}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn lists_that_are_too_large_come_in_parts() {
     let router = limited(Limits { list_bytes: 2_000, ..Limits::default() });
@@ -359,6 +406,7 @@ async fn metrics_are_well_formed() {
         "exo_raft_log_index",
         "exo_raft_applied_index",
         "exo_raft_apply_lag_entries",
+        "exo_raft_voters_changing",
     ] {
         assert!(types.contains_key(wanted), "{wanted} in {text}");
     }

@@ -13,7 +13,7 @@ use futures::StreamExt as _;
 use k8s_openapi::jiff::Timestamp;
 use kube::{
     Api, Client, ResourceExt as _,
-    api::{ListParams, PostParams},
+    api::PostParams,
     runtime::{
         Controller,
         controller::{Action, Config},
@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    trigger,
+    read, trigger,
     write::{WriteError, carry_out},
 };
 
@@ -112,22 +112,21 @@ async fn look(
 }
 
 async fn decide(client: &Client, instance: &InferenceInstance) -> Result<Decision, WriteError> {
-    let all = ListParams::default();
     let (nodes, models, shards) = (
         Api::<Node>::all(client.clone()),
         Api::<Model>::all(client.clone()),
         Api::<Shard>::all(client.clone()),
     );
     let (nodes, models, shards) =
-        tokio::try_join!(nodes.list(&all), models.list(&all), shards.list(&all))
+        tokio::try_join!(read::all(&nodes), read::all(&models), read::all(&shards))
             .map_err(|e| WriteError::new("reading nodes, models and shards", e))?;
     let models: BTreeMap<String, Model> =
-        models.items.into_iter().map(|model| (model.name_any(), model)).collect();
+        models.into_iter().map(|model| (model.name_any(), model)).collect();
     Ok(reconcile(&Observed {
         instance,
         models: &models,
-        nodes: &nodes.items,
-        shards: &shards.items,
+        nodes: &nodes,
+        shards: &shards,
         now: Timestamp::now(),
     }))
 }

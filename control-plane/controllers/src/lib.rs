@@ -10,6 +10,7 @@
 
 mod instance;
 mod node;
+mod read;
 mod trigger;
 mod write;
 

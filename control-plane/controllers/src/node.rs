@@ -3,12 +3,17 @@
 use std::time::Duration;
 
 use exo_crds::{Node, Shard, event::Occurrence};
-use exo_plan::{Heartbeats, heartbeat_lost, release_lost};
+use exo_plan::{Action, Heartbeats, heartbeat_lost, release_lost};
 use exo_recorder::Recorder;
+use futures::StreamExt as _;
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use kube::{
     Api, Client, ResourceExt as _,
-    api::{ListParams, Patch, PatchParams},
+    api::{Patch, PatchParams},
+    runtime::{
+        WatchStreamExt as _,
+        watcher::{self, watcher},
+    },
 };
 use serde_json::json;
 use tokio::{
@@ -17,7 +22,11 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::write::{WriteError, carry_out};
+use crate::{
+    read,
+    trigger::Leaving,
+    write::{WriteError, carry_out},
+};
 
 /// Short against the heartbeat limit, so that it alone decides how soon a loss is noticed.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -32,35 +41,48 @@ pub(crate) async fn run(
     let mut heartbeats = Heartbeats::default();
     let mut ticks = interval(PERIOD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut leaving = Leaving::default();
+    // There may be very many shards: all of them are never here at once.
+    let shards = watcher(Api::<Shard>::all(client.clone()), watcher::Config::default());
+    let mut shards = Box::pin(shards.default_backoff());
     loop {
         tokio::select! {
             // Cancel-safe: nothing has been started yet in this round.
             () = shutdown.cancelled() => return,
+            // Cancel-safe: what is not taken comes again.
+            Some(event) = shards.next() => {
+                match event {
+                    Ok(event) => leaving.see(event),
+                    Err(error) => tracing::debug!(%error, "watch interrupted"),
+                }
+                continue;
+            }
             _ = ticks.tick() => {}
         }
         if !*leadership.borrow() {
             heartbeats = Heartbeats::default();
             continue;
         }
-        for lost in look(&client, &leadership, &mut heartbeats, start.elapsed()).await {
+        let at = start.elapsed();
+        for lost in look(&client, &leadership, &mut heartbeats, &leaving, at).await {
             let note = "no sign of life from its agent: its shards are placed elsewhere";
             events.record(&lost, Occurrence::warning("NodeLost", note));
         }
     }
 }
 
-/// One round; returns the nodes that it found lost. A write that fails is the matter of its own node or shard: the next round tries it
-/// again, and the others are not held up.
+/// One round; returns the nodes that it found lost. A write that fails is the matter of its own node
+/// or shard: the next round tries it again, and the others are not held up.
 async fn look(
     client: &Client,
     leadership: &watch::Receiver<bool>,
     heartbeats: &mut Heartbeats,
+    leaving: &Leaving,
     at: Duration,
 ) -> Vec<Node> {
-    let all = ListParams::default();
     let api: Api<Node> = Api::all(client.clone());
-    let nodes = match api.list(&all).await {
-        Ok(nodes) => nodes.items,
+    let nodes = match read::all(&api).await {
+        Ok(nodes) => nodes,
         Err(error) => {
             // Lists are asked of a quorum: without one, agents could not write either, so every
             // node gets a full limit again.
@@ -80,22 +102,32 @@ async fn look(
             }
         }
     }
-    let shards: Api<Shard> = Api::all(client.clone());
-    let shards = match shards.list(&all).await {
-        Ok(shards) => shards.items,
-        Err(error) => {
-            report(&WriteError::new("reading shards", error));
-            return lost;
-        }
-    };
-    for action in release_lost(&nodes, &shards) {
-        if *leadership.borrow()
-            && let Err(error) = carry_out(client, "", &action).await
-        {
+    for action in release_lost(&nodes, leaving.shards()) {
+        let Action::Release { namespace, name, .. } = action else { continue };
+        if let Err(error) = release(client, leadership, &nodes, &namespace, &name).await {
             report(&error);
         }
     }
     lost
+}
+
+/// Releases one shard, if that is what it needs when it is read anew.
+async fn release(
+    client: &Client,
+    leadership: &watch::Receiver<bool>,
+    nodes: &[Node],
+    namespace: &str,
+    name: &str,
+) -> Result<(), WriteError> {
+    let api: Api<Shard> = Api::namespaced(client.clone(), namespace);
+    let shard = api.get_opt(name).await;
+    let shard = shard.map_err(|e| WriteError::new(format!("reading shard {name}"), e))?;
+    for action in release_lost(nodes, &shard) {
+        if *leadership.borrow() {
+            carry_out(client, "", &action).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Writes that an overdue node is lost; `false` if that is known already.
@@ -133,7 +165,7 @@ mod tests {
     use exo_apiserver::{ApiServer, Identity, app, in_process};
     use exo_plan::HEARTBEAT_LIMIT;
     use exo_store::Store;
-    use kube::api::PostParams;
+    use kube::api::{ListParams, PostParams};
 
     use super::*;
 
@@ -184,6 +216,16 @@ mod tests {
         node.status.unwrap().conditions[0].status.clone()
     }
 
+    /// What a watch would have told by now.
+    async fn leaving(client: &Client) -> Leaving {
+        let mut leaving = Leaving::default();
+        let shards: Api<Shard> = Api::all(client.clone());
+        for shard in shards.list(&ListParams::default()).await.unwrap() {
+            leaving.see(watcher::Event::Apply(shard));
+        }
+        leaving
+    }
+
     /// Deleted, but held by an agent that is gone.
     async fn dying_shard(client: &Client, name: &str, node: &str) {
         let api: Api<Shard> = Api::namespaced(client.clone(), "default");
@@ -209,22 +251,23 @@ mod tests {
         for name in ["a-stubborn", "b"] {
             node(&client, name).await;
         }
-        let mut heartbeats = Heartbeats::default();
-        look(&client, &leads, &mut heartbeats, Duration::ZERO).await;
+        let (mut heartbeats, nobody) = (Heartbeats::default(), Leaving::default());
+        look(&client, &leads, &mut heartbeats, &nobody, Duration::ZERO).await;
         assert_eq!(ready(&client, "b").await, "True");
-        look(&client, &leads, &mut heartbeats, HEARTBEAT_LIMIT).await;
+        look(&client, &leads, &mut heartbeats, &nobody, HEARTBEAT_LIMIT).await;
         assert_eq!(ready(&client, "a-stubborn").await, "True", "its write was refused");
         assert_eq!(ready(&client, "b").await, "Unknown");
 
         // One that dies later is noticed in its own time, though refusals go on.
         node(&client, "c").await;
-        look(&client, &leads, &mut heartbeats, HEARTBEAT_LIMIT).await;
-        look(&client, &leads, &mut heartbeats, HEARTBEAT_LIMIT * 3 / 2).await;
+        look(&client, &leads, &mut heartbeats, &nobody, HEARTBEAT_LIMIT).await;
+        look(&client, &leads, &mut heartbeats, &nobody, HEARTBEAT_LIMIT * 3 / 2).await;
         assert_eq!(ready(&client, "c").await, "True");
         for shard in ["x-stubborn", "y"] {
             dying_shard(&client, shard, "b").await;
         }
-        look(&client, &leads, &mut heartbeats, HEARTBEAT_LIMIT * 2).await;
+        let leaving = leaving(&client).await;
+        look(&client, &leads, &mut heartbeats, &leaving, HEARTBEAT_LIMIT * 2).await;
         assert_eq!(ready(&client, "c").await, "Unknown");
         let left = Api::<Shard>::all(client.clone()).list(&ListParams::default()).await.unwrap();
         let left: Vec<String> = left.iter().map(|shard| shard.name_any()).collect();
@@ -237,14 +280,14 @@ mod tests {
         let client = client("nobody", down);
         let (_lead, leads) = watch::channel(true);
         node(&client, "a").await;
-        let mut heartbeats = Heartbeats::default();
-        look(&client, &leads, &mut heartbeats, Duration::ZERO).await;
+        let (mut heartbeats, nobody) = (Heartbeats::default(), Leaving::default());
+        look(&client, &leads, &mut heartbeats, &nobody, Duration::ZERO).await;
         outage.send_replace(true);
-        look(&client, &leads, &mut heartbeats, HEARTBEAT_LIMIT).await;
+        look(&client, &leads, &mut heartbeats, &nobody, HEARTBEAT_LIMIT).await;
         outage.send_replace(false);
-        look(&client, &leads, &mut heartbeats, HEARTBEAT_LIMIT).await;
+        look(&client, &leads, &mut heartbeats, &nobody, HEARTBEAT_LIMIT).await;
         assert_eq!(ready(&client, "a").await, "True", "a full limit again");
-        look(&client, &leads, &mut heartbeats, 2 * HEARTBEAT_LIMIT).await;
+        look(&client, &leads, &mut heartbeats, &nobody, 2 * HEARTBEAT_LIMIT).await;
         assert_eq!(ready(&client, "a").await, "Unknown");
     }
 

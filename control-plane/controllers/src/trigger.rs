@@ -1,10 +1,11 @@
-//! Streams that say when to look again.
+//! Streams that say when and where to look again.
 
 use std::{collections::BTreeMap, fmt::Debug, future};
 
+use exo_crds::Shard;
 use futures::{Stream, StreamExt as _, stream};
 use kube::{
-    Api, Resource,
+    Api, Resource, ResourceExt as _,
     runtime::{
         WatchStreamExt as _,
         watcher::{self, Event, watcher},
@@ -49,6 +50,49 @@ where
     })
 }
 
+/// Shards that are being deleted, as a watch tells of them.
+#[derive(Debug, Default)]
+pub(crate) struct Leaving {
+    known: BTreeMap<Key, Shard>,
+    /// The same anew, while a list arrives.
+    listed: BTreeMap<Key, Shard>,
+}
+
+/// Namespace and name.
+type Key = (String, String);
+
+impl Leaving {
+    pub(crate) fn shards(&self) -> impl Iterator<Item = &Shard> {
+        self.known.values()
+    }
+
+    /// Takes in what the watch says.
+    pub(crate) fn see(&mut self, event: Event<Shard>) {
+        match event {
+            Event::Init => self.listed.clear(),
+            Event::InitApply(shard) => note(&mut self.listed, shard),
+            Event::InitDone => self.known = std::mem::take(&mut self.listed),
+            Event::Apply(shard) => note(&mut self.known, shard),
+            Event::Delete(shard) => {
+                self.known.remove(&key(&shard));
+            }
+        }
+    }
+}
+
+fn key(shard: &Shard) -> Key {
+    (shard.namespace().unwrap_or_default(), shard.name_any())
+}
+
+fn note(shards: &mut BTreeMap<Key, Shard>, shard: Shard) {
+    let key = key(&shard);
+    if shard.metadata.deletion_timestamp.is_some() {
+        shards.insert(key, shard);
+    } else {
+        shards.remove(&key);
+    }
+}
+
 /// One item whenever leadership is gained.
 pub(crate) fn elections(leadership: watch::Receiver<bool>) -> impl Stream<Item = ()> + Send {
     stream::unfold(leadership, |mut leadership| async move {
@@ -59,4 +103,49 @@ pub(crate) fn elections(leadership: watch::Receiver<bool>) -> impl Stream<Item =
             }
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shard(namespace: &str, name: &str, leaves: bool) -> Shard {
+        let time = leaves.then_some("2026-01-02T03:04:05Z");
+        serde_json::from_value(serde_json::json!({
+            "apiVersion": "exo.dev/v1alpha1", "kind": "Shard",
+            "metadata": {"namespace": namespace, "name": name, "deletionTimestamp": time},
+            "spec": {"instance": "chat", "replica": 0, "epoch": 1, "node": "a", "rank": 0,
+                "worldSize": 1, "sharding": "Pipeline", "layers": "0-7", "transport": "ring",
+                "seed": 1, "contextLength": 128, "maxConcurrency": 4, "fastSynch": true,
+                "model": {"name": "m", "source": {"path": "m"}, "modelType": "llama",
+                          "layers": 8}},
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn shards_that_leave_are_known_until_they_are_gone() {
+        let mut leaving = Leaving::default();
+        let names = |leaving: &Leaving| {
+            let names = leaving.shards().map(|s| s.namespace().unwrap() + "/" + &s.name_any());
+            names.collect::<Vec<_>>().join(" ")
+        };
+        leaving.see(Event::Apply(shard("x", "a", false)));
+        leaving.see(Event::Apply(shard("x", "b", true)));
+        leaving.see(Event::Apply(shard("y", "b", true)));
+        assert_eq!(names(&leaving), "x/b y/b");
+        leaving.see(Event::Apply(shard("x", "a", true)));
+        leaving.see(Event::Delete(shard("x", "b", true)));
+        assert_eq!(names(&leaving), "x/a y/b");
+        // A list takes effect as a whole.
+        leaving.see(Event::Init);
+        leaving.see(Event::InitApply(shard("x", "a", false)));
+        leaving.see(Event::InitApply(shard("z", "c", true)));
+        assert_eq!(names(&leaving), "x/a y/b");
+        leaving.see(Event::InitDone);
+        assert_eq!(names(&leaving), "z/c");
+        // Made anew under the same name.
+        leaving.see(Event::Apply(shard("z", "c", false)));
+        assert_eq!(names(&leaving), "");
+    }
 }

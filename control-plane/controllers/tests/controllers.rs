@@ -321,6 +321,44 @@ async fn a_refused_shard_is_a_failure_that_waits() {
     assert_eq!(asked.load(Ordering::SeqCst), 2 * REFUSALS + 2);
 }
 
+/// There may be very many: nothing reads all of them at once, or again and again while nothing is new.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_are_listed_in_pages_and_only_when_there_is_a_reason() {
+    let [nodes, shards, whole]: [Arc<AtomicU32>; 3] = Default::default();
+    let counters = [&nodes, &shards, &whole].map(Arc::clone);
+    let count = move |request: Request, next: Next| {
+        let query = request.uri().query().unwrap_or_default();
+        let is_list = *request.method() == Method::GET && !query.contains("watch=");
+        // Of all namespaces: agents, whom this test plays, look into one.
+        let of = |plural: &str| request.uri().path() == format!("/apis/exo.dev/v1alpha1/{plural}");
+        let is_whole = of("shards") && !query.contains("limit=");
+        for (counter, counts) in counters.iter().zip([of("nodes"), of("shards"), is_whole]) {
+            counter.fetch_add(u32::from(is_list && counts), Ordering::SeqCst);
+        }
+        next.run(request)
+    };
+    let wrap = |router: Router| router.layer(middleware::from_fn(count));
+    let cluster = Arc::new(Cluster::start_with(true, wrap));
+    cluster.node("a").await;
+    cluster.node("b").await;
+    cluster.model_and_instance().await;
+    cluster.ready_epoch(1).await;
+    let rounds = |wanted: u32| {
+        let nodes = Arc::clone(&nodes);
+        move |_: Arc<Cluster>| {
+            let seen = nodes.load(Ordering::SeqCst);
+            async move { (seen >= wanted).then_some(()) }
+        }
+    };
+    // What the last write has set in motion ends.
+    let calm = nodes.load(Ordering::SeqCst) + 2;
+    cluster.until("two rounds", rounds(calm), &cluster).await;
+    let (begin, listed) = (nodes.load(Ordering::SeqCst), shards.load(Ordering::SeqCst));
+    cluster.until("three more", rounds(begin + 3), &cluster).await;
+    assert_eq!(shards.load(Ordering::SeqCst), listed, "no reason to list shards");
+    assert_eq!(whole.load(Ordering::SeqCst), 0, "all at once");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_instance_with_a_name_for_no_label_is_told_so() {
     let cluster = Arc::new(Cluster::start(true));

@@ -66,6 +66,23 @@ impl Op {
     }
 }
 
+impl Command {
+    /// Bytes of the keys and values that it writes.
+    pub(crate) fn size(&self) -> usize {
+        match self {
+            Self::Compact { .. } => 0,
+            Self::Txn(txn) => txn
+                .ops
+                .iter()
+                .map(|op| match op {
+                    Op::Put { key, value } => key.len() + value.len(),
+                    Op::Delete { key } => key.len(),
+                })
+                .sum(),
+        }
+    }
+}
+
 impl Txn {
     /// Why this can't be carried out, whatever the state.
     pub(crate) fn flaw(&self) -> Option<String> {

@@ -26,6 +26,7 @@ struct Gauges {
     log_index: IntGauge,
     applied_index: IntGauge,
     apply_lag: IntGauge,
+    voters_changing: IntGauge,
     /// By the follower's name; only the leader knows.
     replication_lag: IntGaugeVec,
 }
@@ -48,6 +49,10 @@ impl Gauges {
                 "exo_raft_apply_lag_entries",
                 "Entries of this node's log that are not applied yet",
             )?,
+            voters_changing: gauge(
+                "exo_raft_voters_changing",
+                "1 while majorities of two sets of voters are needed, the old one and the new one",
+            )?,
             replication_lag: IntGaugeVec::new(
                 Opts::new(
                     "exo_raft_replication_lag_entries",
@@ -58,7 +63,7 @@ impl Gauges {
         })
     }
 
-    fn all(&self) -> [&dyn Collector; 12] {
+    fn all(&self) -> [&dyn Collector; 13] {
         [
             &self.revision,
             &self.compacted,
@@ -71,6 +76,7 @@ impl Gauges {
             &self.log_index,
             &self.applied_index,
             &self.apply_lag,
+            &self.voters_changing,
             &self.replication_lag,
         ]
     }
@@ -101,6 +107,7 @@ impl Collector for StoreCollector {
         unsigned(&gauges.log_index, raft.log_index);
         unsigned(&gauges.applied_index, raft.applied_index);
         unsigned(&gauges.apply_lag, raft.log_index.saturating_sub(raft.applied_index));
+        gauges.voters_changing.set(i64::from(raft.voters_change));
         // Who has left is told of no longer.
         gauges.replication_lag.reset();
         for (follower, index) in &raft.followers {

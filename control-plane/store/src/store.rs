@@ -111,6 +111,8 @@ pub(crate) struct Sizes {
 pub(crate) struct RaftPosition {
     pub(crate) log_index: u64,
     pub(crate) applied_index: u64,
+    /// Majorities of two sets of voters are needed.
+    pub(crate) voters_change: bool,
     /// On the leader: the others' names, and how far the log is theirs too.
     pub(crate) followers: Vec<(String, u64)>,
 }
@@ -396,7 +398,7 @@ impl Store {
         match &self.backend {
             Backend::Memory(memory) => {
                 let index = memory.index.load(Ordering::Relaxed);
-                RaftPosition { log_index: index, applied_index: index, followers: Vec::new() }
+                RaftPosition { log_index: index, applied_index: index, ..RaftPosition::default() }
             }
             #[cfg(feature = "etcd")]
             Backend::Etcd(_) => RaftPosition::default(),

@@ -166,6 +166,100 @@ async fn a_minority_refuses_and_shows_what_it_had() {
     cluster.shutdown().await;
 }
 
+/// Half a connection is worse than none: the one that is left must not keep the others waiting.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_is_cut_off_one_way_is_replaced() {
+    let cluster = Cluster::start(3).await;
+    for (round, cut) in [Cluster::silence, Cluster::deafen].into_iter().enumerate() {
+        let old = cluster.leader().await;
+        let others: Vec<u64> = (1..=3).filter(|id| *id != old).collect();
+        cut(&cluster, old);
+        let new = cluster.leader_among(&others).await;
+        create(&cluster.store(new), &format!("/{round}"), "v").await;
+        cluster.heal();
+        cluster.until("it follows", || !cluster.store(old).is_leader()).await;
+        assert!(cluster.store(old).get(&format!("/{round}")).await.unwrap().is_some());
+    }
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_alone_hears_no_leader_does_not_disturb() {
+    let cluster = Cluster::start(3).await;
+    // Where this machine stands still for longer than a leader may, another one is right to come.
+    let mut is_calm = false;
+    for round in 0..4 {
+        // One that was chosen by the others.
+        let first = cluster.leader().await;
+        let others: Vec<u64> = (1..=3).filter(|id| *id != first).collect();
+        cluster.partition(&[first]);
+        let leader = cluster.leader_among(&others).await;
+        cluster.heal();
+        cluster.store(first).current_revision().await.unwrap();
+
+        let follower = others.into_iter().find(|id| *id != leader).unwrap();
+        let store = cluster.store(leader);
+        let before = store.leadership().borrow().clone();
+        let asked = cluster.node(leader).asked();
+        cluster.cut(leader, follower);
+        // Each question is put to both others at once.
+        let is_over =
+            || cluster.node(leader).asked() >= asked + 30 || *store.leadership().borrow() != before;
+        cluster.until("it asks often", is_over).await;
+        cluster.heal();
+        create(&cluster.store(follower), &format!("/{round}"), "v").await;
+        is_calm = *store.leadership().borrow() == before;
+        if is_calm {
+            break;
+        }
+    }
+    assert!(is_calm, "the leader lost its office each time");
+    cluster.shutdown().await;
+}
+
+/// What is left after the loss of a leader between the two steps of a change: until the second one
+/// is taken, majorities of the old voters and of the new ones are needed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_voters_that_was_begun_is_completed() {
+    let mut cluster = Cluster::start(1).await;
+    cluster.join(2).await;
+    cluster.join(3).await;
+    // The first step is in the log of the only voter, and needs the learners to go on.
+    cluster.partition(&[1]);
+    let promoting = tokio::spawn({
+        let first = cluster.store(1);
+        async move { first.change_membership(BTreeSet::from([1, 2, 3])).await }
+    });
+    let voters = |id: u64| cluster.store(id).members().iter().filter(|m| m.is_voter).count();
+    cluster.until("the first step is taken", || voters(1) == 3).await;
+    promoting.abort();
+    cluster.stop(1).await;
+    cluster.restart(1).await;
+    cluster.heal();
+    cluster.leader().await;
+    let keeping: Vec<_> = (1..=3)
+        .map(|id| {
+            let store = cluster.store(id);
+            tokio::spawn(async move { store.keep_voters().await })
+        })
+        .collect();
+    let registries: Vec<_> = (1..=3)
+        .map(|id| {
+            let registry = prometheus::Registry::new();
+            cluster.store(id).register_metrics(&registry).unwrap();
+            registry
+        })
+        .collect();
+    let is_complete = |registry| gauges(registry, "exo_raft_voters_changing") == [0];
+    cluster.until("the second step is taken", || registries.iter().all(is_complete)).await;
+    // With a single set of voters the first one may be lost.
+    cluster.stop(1).await;
+    cluster.leader_among(&[2, 3]).await;
+    create(&cluster.store(2), "/a", "v").await;
+    keeping.into_iter().for_each(|task| task.abort());
+    cluster.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_far_behind_gets_a_snapshot_in_parts() {
     let mut cluster = Cluster::start(3).await;
@@ -201,11 +295,16 @@ async fn a_node_far_behind_gets_a_snapshot_in_parts() {
     cluster.shutdown().await;
 }
 
-/// Followers and how far behind the metrics say they are, in entries.
-fn replication_lags(registry: &prometheus::Registry) -> Vec<i64> {
+/// The values of all metrics whose name begins so.
+fn gauges(registry: &prometheus::Registry, name: &str) -> Vec<i64> {
     let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
-    let lines = text.lines().filter(|l| l.starts_with("exo_raft_replication_lag_entries{"));
+    let lines = text.lines().filter(|line| line.starts_with(name));
     lines.map(|line| line.rsplit_once(' ').unwrap().1.parse().unwrap()).collect()
+}
+
+/// How far behind the metrics say that followers are, in entries.
+fn replication_lags(registry: &prometheus::Registry) -> Vec<i64> {
+    gauges(registry, "exo_raft_replication_lag_entries{")
 }
 
 #[tokio::test(flavor = "multi_thread")]

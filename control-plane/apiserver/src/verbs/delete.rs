@@ -11,7 +11,7 @@ use crate::{
     error::ApiError,
     namespace, object,
     resource::Resource,
-    server::{Call, json_response, text_response},
+    server::{Call, json_response},
 };
 
 /// Tries against concurrent writers; each one looks anew.
@@ -290,5 +290,5 @@ pub(crate) async fn delete_collection(call: &Call) -> Result<Response, ApiError>
     for object in objects {
         body.push(&call.form.item(&call.resource, object, now));
     }
-    Ok(text_response(StatusCode::OK, body.end(&metadata)))
+    Ok(body.respond(&metadata))
 }

@@ -2,17 +2,11 @@
 
 use axum::{http::StatusCode, response::Response};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use exo_store::{ListQuery, ReadError, StoreError};
+use exo_store::{Entry, ListQuery, ReadError, StoreError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{
-    clock,
-    error::ApiError,
-    selector::Selector,
-    server::{Call, text_response},
-    table::Form,
-};
+use crate::{clock, error::ApiError, selector::Selector, server::Call, table::Form};
 
 /// Entries read from the store at once while filtering.
 const PAGE: usize = 1000;
@@ -28,10 +22,10 @@ pub(crate) async fn get(call: &Call) -> Result<Response, ApiError> {
 pub(crate) async fn list(call: &Call) -> Result<Response, ApiError> {
     let mut body = call.form.begin_list(&call.resource);
     let now = clock::now();
-    // Each object becomes text at once: as values they would take many times the memory.
+    // No object stays a value: as values they would take many times the memory.
     let whole = call.form == Form::Whole;
     let page = read_page(call, whole, |object| match object {
-        Found::Text(text) => body.push_text(&text),
+        Found::Stored(entry) => body.push_stored(entry),
         Found::Object(object) => body.push(&call.form.item(&call.resource, object, now)),
     })
     .await?;
@@ -39,7 +33,7 @@ pub(crate) async fn list(call: &Call) -> Result<Response, ApiError> {
     if let Some(token) = page.next {
         metadata["continue"] = json!(token.encode());
     }
-    Ok(text_response(StatusCode::OK, body.end(&metadata)))
+    Ok(body.respond(&metadata))
 }
 
 /// Where a list goes on; opaque to clients.
@@ -87,17 +81,17 @@ pub(crate) fn selector(call: &Call) -> Result<Selector, ApiError> {
     )
 }
 
-/// An object of a page: as text where nobody had to look into it.
-enum Found {
-    Text(String),
+/// An object of a page: as it is stored where nobody had to look into it.
+enum Found<'a> {
+    Stored(&'a Entry),
     Object(Value),
 }
 
-/// Hands the objects of one page to `take`, as texts where they are `wanted_whole`.
+/// Hands the objects of one page to `take`, as they are stored where they are `wanted_whole`.
 async fn read_page(
     call: &Call,
     wanted_whole: bool,
-    mut take: impl FnMut(Found),
+    mut take: impl FnMut(Found<'_>),
 ) -> Result<Page, ApiError> {
     let selector = selector(call)?;
     let prefix = prefix(call, &selector);
@@ -127,23 +121,22 @@ async fn read_page(
         // Further pages are of the same revision, which is here by now.
         local = true;
         revision = Some(listing.revision);
-        for entry in &listing.entries {
+        for (at, entry) in listing.entries.iter().enumerate() {
             // Whoever names a limit goes on where a page ends, be it shorter than that.
             let is_full = limit > 0 && (count == limit || bytes > max_bytes);
             if is_full {
-                let next = Continue {
-                    revision: listing.revision,
-                    after: after.take().unwrap_or_default(),
-                };
+                let before = at.checked_sub(1).map(|at| listing.entries[at].key.to_string());
+                let after = before.or(after).unwrap_or_default();
+                let next = Continue { revision: listing.revision, after };
                 return Ok(Page { revision: listing.revision, next: Some(next) });
             }
-            let text = (wanted_whole && selector.is_empty())
-                .then(|| call.resource.text_at(entry, entry.mod_revision));
-            let found = match text.flatten() {
-                Some(text) => Some(Found::Text(text)),
-                None => Some(call.resource.decode(entry)?)
+            let as_stored = wanted_whole && selector.is_empty() && call.resource.is_plain(entry);
+            let found = if as_stored {
+                Some(Found::Stored(entry))
+            } else {
+                Some(call.resource.decode(entry)?)
                     .filter(|object| selector.matches(&call.resource, object))
-                    .map(Found::Object),
+                    .map(Found::Object)
             };
             if let Some(found) = found {
                 take(found);
@@ -153,11 +146,11 @@ async fn read_page(
                     return Err(ApiError::ListTooLarge(max_bytes));
                 }
             }
-            after = Some(entry.key.to_string());
         }
         if !listing.more {
             return Ok(Page { revision: listing.revision, next: None });
         }
+        after = listing.entries.last().map(|entry| entry.key.to_string());
     }
 }
 
@@ -210,7 +203,7 @@ pub(crate) async fn matching(call: &Call) -> Result<(Vec<Value>, u64), ApiError>
     let mut objects = Vec::new();
     let page = read_page(call, false, |found| match found {
         Found::Object(object) => objects.push(object),
-        Found::Text(_) => {}
+        Found::Stored(_) => {}
     })
     .await?;
     Ok((objects, page.revision))

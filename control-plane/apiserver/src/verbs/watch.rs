@@ -233,9 +233,13 @@ impl Writer {
         if self.form != Form::Whole || !self.selector.is_empty() {
             return None;
         }
-        let text = self.resource.text_at(entry, revision)?;
+        let mut line = format!("{{\"type\":\"{kind}\",\"object\":");
+        if !self.resource.write_at(&mut line, entry, revision) {
+            return None;
+        }
+        line.push_str("}\n");
         self.told.inc();
-        Some(format!("{{\"type\":\"{kind}\",\"object\":{text}}}\n").into())
+        Some(line.into())
     }
 
     fn line(&mut self, kind: &str, object: Value) -> Bytes {

@@ -9,6 +9,7 @@
 //! None of this decides who leads: that do the votes alone, which openraft asks for and gives.
 
 use std::{
+    collections::BTreeSet,
     hash::{BuildHasher as _, RandomState},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -24,8 +25,9 @@ use tokio::{
 use super::{call::Target, network::json, node::Node};
 
 /// A voter that heard nothing of a leader for a time between these, in milliseconds, looks for
-/// another one. A leader is heard every 225 ms at least, so that two of its calls may be lost.
-const PATIENCE_MS: (u64, u64) = (600, 750);
+/// another one. A leader is heard every 225 ms at least, so that a call of its may be lost; and
+/// nobody agrees before [`LEASE`] is over.
+const PATIENCE_MS: (u64, u64) = (450, 600);
 /// The same for a voter that was only just started, and may be one of many.
 const FIRST_PATIENCE_MS: (u64, u64) = (150, 300);
 /// Who heard of a leader within this time wants no other one; openraft gives no vote then either.
@@ -75,7 +77,7 @@ impl Ear {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A leader called, or a vote was given.
+    /// A leader called, or a vote was given; or this node leads, and is followed.
     pub(super) fn heard(&self) {
         self.known().heard = Instant::now();
     }
@@ -100,6 +102,22 @@ impl Ear {
     }
 }
 
+/// Those who decide together.
+struct Electorate {
+    /// The other voters.
+    rivals: Vec<Target>,
+    /// The sets of voters of which each must agree: two while the membership changes.
+    configs: Vec<BTreeSet<u64>>,
+}
+
+impl Electorate {
+    /// Whether these are a majority of every set.
+    fn is_majority(&self, agreed: &BTreeSet<u64>) -> bool {
+        let holds = |voters: &BTreeSet<u64>| voters.intersection(agreed).count() * 2 > voters.len();
+        self.configs.iter().all(holds)
+    }
+}
+
 impl Node {
     fn candidate(&self) -> Candidate {
         Candidate { id: self.id, last: self.disk.newest() }
@@ -107,19 +125,34 @@ impl Node {
 
     /// This node's answer to another one that would stand.
     pub(super) fn would_have(&self, other: Candidate) -> bool {
-        self.ear.would_have(other, self.candidate(), Instant::now())
+        !self.is_followed() && self.ear.would_have(other, self.candidate(), Instant::now())
     }
 
     fn leads(&self) -> bool {
         self.metrics().borrow().state == ServerState::Leader
     }
 
-    /// The other voters, if this node is one.
-    fn rivals(&self) -> Option<Vec<Target>> {
-        let members = self.members();
-        members.iter().any(|m| m.is_voter && m.id == self.id).then(|| {
-            let others = members.into_iter().filter(|m| m.is_voter && m.id != self.id);
-            others.map(|m| Target { id: m.id, address: m.address }).collect()
+    /// Whether this node leads, and a majority has answered it lately.
+    fn is_followed(&self) -> bool {
+        let metrics = self.metrics();
+        let metrics = metrics.borrow();
+        let answered = metrics.millis_since_quorum_ack.map(Duration::from_millis);
+        metrics.state == ServerState::Leader && answered.is_some_and(|since| since < LEASE)
+    }
+
+    /// Whom to ask, if this node is a voter.
+    fn electorate(&self) -> Option<Electorate> {
+        let metrics = self.metrics();
+        let metrics = metrics.borrow();
+        let membership = metrics.membership_config.membership();
+        let is_other = |id: &u64| *id != self.id;
+        let target = |id: u64| {
+            let address = membership.get_node(&id)?.addr.clone();
+            Some(Target { id, address })
+        };
+        membership.voter_ids().any(|id| id == self.id).then(|| Electorate {
+            rivals: membership.voter_ids().filter(is_other).filter_map(target).collect(),
+            configs: membership.get_joint_config().clone(),
         })
     }
 }
@@ -129,19 +162,23 @@ pub(super) async fn keep(node: Arc<Node>) {
     let mut patience = between(FIRST_PATIENCE_MS);
     while node.metrics().borrow().running_state.is_ok() {
         if node.leads() {
-            node.ear.heard();
+            if node.is_followed() {
+                node.ear.heard();
+            }
+            sleep(between(AGAIN_MS)).await;
+            continue;
         }
         let due = node.ear.due(patience);
         if Instant::now() < due {
             sleep_until(due).await;
             continue;
         }
-        let Some(rivals) = node.rivals() else {
-            // A learner may become a voter any time.
-            node.ear.heard();
+        let Some(electorate) = node.electorate() else {
+            // A learner may become a voter any time. Others may count on its vote before it knows.
+            sleep(between(FIRST_PATIENCE_MS)).await;
             continue;
         };
-        if !is_wanted(&node, rivals).await {
+        if !is_wanted(&node, &electorate).await {
             sleep(between(AGAIN_MS)).await;
             continue;
         }
@@ -154,9 +191,8 @@ pub(super) async fn keep(node: Arc<Node>) {
 }
 
 /// Whether a majority of the voters would have this node. Asks all of them at once.
-async fn is_wanted(node: &Node, rivals: Vec<Target>) -> bool {
+async fn is_wanted(node: &Node, electorate: &Electorate) -> bool {
     let own = node.candidate();
-    let needed = rivals.len().div_ceil(2);
     let began = Instant::now();
     {
         let mut known = node.ear.known();
@@ -166,22 +202,23 @@ async fn is_wanted(node: &Node, rivals: Vec<Target>) -> bool {
         known.standing = Some(own);
     }
     let mut asked = JoinSet::new();
-    for rival in rivals {
+    for rival in electorate.rivals.iter().cloned() {
         let caller = node.caller.clone();
         asked.spawn(async move {
-            caller.post::<bool>(&rival, "would-have", json(&own), ANSWER_LIMIT).await
+            let answer = caller.post(&rival, "would-have", json(&own), ANSWER_LIMIT).await;
+            answer.unwrap_or(false).then_some(rival.id)
         });
     }
-    let mut votes = 0;
-    while votes < needed
+    let mut agreed = BTreeSet::from([node.id]);
+    while !electorate.is_majority(&agreed)
         && let Ok(Some(answer)) = timeout_at(began + ANSWER_LIMIT, asked.join_next()).await
     {
-        votes += usize::from(matches!(answer, Ok(Ok(true))));
+        agreed.extend(answer.ok().flatten());
     }
     // Meanwhile a leader may have called, or a better candidate.
     let mut known = node.ear.known();
     let still = known.standing.take() == Some(own) && known.heard <= began;
-    still && votes >= needed
+    still && electorate.is_majority(&agreed)
 }
 
 /// Waits until this node leads, hears of a leader, or has waited long enough for either.
@@ -244,6 +281,29 @@ mod tests {
         check(candidate(3, 10), candidate(2, 10), false);
         check(candidate(3, 10), candidate(2, 11), true);
         check(candidate(2, 11), candidate(3, 10), false);
+    }
+
+    #[test]
+    fn while_the_membership_changes_both_sets_of_voters_must_agree() {
+        let check = |configs: &[&[u64]], agreed: &[u64], is_majority: bool| {
+            let configs = configs.iter().map(|voters| voters.iter().copied().collect()).collect();
+            let electorate = Electorate { rivals: Vec::new(), configs };
+            let agreed = agreed.iter().copied().collect();
+            assert_eq!(electorate.is_majority(&agreed), is_majority, "{agreed:?}");
+        };
+        check(&[&[1]], &[1], true);
+        check(&[&[1, 2]], &[1], false);
+        check(&[&[1, 2]], &[1, 2], true);
+        check(&[&[1, 2, 3]], &[1], false);
+        check(&[&[1, 2, 3]], &[1, 3], true);
+        check(&[&[1, 2, 3, 4]], &[1, 3], false);
+        // Two of four voters are enough when they are a majority of either set.
+        check(&[&[1, 2, 3], &[1, 2, 4]], &[1, 2], true);
+        check(&[&[1, 2, 3], &[1, 2, 4]], &[1, 3], false);
+        // Most of all voters are not enough without the one that voted alone.
+        check(&[&[1], &[1, 2, 3]], &[2, 3], false);
+        check(&[&[1], &[1, 2, 3]], &[1, 2], true);
+        check(&[&[1, 2, 3], &[3]], &[1, 2], false);
     }
 
     #[test]

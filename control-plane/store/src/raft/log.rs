@@ -36,9 +36,11 @@ use super::{
     disk::{Disk, DiskError},
     node::Proposals,
 };
+use crate::command::Command;
 
-/// Entries kept in memory; an entry is read back right after it is written.
+/// Entries kept in memory, and their bytes; an entry is read back right after it is written.
 const TAIL_ENTRIES: usize = 256;
+const TAIL_BYTES: usize = 16 << 20;
 /// Appends of so many entries share a transaction.
 const SHARED_ENTRIES: usize = 1024;
 /// A leader whose disk takes longer reports nothing early any more: openraft then waits for the disk,
@@ -176,6 +178,7 @@ impl Growth {
 #[derive(Default)]
 struct Tail {
     entries: BTreeMap<u64, Entry<TypeConfig>>,
+    bytes: usize,
     last: Option<LogId<u64>>,
     purged: Option<LogId<u64>>,
     vote: Option<Vote<u64>>,
@@ -212,7 +215,7 @@ impl LogStore {
             .spawn(move || writing.run(&queue))
             .map_err(|source| disk.no_thread(source))?;
         Ok(Self {
-            tail: Arc::new(Mutex::new(Tail { entries: BTreeMap::new(), last, purged, vote })),
+            tail: Arc::new(Mutex::new(Tail { last, purged, vote, ..Tail::default() })),
             disk,
             jobs,
             flushing,
@@ -350,13 +353,28 @@ impl Tail {
     /// What is not on disk yet stays here, whatever its number.
     fn push(&mut self, entry: Entry<TypeConfig>, flushing: &Flushing) {
         self.last = Some(entry.log_id);
+        self.bytes += size(&entry);
         self.entries.insert(entry.log_id.index, entry);
-        while self.entries.len() > TAIL_ENTRIES
-            && let Some((first, _)) = self.entries.first_key_value()
-            && flushing.0.borrow().flushed.is_some_and(|flushed| *first <= flushed.index)
+        while (self.entries.len() > TAIL_ENTRIES || self.bytes > TAIL_BYTES)
+            && let Some(first) = self.entries.first_entry()
+            && flushing.0.borrow().flushed.is_some_and(|flushed| *first.key() <= flushed.index)
         {
-            self.entries.pop_first();
+            self.bytes -= size(&first.remove());
         }
+    }
+
+    /// Keeps only the entries of a range.
+    fn keep(&mut self, range: impl RangeBounds<u64>) {
+        self.entries.retain(|index, _| range.contains(index));
+        self.bytes = self.entries.values().map(size).sum();
+    }
+}
+
+/// Bytes of what an entry carries.
+fn size(entry: &Entry<TypeConfig>) -> usize {
+    match &entry.payload {
+        EntryPayload::Normal(request) => request.commands.iter().map(Command::size).sum(),
+        EntryPayload::Blank | EntryPayload::Membership(_) => 0,
     }
 }
 
@@ -458,7 +476,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             .map_err(StorageIOError::write_logs)?;
         let last = self.disk.last().map_err(fault(StorageIOError::read_logs))?;
         self.with_tail(|tail| {
-            tail.entries.split_off(&log_id.index);
+            tail.keep(..log_id.index);
             tail.last = last.map(|entry| entry.log_id).or(tail.purged);
             let last = tail.last;
             self.flushing.change(|progress| {
@@ -472,7 +490,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     async fn purge(&mut self, log_id: LogId<u64>) -> Result<()> {
         self.blocking(move |disk| disk.purge(&log_id)).await.map_err(StorageIOError::write_logs)?;
         self.with_tail(|tail| {
-            tail.entries = tail.entries.split_off(&(log_id.index + 1));
+            tail.keep(log_id.index + 1..);
             tail.purged = Some(log_id);
             tail.last = tail.last.max(Some(log_id));
         });
@@ -485,6 +503,7 @@ mod tests {
     use openraft::CommittedLeaderId;
 
     use super::*;
+    use crate::{Txn, raft::Request};
 
     fn id(index: u64) -> LogId<u64> {
         LogId::new(CommittedLeaderId::new(1, 1), index)
@@ -530,6 +549,26 @@ mod tests {
         assert!(flushing.is_overdue(late(4)));
         flushing.flushed(Some(id(5)), late(4));
         assert!(!flushing.is_overdue(late(100)));
+    }
+
+    #[test]
+    fn what_is_on_disk_leaves_memory_when_it_is_much() {
+        let put = |index: u64, bytes: usize| {
+            let commands = [Command::Txn(Txn::create("", "x".repeat(bytes)))].into();
+            let request = Request { time_ms: 0, commands, mark: 0 };
+            Entry { log_id: id(index), payload: EntryPayload::Normal(request) }
+        };
+        let (mut tail, flushing) = (Tail::default(), Flushing::new(Some(id(3))));
+        for index in 1..=5 {
+            tail.push(put(index, TAIL_BYTES / 3), &flushing);
+        }
+        let here = |tail: &Tail| tail.entries.keys().copied().collect::<Vec<_>>();
+        assert_eq!(here(&tail), [3, 4, 5]);
+        tail.push(put(6, TAIL_BYTES), &flushing);
+        assert_eq!(here(&tail), [4, 5, 6], "the others are not on disk yet");
+        tail.keep(..6);
+        tail.keep(5..);
+        assert_eq!((here(&tail), tail.bytes), (vec![5], TAIL_BYTES / 3));
     }
 
     #[test]

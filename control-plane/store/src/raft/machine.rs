@@ -140,7 +140,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let data = snapshot.into_inner();
         let image = serde_json::from_slice(&data)
             .map_err(|error| StorageIOError::read_snapshot(signature(), AnyError::new(&error)))?;
-        save(&self.disk, meta.clone(), data)
+        save(&self.disk, meta, data)
             .await
             .map_err(|error| StorageIOError::write_snapshot(signature(), error))?;
         self.adopt(meta, image);
@@ -156,10 +156,13 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 }
 
-async fn save(disk: &Arc<Disk>, meta: Meta, data: Vec<u8>) -> Result<(), AnyError> {
-    let disk = Arc::clone(disk);
-    match tokio::task::spawn_blocking(move || disk.save_snapshot(&meta, &data)).await {
-        Ok(Ok(())) => Ok(()),
+/// Writes a snapshot, and gives it back: a second copy may be large.
+async fn save(disk: &Arc<Disk>, meta: &Meta, data: Vec<u8>) -> Result<Vec<u8>, AnyError> {
+    let (disk, meta) = (Arc::clone(disk), meta.clone());
+    let saving =
+        tokio::task::spawn_blocking(move || disk.save_snapshot(&meta, &data).map(|()| data));
+    match saving.await {
+        Ok(Ok(data)) => Ok(data),
         Ok(Err(error)) => Err(AnyError::new(&error)),
         Err(error) => Err(AnyError::new(&error)),
     }
@@ -191,7 +194,7 @@ impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
             .await
             .map_err(|error| fault(AnyError::new(&error)))?
             .map_err(|error| fault(AnyError::new(&error)))?;
-        save(&self.disk, meta.clone(), data.clone()).await.map_err(fault)?;
+        let data = save(&self.disk, &meta, data).await.map_err(fault)?;
         Ok(Snapshot { meta, snapshot: Box::new(Cursor::new(data)) })
     }
 }

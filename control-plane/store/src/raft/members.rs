@@ -2,15 +2,19 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
 use openraft::{
-    ChangeMembers, RaftMetrics,
+    ChangeMembers, LogId, RaftMetrics,
     error::{ChangeMembershipError, ClientWriteError, RaftError},
 };
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, timeout_at};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, timeout_at},
+};
 
 use super::{
     MemberNode, NodeRaft,
@@ -52,7 +56,8 @@ pub(super) enum Change {
     Voters {
         ids: BTreeSet<u64>,
     },
-    /// These learners become voters too.
+    /// These learners become voters too. With none of them, what another leader has begun to change
+    /// is completed.
     Promote {
         ids: BTreeSet<u64>,
     },
@@ -124,47 +129,76 @@ impl Node {
             Change::Voters { .. } | Change::Promote { .. } | Change::Remove { .. } => false,
         };
         // A change has two steps. It goes on when the caller goes away in between.
-        let work = tokio::spawn(carry_out(self.raft.clone(), change.clone(), voters, moved));
+        let work = tokio::spawn(carry_out(self.changes.clone(), change.clone(), voters, moved));
         match timeout_at(deadline, work).await {
-            Ok(Ok(Ok(()))) => Ok(()),
-            Ok(Ok(Err(error))) => Err(refusal(error)),
+            Ok(Ok(done)) => done,
             Ok(Err(error)) => Err(Refusal::Unknown(error.to_string())),
             Err(_) => Err(Refusal::Unknown("the change goes on, but takes long".to_owned())),
         }
     }
 }
 
-async fn carry_out(
+/// Makes changes of membership, one at a time: most have two steps, and what one of them leaves in
+/// between is not for another one to go on with.
+#[derive(Clone)]
+pub(super) struct Changes {
     raft: NodeRaft,
+    turn: Arc<Mutex<()>>,
+}
+
+impl Changes {
+    pub(super) fn new(raft: NodeRaft) -> Self {
+        Self { raft, turn: Arc::default() }
+    }
+
+    /// Both steps. Returns the entry of the last one.
+    async fn make(
+        &self,
+        change: impl Into<ChangeMembers<u64, MemberNode>>,
+        retain: bool,
+    ) -> Result<LogId<u64>, Refusal> {
+        let Ok(_turn) = self.turn.try_lock() else {
+            let text = "another change of membership is under way".to_owned();
+            return Err(Refusal::Unavailable(text));
+        };
+        let done = self.raft.change_membership(change, retain).await;
+        done.map(|done| done.log_id).map_err(refusal)
+    }
+}
+
+async fn carry_out(
+    changes: Changes,
     change: Change,
     voters: BTreeSet<u64>,
     moved: bool,
-) -> Result<(), Failure> {
+) -> Result<(), Refusal> {
     if let (
         true,
         Change::AddLearner { id, address, name } | Change::Address { id, address, name },
     ) = (moved, &change)
     {
         let node = BTreeMap::from([(*id, MemberNode::of(name, address))]);
-        raft.change_membership(ChangeMembers::SetNodes(node), true).await?;
+        changes.make(ChangeMembers::SetNodes(node), true).await?;
     }
     match change {
         Change::AddLearner { id, address, name } => {
-            let added = raft.add_learner(id, MemberNode::of(&name, &address), false).await?;
+            let node = BTreeMap::from([(id, MemberNode::of(&name, &address))]);
+            let added = changes.make(ChangeMembers::AddNodes(node), true).await?;
             // Until it has all that came before it, or this node no longer leads.
             let caught_up = |m: &RaftMetrics<u64, MemberNode>| {
                 m.replication.as_ref().is_none_or(|followers| {
-                    followers.get(&id).is_some_and(|matching| *matching >= Some(added.log_id))
+                    followers.get(&id).is_some_and(|matching| *matching >= Some(added))
                 })
             };
             // It fails only when Raft stops, and then the next change says so.
-            let _ = raft.wait(Some(PATIENCE)).metrics(caught_up, "a learner caught up").await;
+            let wait = changes.raft.wait(Some(PATIENCE));
+            let _ = wait.metrics(caught_up, "a learner caught up").await;
         }
         Change::Voters { ids } => {
-            raft.change_membership(ids, true).await?;
+            changes.make(ids, true).await?;
         }
         Change::Promote { ids } => {
-            raft.change_membership(ChangeMembers::AddVoterIds(ids), true).await?;
+            changes.make(ChangeMembers::AddVoterIds(ids), true).await?;
         }
         Change::Remove { id } => {
             let ids = BTreeSet::from([id]);
@@ -173,11 +207,11 @@ async fn carry_out(
             } else {
                 ChangeMembers::RemoveNodes(ids)
             };
-            raft.change_membership(change, false).await?;
+            changes.make(change, false).await?;
         }
         Change::Address { .. } => {}
     }
-    hand_over(&raft).await;
+    hand_over(&changes.raft).await;
     Ok(())
 }
 

@@ -46,8 +46,8 @@ use crate::{
         election::Ear,
         log::{Growth, LogStore},
         machine::StateMachine,
-        members::Change,
-        network::{Peers, Telling},
+        members::{Change, Changes},
+        network::{Peers, Silence, Telling},
         node::Node,
         reads::Reads,
         writer::Writer,
@@ -205,9 +205,13 @@ impl RaftBackend {
             None => fault(error),
         };
         let caller = Caller::new(config.node_id, peering.as_ref());
-        let telling = Telling::new();
-        let peers =
-            Peers { caller: caller.clone(), flushing: log.flushing(), telling: telling.clone() };
+        let (telling, silence) = (Telling::new(), Silence::default());
+        let peers = Peers {
+            caller: caller.clone(),
+            flushing: log.flushing(),
+            telling: telling.clone(),
+            silence: silence.clone(),
+        };
         let raft = NodeRaft::new(config.node_id, settings()?, peers, log, machine)
             .await
             .map_err(|e| fault(&e))?;
@@ -223,6 +227,7 @@ impl RaftBackend {
         let (quorum_sender, quorum_lost) = watch::channel(None);
         let node = Arc::new(Node {
             id: config.node_id,
+            changes: Changes::new(raft.clone()),
             raft,
             caller,
             proposals,
@@ -237,7 +242,7 @@ impl RaftBackend {
         let (sender, leadership) = watch::channel(now);
         let tasks = vec![
             tokio::spawn(follow_leadership(node.raft.server_metrics(), sender, leads_sender)),
-            tokio::spawn(node::watch_quorum(node.metrics(), quorum_sender)),
+            tokio::spawn(node::watch_quorum(node.metrics(), quorum_sender, silence)),
             tokio::spawn(election::keep(Arc::clone(&node))),
             tokio::spawn(snapshot_by_size(Arc::clone(&node), growth)),
             tokio::spawn(tell_address(Arc::clone(&node), config.name, config.address)),
@@ -339,6 +344,7 @@ impl RaftBackend {
         RaftPosition {
             log_index: metrics.last_log_index.unwrap_or(0),
             applied_index: metrics.last_applied.map_or(0, |id| id.index),
+            voters_change: members.get_joint_config().len() > 1,
             followers: followers
                 .filter_map(|(id, log)| Some((name(id)?, log.map_or(0, |id| id.index))))
                 .collect(),

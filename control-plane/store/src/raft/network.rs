@@ -4,7 +4,7 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -50,6 +50,7 @@ pub(super) struct Peers {
     pub(super) caller: Caller,
     pub(super) flushing: Flushing,
     pub(super) telling: Telling,
+    pub(super) silence: Silence,
 }
 
 /// One other node.
@@ -57,10 +58,25 @@ pub(super) struct Peer {
     caller: Caller,
     flushing: Flushing,
     telling: Telling,
+    silence: Silence,
     target: Target,
     /// When it last answered a call for entries. openraft has one stream of these for each
     /// follower, and asks its questions by others.
     called: Option<Instant>,
+}
+
+/// Whether this node calls nobody as a leader.
+#[derive(Clone, Default)]
+pub(super) struct Silence(Arc<AtomicBool>);
+
+impl Silence {
+    pub(super) fn set(&self, is_silent: bool) {
+        self.0.store(is_silent, Ordering::Relaxed);
+    }
+
+    fn is_kept(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// Whether other nodes wait to hear of commits: those whose writes and reads come here.
@@ -141,6 +157,14 @@ impl Peer {
         }
     }
 
+    fn check_silence(&self) -> std::result::Result<(), Unreachable> {
+        if self.silence.is_kept() {
+            let error = io::Error::other("not called: no majority answers this leader");
+            return Err(Unreachable::new(&error));
+        }
+        Ok(())
+    }
+
     async fn call<T, E>(
         &self,
         call: &str,
@@ -178,6 +202,7 @@ impl RaftNetworkFactory<TypeConfig> for Peers {
             caller: self.caller.clone(),
             flushing: self.flushing.clone(),
             telling: self.telling.clone(),
+            silence: self.silence.clone(),
             target: Target { id, address: node.addr.clone() },
             called: None,
         }
@@ -190,6 +215,7 @@ impl RaftNetwork<TypeConfig> for Peer {
         mut request: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<u64>> {
+        self.check_silence()?;
         let carries = !request.entries.is_empty();
         if !carries {
             self.hold_back(&request).await?;
@@ -219,6 +245,7 @@ impl RaftNetwork<TypeConfig> for Peer {
         chunk: InstallSnapshotRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<InstallSnapshotResponse<u64>, RaftError<u64, InstallSnapshotError>> {
+        self.check_silence()?;
         self.call("snapshot", encode_chunk(chunk), option.hard_ttl()).await
     }
 

@@ -22,7 +22,8 @@ use super::{
     call::{CallError, Caller, Target},
     disk::Disk,
     election::Ear,
-    network::Telling,
+    members::Changes,
+    network::{Silence, Telling},
 };
 use crate::StoreError;
 
@@ -31,7 +32,10 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// Signs of life are looked for at least this often while there is no leader.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// A leader that no majority answered for this long takes no more writes.
-const QUORUM_LOST_MS: u64 = 1_500;
+const QUORUM_LOST: Duration = Duration::from_millis(1_500);
+/// And it keeps still for so long, then calls again for as long, and so on: its followers may hear
+/// it all the same, and want no other leader as long as they do. An election fits into this.
+const SILENCE: Duration = Duration::from_millis(1_500);
 
 /// Why an order was not carried out, in the form in which nodes tell each other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,6 +118,7 @@ impl Proposals {
 pub(super) struct Node {
     pub(super) id: u64,
     pub(super) raft: NodeRaft,
+    pub(super) changes: Changes,
     pub(super) caller: Caller,
     pub(super) proposals: Proposals,
     pub(super) disk: Arc<Disk>,
@@ -121,7 +126,7 @@ pub(super) struct Node {
     pub(super) telling: Telling,
     /// The newest entry that is applied here; 0 for none.
     pub(super) applied: watch::Receiver<u64>,
-    /// Why this node, if it leads, can't commit anything.
+    /// Why this node, if it leads, can't commit anything; a moment old.
     pub(super) quorum_lost: watch::Receiver<Option<String>>,
 }
 
@@ -150,8 +155,8 @@ impl Node {
                 Place::Nowhere("this node has lost its vote and hands over".to_owned())
             }
             Some(id) if id == self.id && metrics.state == ServerState::Leader => {
-                match quorum_lost(&metrics) {
-                    Some(why) => Place::Nowhere(why),
+                match &*self.quorum_lost.borrow() {
+                    Some(why) => Place::Nowhere(why.clone()),
                     None => Place::Here,
                 }
             }
@@ -192,26 +197,97 @@ impl Node {
     }
 }
 
-/// Looks whether this node leads without a majority, as often as calls to followers end.
+/// Looks whether this node leads without a majority. Tells it, and keeps it still then.
 pub(super) async fn watch_quorum(
     metrics: watch::Receiver<RaftMetrics<u64, MemberNode>>,
     lost: watch::Sender<Option<String>>,
+    silence: Silence,
 ) {
+    let mut quorum = Quorum::default();
     loop {
         tokio::time::sleep(LOOK_AGAIN).await;
-        let now = quorum_lost(&metrics.borrow());
+        let now = Instant::now();
+        let unanswered = quorum.unanswered(&metrics.borrow(), now);
+        let since_lost = unanswered.and_then(|since| since.checked_sub(QUORUM_LOST));
+        let why = since_lost.map(|since| {
+            let ms = (QUORUM_LOST + since).as_millis();
+            format!("no majority of voters has answered this leader for {ms} ms")
+        });
+        silence.set(since_lost.is_some_and(is_silent));
         lost.send_if_modified(|known| {
-            let changed = known.is_some() != now.is_some();
-            *known = now;
+            let changed = known.is_some() != why.is_some();
+            *known = why;
             changed
         });
     }
 }
 
-/// Why this leader can't commit anything, if it leads and can't.
-fn quorum_lost(metrics: &RaftMetrics<u64, MemberNode>) -> Option<String> {
-    let several = metrics.membership_config.membership().voter_ids().count() > 1;
-    let ms = metrics.millis_since_quorum_ack.filter(|ms| *ms > QUORUM_LOST_MS)?;
-    (several && metrics.state == ServerState::Leader)
-        .then(|| format!("no majority of voters has answered this leader for {ms} ms"))
+/// Whether a leader keeps still, so long after it was found to have lost its majority.
+fn is_silent(since_lost: Duration) -> bool {
+    since_lost.as_millis() % (2 * SILENCE.as_millis()) < SILENCE.as_millis()
+}
+
+/// What has to be remembered about a leader's majority.
+#[derive(Default)]
+struct Quorum {
+    /// Since when this node leads and nobody has ever answered.
+    never: Option<Instant>,
+}
+
+impl Quorum {
+    /// For how long no majority has answered, if this node leads others.
+    fn unanswered(
+        &mut self,
+        metrics: &RaftMetrics<u64, MemberNode>,
+        now: Instant,
+    ) -> Option<Duration> {
+        let several = metrics.membership_config.membership().voter_ids().count() > 1;
+        if !several || metrics.state != ServerState::Leader {
+            self.never = None;
+            return None;
+        }
+        if let Some(ms) = metrics.millis_since_quorum_ack {
+            self.never = None;
+            return Some(Duration::from_millis(ms));
+        }
+        let never = *self.never.get_or_insert(now);
+        Some(now.saturating_duration_since(never))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_leader_without_a_majority_keeps_still_half_of_the_time() {
+        let at = |ms: u64| is_silent(Duration::from_millis(ms));
+        assert_eq!(
+            [0, 1_499, 1_500, 2_999, 3_000, 4_500].map(at),
+            [true, true, false, false, true, false]
+        );
+    }
+
+    #[test]
+    fn a_leader_that_was_never_answered_knows_that_too() {
+        let voters = |ids: &[u64]| {
+            let ids: std::collections::BTreeSet<u64> = ids.iter().copied().collect();
+            let nodes: BTreeMap<u64, MemberNode> =
+                ids.iter().map(|id| (*id, MemberNode::default())).collect();
+            let membership = openraft::Membership::new(vec![ids], nodes);
+            Arc::new(openraft::StoredMembership::new(None, membership))
+        };
+        let mut metrics = RaftMetrics::new_initial(1);
+        let (mut quorum, begin) = (Quorum::default(), Instant::now());
+        let late = begin + Duration::from_secs(2);
+        metrics.membership_config = voters(&[1, 2, 3]);
+        assert_eq!(quorum.unanswered(&metrics, begin), None, "it does not lead");
+        metrics.state = ServerState::Leader;
+        assert_eq!(quorum.unanswered(&metrics, begin), Some(Duration::ZERO));
+        assert_eq!(quorum.unanswered(&metrics, late), Some(Duration::from_secs(2)));
+        metrics.millis_since_quorum_ack = Some(7);
+        assert_eq!(quorum.unanswered(&metrics, late), Some(Duration::from_millis(7)));
+        metrics.membership_config = voters(&[1]);
+        assert_eq!(quorum.unanswered(&metrics, late), None, "it is its own majority");
+    }
 }

@@ -84,7 +84,9 @@ async fn append(State(backend): Backend, body: Bytes) -> Response {
     // Signs of life need no room. Without the rest this node falls behind, and catches up later.
     match backend.node.disk.is_full() {
         Some(problem) if !request.entries.is_empty() => {
-            backend.node.ear.heard();
+            if request.vote >= backend.metrics().vote {
+                backend.node.ear.heard();
+            }
             (StatusCode::SERVICE_UNAVAILABLE, problem).into_response()
         }
         _ => {

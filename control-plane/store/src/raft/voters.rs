@@ -7,9 +7,11 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
+use openraft::RaftMetrics;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{
+    MemberNode,
     call::Target,
     members::{Change, Member},
     node::Node,
@@ -52,10 +54,16 @@ pub(super) async fn keep(node: &Node) {
             let membership = m.membership_config.membership();
             let is_even = membership.voter_ids().count() % 2 == 0;
             let has_learners = membership.learner_ids().next().is_some();
-            m.current_leader == Some(node.id) && (has_learners || is_even)
+            let wants_look = has_learners || is_even || is_between_steps(m);
+            m.current_leader == Some(node.id) && wants_look
         });
         if leads_others.await.is_err() {
             return;
+        }
+        if is_between_steps(&node.metrics().borrow()) {
+            complete(node).await;
+            sleep(PERIOD).await;
+            continue;
         }
         let members = node.members();
         let ids = to_promote(&members, &ready(node, &members).await);
@@ -76,6 +84,20 @@ pub(super) async fn keep(node: &Node) {
             }
         }
         sleep(PERIOD).await;
+    }
+}
+
+/// Whether the membership is on its way from one set of voters to another.
+fn is_between_steps(metrics: &RaftMetrics<u64, MemberNode>) -> bool {
+    metrics.membership_config.membership().get_joint_config().len() > 1
+}
+
+/// Takes the second step of a change whose first one was another leader's: until then majorities of
+/// both sets are needed. A change that this node makes is refused here, and completes itself.
+async fn complete(node: &Node) {
+    match node.change_here(&Change::Promote { ids: BTreeSet::new() }).await {
+        Ok(()) => tracing::info!("completed the change of membership that another leader began"),
+        Err(refusal) => tracing::debug!(?refusal, "the membership still changes"),
     }
 }
 

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     StoreError,
-    command::{Command, Op, Outcome},
+    command::{Command, Outcome},
     store::now_ms,
 };
 
@@ -132,7 +132,7 @@ impl Batch {
                 let _ = order.reply.send(Err(refusal));
             } else {
                 let Order { commands: ordered, here_only, reply, .. } = order;
-                bytes += ordered.iter().map(size).sum::<usize>();
+                bytes += ordered.iter().map(Command::size).sum::<usize>();
                 waiting.push(Waiting { commands: ordered.len(), here_only, reply });
                 commands.extend(ordered);
             }
@@ -271,19 +271,5 @@ impl Proposal {
                 Err(Refusal::Unknown("no majority of voters confirmed it in time".to_owned()))
             }
         }
-    }
-}
-
-fn size(command: &Command) -> usize {
-    match command {
-        Command::Compact { .. } => 0,
-        Command::Txn(txn) => txn
-            .ops
-            .iter()
-            .map(|op| match op {
-                Op::Put { key, value } => key.len() + value.len(),
-                Op::Delete { key } => key.len(),
-            })
-            .sum(),
     }
 }

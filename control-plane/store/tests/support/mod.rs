@@ -8,7 +8,10 @@ pub mod etcd;
 use std::{
     collections::BTreeSet,
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -48,6 +51,10 @@ pub struct Node {
     dir: TempDir,
     /// Whose calls don't arrive here.
     blocked: Blocked,
+    /// Whose calls arrive, but get no answer.
+    unanswered: Blocked,
+    /// How often another node asked this one whether it would have it as its leader.
+    asked: Arc<AtomicUsize>,
     running: Option<Running>,
 }
 
@@ -59,6 +66,8 @@ impl Node {
             address: listener.local_addr().unwrap(),
             dir: TempDir::new().unwrap(),
             blocked: Blocked::default(),
+            unanswered: Blocked::default(),
+            asked: Arc::default(),
             running: None,
         };
         node.run(listener, client, begin).await;
@@ -74,16 +83,22 @@ impl Node {
         };
         let peering = Peering { client: client.clone(), scheme: "http".to_owned(), begin };
         let store = Store::raft_with_peers(config, peering).await.unwrap();
-        let blocked = Arc::clone(&self.blocked);
+        let (blocked, unanswered) = (Arc::clone(&self.blocked), Arc::clone(&self.unanswered));
+        let asked = Arc::clone(&self.asked);
         let cut = move |request: Request, next: Next| {
             let source = &request.headers()["x-exo-raft-source"];
             let source: u64 = source.to_str().unwrap().parse().unwrap();
             let cut_off = blocked.lock().unwrap().contains(&source);
+            let unanswered = unanswered.lock().unwrap().contains(&source);
+            if !cut_off && request.uri().path().ends_with("/would-have") {
+                asked.fetch_add(1, Ordering::Relaxed);
+            }
             async move {
                 if cut_off {
                     return StatusCode::SERVICE_UNAVAILABLE.into_response();
                 }
-                next.run(request).await
+                let answer = next.run(request).await;
+                if unanswered { StatusCode::SERVICE_UNAVAILABLE.into_response() } else { answer }
             }
         };
         let app = raft_routes(&store).layer(middleware::from_fn(cut));
@@ -93,6 +108,11 @@ impl Node {
             axum::serve(listener, app).with_graceful_shutdown(stopped).await.unwrap();
         });
         self.running = Some(Running { store, stop, server });
+    }
+
+    /// How often others asked this node for their election.
+    pub fn asked(&self) -> usize {
+        self.asked.load(Ordering::Relaxed)
     }
 
     pub fn store(&self) -> &Store {
@@ -165,9 +185,33 @@ impl Cluster {
         }
     }
 
+    /// What this node calls to others does not arrive; what they call to it does.
+    pub fn silence(&self, id: u64) {
+        for node in self.nodes.iter().filter(|n| n.id != id) {
+            node.blocked.lock().unwrap().insert(id);
+        }
+    }
+
+    /// What this node calls to others arrives; it hears nothing of them, neither calls nor answers.
+    pub fn deafen(&self, id: u64) {
+        for node in &self.nodes {
+            if node.id == id {
+                *node.blocked.lock().unwrap() = self.nodes.iter().map(|n| n.id).collect();
+            } else {
+                node.unanswered.lock().unwrap().insert(id);
+            }
+        }
+    }
+
+    /// What `from` calls to `to` does not arrive, and nothing else is lost.
+    pub fn cut(&self, from: u64, to: u64) {
+        self.node(to).blocked.lock().unwrap().insert(from);
+    }
+
     pub fn heal(&self) {
         for node in &self.nodes {
             node.blocked.lock().unwrap().clear();
+            node.unanswered.lock().unwrap().clear();
         }
     }
 
