@@ -9,7 +9,6 @@ use crate::{
     error::Cause,
     object,
     resource::{Access, DefinitionError, Resource},
-    schema,
 };
 
 pub(crate) const NAMESPACE: &str = "Namespace";
@@ -310,8 +309,6 @@ pub(crate) fn prepare(resource: &Resource, object: &mut Value) -> Vec<Cause> {
     if !resource.builtin {
         return Vec::new();
     }
-    // Kubernetes' own decoder makes nothing of nulls.
-    schema::drop_nulls(None, object);
     match resource.kind.as_str() {
         NAMESPACE => {
             let name = json!(object::name(object));

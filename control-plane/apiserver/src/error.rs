@@ -40,7 +40,8 @@ impl Subject {
     }
 }
 
-fn qualified(name: &str, group: &str) -> String {
+/// `shards.exo.dev`; the core group has no name.
+pub(crate) fn qualified(name: &str, group: &str) -> String {
     if group.is_empty() { name.to_owned() } else { format!("{name}.{group}") }
 }
 
@@ -62,8 +63,8 @@ pub(crate) enum ApiError {
     #[error("{0}")]
     BadRequest(String),
     /// A patch that can't be applied to the object as it is.
-    #[error("{0}")]
-    Unprocessable(String),
+    #[error("the patch can't be applied: {message}")]
+    Unprocessable { subject: Subject, message: String },
     #[error("{} \"{}\" is forbidden: {message}", subject.resource(), subject.name)]
     Forbidden { subject: Subject, message: String },
     #[error("Too large resource version: {wanted}, current: {current}")]
@@ -162,7 +163,7 @@ impl ApiError {
             Self::AlreadyExists(_) | Self::Conflict { .. } | Self::ApplyConflict { .. } => {
                 StatusCode::CONFLICT
             }
-            Self::Invalid { .. } | Self::Unprocessable(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Invalid { .. } | Self::Unprocessable { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
             Self::Forbidden { .. } => StatusCode::FORBIDDEN,
             Self::FutureVersion { .. } => StatusCode::GATEWAY_TIMEOUT,
@@ -185,7 +186,7 @@ impl ApiError {
             Self::UnknownPath | Self::NotFound(_) => "NotFound",
             Self::AlreadyExists(_) => "AlreadyExists",
             Self::Conflict { .. } | Self::ApplyConflict { .. } => "Conflict",
-            Self::Invalid { .. } | Self::Unprocessable(_) => "Invalid",
+            Self::Invalid { .. } | Self::Unprocessable { .. } => "Invalid",
             Self::BadRequest(_) => "BadRequest",
             Self::Forbidden { .. } => "Forbidden",
             Self::FutureVersion { .. } => "Timeout",
@@ -223,6 +224,11 @@ impl ApiError {
                     "causes": causes,
                 }))
             }
+            // Old kubectl shows nothing but the causes.
+            Self::Unprocessable { subject, message } => Some(json!({
+                "name": subject.name, "group": subject.group, "kind": subject.kind,
+                "causes": [{"reason": "FieldValueInvalid", "message": message, "field": "patch"}],
+            })),
             Self::ApplyConflict { subject, conflicts } => {
                 let causes: Vec<Value> = conflicts
                     .iter()

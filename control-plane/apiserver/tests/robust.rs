@@ -202,7 +202,8 @@ struct Sent {
     body: Vec<u8>,
 }
 
-fn sent() -> impl Strategy<Value = Sent> {
+/// Anything to anywhere: most of it is refused at once.
+fn wild() -> impl Strategy<Value = Sent> {
     let method = prop::sample::select(vec![
         "GET", "POST", "POST", "PUT", "PATCH", "PATCH", "DELETE", "HEAD", "OPTIONS", "X",
     ]);
@@ -233,6 +234,128 @@ fn sent() -> impl Strategy<Value = Sent> {
             body,
         },
     )
+}
+
+/// Operations on fields that there are, or could be.
+fn operations() -> impl Strategy<Value = Value> {
+    let path = || {
+        prop::sample::select(vec![
+            "",
+            "/spec",
+            "/spec/model",
+            "/spec/environment",
+            "/spec/environment/a",
+            "/spec/nodes/min",
+            "/metadata",
+            "/metadata/labels",
+            "/metadata/labels/a~1b",
+            "/metadata/finalizers",
+            "/metadata/finalizers/-",
+            "/metadata/managedFields/0",
+            "/metadata/ownerReferences/0/uid",
+            "/status",
+            "/kind",
+            "/data",
+            "nothing",
+        ])
+    };
+    let op = prop::sample::select(vec!["add", "remove", "replace", "move", "copy", "test", "x"]);
+    let operation = (op, path(), path(), value()).prop_map(
+        |(op, path, from, value)| json!({"op": op, "path": path, "from": from, "value": value}),
+    );
+    prop::collection::vec(operation, 0..5).prop_map(Value::from)
+}
+
+/// What clients send, but for one field.
+fn aimed() -> impl Strategy<Value = Sent> {
+    let place = prop::sample::select(vec![
+        (support::INSTANCES, support::instance("a")),
+        (support::INSTANCES, support::instance("b")),
+        (support::NODES, support::node("n")),
+        (support::SHARDS, support::shard("s", "n", 0)),
+        (SECRETS, json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}})),
+        (
+            "/api/v1/namespaces",
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default"}}),
+        ),
+        (
+            EVENTS,
+            json!({"apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": {"name": "e"}}),
+        ),
+        (
+            LEASES,
+            json!({
+                "apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "l"}
+            }),
+        ),
+    ]);
+    let action = prop::sample::select(vec![
+        "create", "create", "update", "merge", "merge", "json", "json", "apply", "apply", "delete",
+        "get", "list",
+    ]);
+    let subresource = prop::sample::select(vec!["", "", "", "/status", "/scale"]);
+    let field = prop::sample::select(vec![
+        "/metadata",
+        "/metadata/labels",
+        "/metadata/finalizers",
+        "/metadata/ownerReferences",
+        "/metadata/managedFields",
+        "/metadata/resourceVersion",
+        "/spec",
+        "/spec/nodes",
+        "/spec/environment",
+        "/spec/replicas",
+        "/status",
+        "/data",
+        "/stringData",
+        "/regarding",
+        "/spec/holderIdentity",
+        "/propagationPolicy",
+        "/preconditions",
+    ]);
+    let query = prop_oneof![2 => Just(String::new()), 1 => query()];
+    let change = prop::option::weighted(0.7, (field, value()));
+    (place, action, subresource, change, operations(), query).prop_map(
+        |((collection, mut object), action, subresource, change, operations, mut query)| {
+            let name = object["metadata"]["name"].as_str().unwrap().to_owned();
+            let path = format!("{collection}/{name}{subresource}");
+            if let Some((field, value)) = change {
+                put(&mut object, field, value);
+            }
+            let (method, path, content_type, body) = match action {
+                "create" => ("POST", collection.to_owned(), "application/json", object),
+                "update" => ("PUT", path, "application/json", object),
+                "merge" => ("PATCH", path, "application/merge-patch+json", object),
+                "json" => ("PATCH", path, "application/json-patch+json", operations),
+                "apply" => {
+                    query = format!("fieldManager=m&{query}");
+                    ("PATCH", path, "application/apply-patch+yaml", object)
+                }
+                "delete" => ("DELETE", path, "application/json", json!({})),
+                "get" => ("GET", path, "application/json", Value::Null),
+                _ => ("GET", collection.to_owned(), "application/json", Value::Null),
+            };
+            let accept = "application/json";
+            let body = body.to_string().into_bytes();
+            Sent { method, path, query, content_type, accept, body }
+        },
+    )
+}
+
+/// Makes the map on the way.
+fn put(object: &mut Value, pointer: &str, value: Value) {
+    let mut place = object;
+    for field in pointer.split('/').skip(1) {
+        if !place.is_object() {
+            *place = json!({});
+        }
+        place = &mut place[field];
+    }
+    *place = value;
+}
+
+fn sent() -> impl Strategy<Value = Sent> {
+    prop_oneof![1 => wild(), 3 => aimed()]
 }
 
 /// A server that is set back to where it began after each input: to make a new one takes longer

@@ -8,6 +8,7 @@ use crate::{
     error::{ApiError, Cause},
     object,
     resource::Resource,
+    schema,
     server::{Call, Subresource},
 };
 
@@ -95,6 +96,10 @@ pub(super) fn prune(
 ) -> Result<Vec<String>, ApiError> {
     let resource = &call.resource;
     let validation = FieldValidation::of(call)?;
+    if resource.builtin {
+        // Kubernetes' own decoder makes nothing of nulls.
+        schema::drop_nulls(None, object);
+    }
     let mut unknown = prune_metadata(object);
     unknown.extend(resource.schema.prune(object));
     let unknown = unknown.into_iter().map(|path| format!("unknown field \"{path}\""));
@@ -195,7 +200,9 @@ pub(super) fn stamp_new(resource: &Resource, object: &mut Value) {
     object::set_metadata(object, "uid", Some(json!(uid)));
     let now = clock::format(clock::now());
     object::set_metadata(object, "creationTimestamp", Some(json!(now)));
-    object::set_metadata(object, "generation", Some(json!(1)));
+    if !resource.builtin {
+        object::set_metadata(object, "generation", Some(json!(1)));
+    }
     builtin::stamp_new(resource, object);
 }
 
@@ -237,8 +244,12 @@ fn set_field(object: &mut Value, field: &str, value: Option<Value>) {
     }
 }
 
-/// Counts a change of anything but metadata and status.
-pub(super) fn bump_generation(current: &Value, wanted: &mut Value) {
+/// Counts a change of anything but metadata and status. As in Kubernetes, its own types that are
+/// served here have no count.
+pub(super) fn bump_generation(resource: &Resource, current: &Value, wanted: &mut Value) {
+    if resource.builtin {
+        return;
+    }
     let desired = |object: &Value| {
         let mut fields = object.as_object().cloned().unwrap_or_default();
         fields.remove("metadata");

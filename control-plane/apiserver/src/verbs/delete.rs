@@ -231,8 +231,10 @@ fn mark(resource: &Resource, object: &mut Value) {
     let now = json!(clock::format(clock::now()));
     object::set_metadata(object, "deletionTimestamp", Some(now));
     object::set_metadata(object, "deletionGracePeriodSeconds", Some(json!(0)));
-    let generation = json!(object::generation(object) + 1);
-    object::set_metadata(object, "generation", Some(generation));
+    if !resource.builtin {
+        let generation = json!(object::generation(object) + 1);
+        object::set_metadata(object, "generation", Some(generation));
+    }
 }
 
 fn check(

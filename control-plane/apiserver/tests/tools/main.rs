@@ -4,6 +4,7 @@
 
 mod kubectl;
 mod objects;
+mod odd;
 mod python;
 #[path = "../support/serve.rs"]
 mod serve;
