@@ -242,7 +242,15 @@ impl JsonSchema for LayerRange {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"type": "string", "pattern": "^[0-9]+-[0-9]+$", "maxLength": 24})
+        json_schema!({
+            "type": "string",
+            "pattern": "^(0|[1-9][0-9]{0,8})-(0|[1-9][0-9]{0,8})$",
+            "maxLength": 24,
+            "x-kubernetes-validations": [{
+                "rule": "int(self.split('-')[0]) <= int(self.split('-')[1])",
+                "message": "the first layer must not be above the last",
+            }],
+        })
     }
 }
 

@@ -65,10 +65,11 @@ pub(crate) async fn authorize(
             Some(namespace) => format!("in the namespace \"{namespace}\""),
             None => "at the cluster scope".to_owned(),
         };
-        ApiError::Denied(format!(
+        let message = format!(
             "{target} is forbidden: User \"{}\" cannot {} resource \"{resource}\" in API group \
              \"{}\" {scope}: {reason}",
             identity.name, attributes.verb, attributes.group
-        ))
+        );
+        ApiError::Denied { subject: call.resource.subject(&call.name), message }
     })
 }

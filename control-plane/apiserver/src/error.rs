@@ -2,7 +2,7 @@
 //!
 //! One table: every refusal of this crate is a variant here, with its HTTP code and reason.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use axum::{
     body::Body,
@@ -66,7 +66,7 @@ pub(crate) enum ApiError {
     #[error("the patch can't be applied: {message}")]
     Unprocessable { subject: Subject, message: String },
     #[error("{} \"{}\" is forbidden: {message}", subject.resource(), subject.name)]
-    Forbidden { subject: Subject, message: String },
+    Forbidden { subject: Subject, message: String, causes: Vec<Cause> },
     #[error("Too large resource version: {wanted}, current: {current}")]
     FutureVersion { wanted: u64, current: u64 },
     /// Too much at once; of this client, or of all.
@@ -75,14 +75,16 @@ pub(crate) enum ApiError {
     #[error("Unauthorized")]
     Unauthorized,
     /// The policy on access refused; the whole sentence.
-    #[error("{0}")]
-    Denied(String),
+    #[error("{message}")]
+    Denied { subject: Subject, message: String },
     #[error("the server does not allow this method on the requested resource")]
     MethodNotAllowed,
     #[error("only the following media types are accepted: {0}")]
     NotAcceptable(&'static str),
     #[error("the body of the request was in an unknown format - accepted media types include: {0}")]
     UnsupportedMediaType(&'static str),
+    #[error("the request's body was not whole within {0:?}")]
+    SlowBody(Duration),
     #[error("Request entity too large: limit is {0} bytes")]
     TooLarge(usize),
     #[error("the list has more than {0} bytes: ask for it in parts, with a limit")]
@@ -129,6 +131,18 @@ fn apply_message(conflicts: &[FieldConflict]) -> String {
 /// Clients that are told to come back wait this long.
 const RETRY_AFTER_S: u32 = 1;
 
+/// Details of a refusal: which object, and what is wrong with it.
+fn about(subject: &Subject, kind: &str, causes: &[Cause]) -> Value {
+    let mut details = json!({"name": subject.name, "group": subject.group, "kind": kind});
+    if !causes.is_empty() {
+        let causes = causes
+            .iter()
+            .map(|c| json!({"reason": c.reason, "message": c.message, "field": c.field}));
+        details["causes"] = causes.collect();
+    }
+    details
+}
+
 impl ApiError {
     /// A parameter or an option of a request (`PatchOptions`, `DeleteOptions`) that can't be.
     pub(crate) fn invalid_option(
@@ -169,10 +183,11 @@ impl ApiError {
             Self::FutureVersion { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::TooManyRequests(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::Denied(_) => StatusCode::FORBIDDEN,
+            Self::Denied { .. } => StatusCode::FORBIDDEN,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotAcceptable(_) => StatusCode::NOT_ACCEPTABLE,
             Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::SlowBody(_) => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge(_) | Self::ListTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Expired(_) => StatusCode::GONE,
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
@@ -189,10 +204,10 @@ impl ApiError {
             Self::Invalid { .. } | Self::Unprocessable { .. } => "Invalid",
             Self::BadRequest(_) => "BadRequest",
             Self::Forbidden { .. } => "Forbidden",
-            Self::FutureVersion { .. } => "Timeout",
+            Self::FutureVersion { .. } | Self::SlowBody(_) => "Timeout",
             Self::TooManyRequests(_) => "TooManyRequests",
             Self::Unauthorized => "Unauthorized",
-            Self::Denied(_) => "Forbidden",
+            Self::Denied { .. } => "Forbidden",
             Self::MethodNotAllowed => "MethodNotAllowed",
             Self::NotAcceptable(_) => "NotAcceptable",
             Self::UnsupportedMediaType(_) => "UnsupportedMediaType",
@@ -209,21 +224,9 @@ impl ApiError {
             Self::NotFound(s)
             | Self::AlreadyExists(s)
             | Self::Conflict { subject: s, .. }
-            | Self::Forbidden { subject: s, .. } => {
-                Some(json!({"name": s.name, "group": s.group, "kind": s.plural}))
-            }
-            Self::Invalid { subject, causes } => {
-                let causes: Vec<Value> = causes
-                    .iter()
-                    .map(|c| json!({"reason": c.reason, "message": c.message, "field": c.field}))
-                    .collect();
-                Some(json!({
-                    "name": subject.name,
-                    "group": subject.group,
-                    "kind": subject.kind,
-                    "causes": causes,
-                }))
-            }
+            | Self::Denied { subject: s, .. } => Some(about(s, &s.plural, &[])),
+            Self::Forbidden { subject: s, causes, .. } => Some(about(s, &s.plural, causes)),
+            Self::Invalid { subject: s, causes } => Some(about(s, &s.kind, causes)),
             // Old kubectl shows nothing but the causes.
             Self::Unprocessable { subject, message } => Some(json!({
                 "name": subject.name, "group": subject.group, "kind": subject.kind,

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{
     builtin, clock,
-    error::ApiError,
+    error::{ApiError, Cause},
     object,
     resource::{Access, Resource},
     server::{ApiServer, Call},
@@ -38,6 +38,12 @@ pub(crate) async fn check_new(call: &Call) -> Result<(), ApiError> {
             message: format!(
                 "unable to create new content in namespace {name} because it is being terminated"
             ),
+            // Controllers ask for this one.
+            causes: vec![Cause {
+                reason: "NamespaceTerminating",
+                message: format!("namespace {name} is being terminated"),
+                field: "metadata.namespace".to_owned(),
+            }],
         });
     }
     Ok(())

@@ -196,7 +196,9 @@ async fn owners_go_last_or_leave_their_dependents() {
 #[tokio::test]
 async fn too_much_at_once_is_refused_and_versions_are_minded() {
     let registry = prometheus::Registry::new();
-    let limits = Limits { in_flight: 1, watches_per_client: 1, ..Limits::default() };
+    let (in_flight, watches_per_client) = (1, 1);
+    let body = Duration::from_millis(500);
+    let limits = Limits { in_flight, watches_per_client, body, ..Limits::default() };
     let server =
         ApiServer::with_limits(Store::memory(), &exo_crds::all(), &registry, limits).unwrap();
     let identity = Identity { name: "test".into(), groups: Vec::new() };
@@ -222,15 +224,19 @@ async fn too_much_at_once_is_refused_and_versions_are_minded() {
         }
     };
     tokio::time::timeout(Duration::from_secs(10), refused).await.unwrap();
-    slow.abort();
+    // It doesn't hold it for ever.
+    assert_eq!(slow.await.unwrap().unwrap().status(), StatusCode::REQUEST_TIMEOUT);
+    assert_eq!(router.clone().oneshot(list()).await.unwrap().status(), StatusCode::OK);
 
     let server = support::start();
     for (query, code) in [
         ("resourceVersion=999", 504),
         ("resourceVersion=999&resourceVersionMatch=NotOlderThan", 504),
         ("resourceVersion=0&resourceVersionMatch=NotOlderThan", 200),
-        ("resourceVersionMatch=Exact", 400),
-        ("resourceVersion=0&resourceVersionMatch=Exact", 400),
+        ("resourceVersionMatch=Exact", 422),
+        ("resourceVersion=0&resourceVersionMatch=Exact", 422),
+        ("resourceVersion=1&resourceVersionMatch=Newest", 422),
+        ("resourceVersion=1&resourceVersionMatch=Exact&continue=x", 422),
     ] {
         assert_eq!(server.get(&format!("{INSTANCES}?{query}")).await.0.as_u16(), code, "{query}");
     }

@@ -80,7 +80,7 @@ fn manager(call: &Call) -> Result<String, ApiError> {
     };
     if manager.len() > MAX_MANAGER_LEN || manager.chars().any(char::is_control) {
         return Err(ApiError::invalid_option(
-            "PatchOptions",
+            call.verb.options(),
             "FieldValueInvalid",
             "fieldManager",
             &format!("Invalid value: must be at most {MAX_MANAGER_LEN} printable characters"),
@@ -118,7 +118,7 @@ async fn insert(call: &Call, object: &Value) -> Result<Option<Inserted>, ApiErro
     let name = object::name(object);
     let key = call.resource.key(call.namespace.as_deref(), name);
     let store = call.server.store();
-    if call.query.dry_run()? {
+    if call.dry_run()? {
         return Ok(match store.get(&key).await? {
             Some(_) => None,
             None => Some(Inserted::OnlyTried),
@@ -151,7 +151,7 @@ pub(crate) async fn update(call: &Call) -> Result<Response, ApiError> {
             subject: call.resource.subject(&call.name),
             causes: vec![Cause {
                 reason: "FieldValueInvalid",
-                message: "Invalid value: 0: must be specified for an update".to_owned(),
+                message: "Invalid value: 0x0: must be specified for an update".to_owned(),
                 field: "metadata.resourceVersion".to_owned(),
             }],
         });
@@ -185,7 +185,7 @@ async fn apply(call: &Call) -> Result<Response, ApiError> {
         return Err(ApiError::UnsupportedMediaType(PATCH_TYPES));
     }
     let manager = manager(call)?;
-    let force = call.query.flag("force")? == Some(true);
+    let force = call.query.flag("force") == Some(true);
     let Input { object: mut config, duplicates } = call.apply_object()?;
     admission::check_identity(call, &mut config)?;
     check_name(call, &config)?;
@@ -317,7 +317,7 @@ async fn commit(
         admission::bump_generation(&call.resource, current, &mut new);
     }
     set_version(&mut new, entry.mod_revision);
-    if new == *current || call.query.dry_run()? {
+    if new == *current || call.dry_run()? {
         return Ok(Some(new));
     }
     let key = Arc::clone(&entry.key);
