@@ -82,7 +82,8 @@ impl Kubectl {
         self.minor().await >= 28
     }
 
-    async fn minor(&self) -> u32 {
+    /// Its own version is 1 point this.
+    pub(crate) async fn minor(&self) -> u32 {
         let version = self.ok("version --client -o json", "").await;
         let version: serde_json::Value = serde_json::from_str(&version).unwrap();
         let minor = version["clientVersion"]["minor"].as_str().unwrap();

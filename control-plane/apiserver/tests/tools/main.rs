@@ -6,6 +6,7 @@ mod kubectl;
 mod objects;
 mod odd;
 mod python;
+mod raw;
 #[path = "../support/serve.rs"]
 mod serve;
 #[path = "../support/mod.rs"]
