@@ -213,14 +213,18 @@ fn is_whole_number(schema: &Value) -> bool {
     schema.get("type").and_then(Value::as_str) == Some("integer")
 }
 
+/// First whole number above those of 64 bits, and least one with a sign.
+const BEYOND_U64: f64 = 18_446_744_073_709_551_616.0;
+const LEAST_I64: f64 = -9_223_372_036_854_775_808.0;
+
 /// The same number without a fraction, if it is written with one that is zero.
 fn whole(number: &Number) -> Option<Number> {
     let float = number.as_f64().filter(|float| number.is_f64() && float.fract() == 0.0)?;
-    // Beyond these it fits no type, and is refused for its size.
-    if (0.0..2_f64.powi(64)).contains(&float) {
+    // Larger ones fit no type, and are refused for their size.
+    if (0.0..BEYOND_U64).contains(&float) {
         Some(Number::from(float as u64))
     } else {
-        (-2_f64.powi(63)..0.0).contains(&float).then(|| Number::from(float as i64))
+        (LEAST_I64..0.0).contains(&float).then(|| Number::from(float as i64))
     }
 }
 
