@@ -33,7 +33,7 @@ fn refusal(answer: &(StatusCode, Value)) -> (u16, &str, &str, Vec<&str>) {
         code.as_u16(),
         body["reason"].as_str().unwrap(),
         body["message"].as_str().unwrap(),
-        causes.iter().map(|c| c["field"].as_str().unwrap()).collect(),
+        causes.iter().map(|c| c["field"].as_str().unwrap_or_default()).collect(),
     )
 }
 

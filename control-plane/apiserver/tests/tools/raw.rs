@@ -189,9 +189,9 @@ async fn sets_of_objects_are_pruned_and_listed() {
     let read = kubectl.ok("get ii two -o yaml", "").await;
     let said = kubectl.ok("apply -f -", &read).await;
     assert!(said.starts_with("inferenceinstance.exo.dev/two "), "{said}");
-    let tried =
-        kubectl.ok("apply --server-side --dry-run=server --force-conflicts -f -", &instance("7"));
-    assert!(tried.await.contains("server dry run"));
+    let tried = "apply --server-side --dry-run=server --force-conflicts -f -";
+    let tried = kubectl.ok(tried, &instance("7")).await;
+    assert!(tried.contains("server dry run"), "{tried}");
     let replicas = "get ii llama -o jsonpath={.spec.replicas}";
     assert_eq!(kubectl.ok(replicas, "").await, "1");
 
@@ -242,6 +242,6 @@ async fn what_comes_and_goes_is_waited_for() {
     server.call(Method::PATCH, &path, Some(free)).await;
     assert!(deleting.await.unwrap().contains("deleted"));
     if kubectl.is_recent().await {
-        assert!(deleted.await.unwrap().contains("condition met"));
+        deleted.await.unwrap();
     }
 }
