@@ -66,7 +66,15 @@ pub(crate) enum ApiError {
     #[error("the patch can't be applied: {message}")]
     Unprocessable { subject: Subject, message: String },
     #[error("{} \"{}\" is forbidden: {message}", subject.resource(), subject.name)]
-    Forbidden { subject: Subject, message: String, causes: Vec<Cause> },
+    Forbidden { subject: Subject, message: String },
+    /// Nothing new comes into a namespace that goes.
+    #[error(
+        "{} \"{}\" is forbidden: unable to create new content in namespace {namespace} because it is \
+         being terminated",
+        subject.resource(),
+        subject.name
+    )]
+    Terminating { subject: Subject, namespace: String },
     #[error("Too large resource version: {wanted}, current: {current}")]
     FutureVersion { wanted: u64, current: u64 },
     /// Too much at once; of this client, or of all.
@@ -179,7 +187,7 @@ impl ApiError {
             }
             Self::Invalid { .. } | Self::Unprocessable { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
-            Self::Forbidden { .. } => StatusCode::FORBIDDEN,
+            Self::Forbidden { .. } | Self::Terminating { .. } => StatusCode::FORBIDDEN,
             Self::FutureVersion { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::TooManyRequests(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
@@ -203,7 +211,7 @@ impl ApiError {
             Self::Conflict { .. } | Self::ApplyConflict { .. } => "Conflict",
             Self::Invalid { .. } | Self::Unprocessable { .. } => "Invalid",
             Self::BadRequest(_) => "BadRequest",
-            Self::Forbidden { .. } => "Forbidden",
+            Self::Forbidden { .. } | Self::Terminating { .. } => "Forbidden",
             Self::FutureVersion { .. } | Self::SlowBody(_) => "Timeout",
             Self::TooManyRequests(_) => "TooManyRequests",
             Self::Unauthorized => "Unauthorized",
@@ -224,8 +232,17 @@ impl ApiError {
             Self::NotFound(s)
             | Self::AlreadyExists(s)
             | Self::Conflict { subject: s, .. }
+            | Self::Forbidden { subject: s, .. }
             | Self::Denied { subject: s, .. } => Some(about(s, &s.plural, &[])),
-            Self::Forbidden { subject: s, causes, .. } => Some(about(s, &s.plural, causes)),
+            // Controllers ask for this cause.
+            Self::Terminating { subject: s, namespace } => {
+                let cause = Cause {
+                    reason: "NamespaceTerminating",
+                    message: format!("namespace {namespace} is being terminated"),
+                    field: "metadata.namespace".to_owned(),
+                };
+                Some(about(s, &s.plural, &[cause]))
+            }
             Self::Invalid { subject: s, causes } => Some(about(s, &s.kind, causes)),
             // Old kubectl shows nothing but the causes.
             Self::Unprocessable { subject, message } => Some(json!({

@@ -108,7 +108,6 @@ pub(crate) async fn delete(call: &Call) -> Result<Response, ApiError> {
         return Err(ApiError::Forbidden {
             subject: call.resource.subject(&call.name),
             message: "this namespace may not be deleted".to_owned(),
-            causes: Vec::new(),
         });
     }
     let preconditions = options.preconditions.unwrap_or_default();
