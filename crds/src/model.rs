@@ -19,6 +19,7 @@ pub const MODEL_TYPES: [&str; 8] =
     kind = "Model",
     plural = "models",
     singular = "model",
+    doc = "A model: where its weights are, and what placement needs to know of it.",
     category = "exo",
     status = "ModelStatus",
     derive = "PartialEq",

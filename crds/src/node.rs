@@ -17,6 +17,7 @@ use crate::{Quantity, TransportKind};
     kind = "Node",
     plural = "nodes",
     singular = "node",
+    doc = "A machine that runs shards, as its agent describes it.",
     category = "exo",
     status = "NodeStatus",
     derive = "Default",

@@ -111,9 +111,14 @@ impl JsonSchema for Quantity {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        // As many digits as fit 64 bits with each unit: what the schema lets pass can be read.
+        let units =
+            [(19, ""), (16, "(Ki|k)"), (13, "(Mi|M)"), (10, "(Gi|G)"), (7, "(Ti|T)"), (4, "Pi")];
+        let units =
+            units.map(|(digits, unit)| format!("[0-9]{{1,{digits}}}(\\.[0-9]{{1,9}})?{unit}"));
         json_schema!({
             "type": "string",
-            "pattern": "^[0-9]+(\\.[0-9]{1,9})?(Ki|Mi|Gi|Ti|Pi|k|M|G|T)?$",
+            "pattern": format!("^({})$", units.join("|")),
             "maxLength": 32,
         })
     }
@@ -148,6 +153,33 @@ mod tests {
         assert_eq!(rounded((19 << 30) + 12_345), "19Gi");
         assert_eq!(rounded(1_600_000), "2Mi");
         assert_eq!(rounded(900), "900");
+    }
+
+    fn pattern() -> String {
+        let schema = Quantity::json_schema(&mut SchemaGenerator::default());
+        schema.get("pattern").unwrap().as_str().unwrap().to_owned()
+    }
+
+    #[test]
+    fn the_largest_texts_of_the_schema_are_read() {
+        assert!(
+            pattern().starts_with(r"^([0-9]{1,19}(\.[0-9]{1,9})?|[0-9]{1,16}("),
+            "{}",
+            pattern()
+        );
+        for (digits, units) in [
+            (19, &[""][..]),
+            (16, &["Ki", "k"]),
+            (13, &["Mi", "M"]),
+            (10, &["Gi", "G"]),
+            (7, &["Ti", "T"]),
+            (4, &["Pi"]),
+        ] {
+            for unit in units {
+                let text = format!("{}.999999999{unit}", "9".repeat(digits));
+                assert!(text.parse::<Quantity>().is_ok(), "{text}");
+            }
+        }
     }
 
     proptest! {

@@ -21,6 +21,7 @@ use crate::{ModelSource, Quantity, ShardingKind};
     namespaced,
     selectable = ".spec.node",
     selectable = ".spec.instance",
+    doc = "One rank of one copy of a model: made by the control plane, run by a node's agent.",
     category = "exo",
     category = "all",
     status = "ShardStatus",
@@ -241,7 +242,15 @@ impl JsonSchema for LayerRange {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"type": "string", "pattern": "^[0-9]+-[0-9]+$", "maxLength": 24})
+        json_schema!({
+            "type": "string",
+            "pattern": "^(0|[1-9][0-9]{0,8})-(0|[1-9][0-9]{0,8})$",
+            "maxLength": 24,
+            "x-kubernetes-validations": [{
+                "rule": "int(self.split('-')[0]) <= int(self.split('-')[1])",
+                "message": "the first layer must not be above the last",
+            }],
+        })
     }
 }
 

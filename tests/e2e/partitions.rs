@@ -144,7 +144,7 @@ fn wait_for_progress(trio: &Trio, history: &History) {
 #[test]
 fn faults_leave_a_history_that_is_linearizable() {
     let Some(net) = Net::start(3).unwrap() else { return };
-    let rounds = std::env::var("EXO_TEST_ROUNDS").ok().map_or(4, |text| text.parse().unwrap());
+    let rounds = exo_test_support::setting("EXO_TEST_ROUNDS").unwrap_or(4);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let mut trio = Trio::start_in(&net, &["--no-agent"]).unwrap();
     let admins: Vec<Admin> =

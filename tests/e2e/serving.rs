@@ -164,6 +164,7 @@ fn runner_metrics(runtime: &tokio::runtime::Runtime, cluster: &Cluster) -> anyho
     let text = runtime.block_on(async {
         client.get(format!("https://{serve}/metrics")).send().await?.text().await
     })?;
+    exo_test_support::metrics::check(&text);
     Ok(text)
 }
 

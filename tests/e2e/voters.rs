@@ -64,6 +64,43 @@ fn kubectl_works(trio: &Trio, through: usize) {
     assert!(text.contains("mac-1") && text.contains("mac-3"), "{output:?}");
 }
 
+/// Everything that Prometheus would ask.
+fn metrics_are_well_formed(runtime: &tokio::runtime::Runtime, trio: &Trio, agent: &Exo) {
+    let ask = async |client: &reqwest::Client, url: &str, wanted: &[&str]| {
+        let answer = client.get(url).send().await.unwrap();
+        let kind = answer.headers()["content-type"].to_str().unwrap().to_owned();
+        assert!(kind.starts_with("text/plain; version=0.0.4"), "{url}: {kind}");
+        let text = answer.error_for_status().unwrap().text().await.unwrap();
+        let types = exo_test_support::metrics::check(&text);
+        for name in wanted {
+            assert!(types.contains_key(*name), "{name} at {url} in {text}");
+        }
+    };
+    runtime.block_on(async {
+        for exo in &trio.nodes {
+            let admin = Admin::of(exo, CALL_LIMIT).unwrap();
+            let served = [
+                "apiserver_request_duration_seconds",
+                "exo_store_bytes",
+                "exo_raft_term",
+                "exo_raft_has_leader",
+                "exo_node_memory_bytes",
+            ];
+            ask(&admin.client, &format!("{}/metrics", admin.url), &served).await;
+            let plain = reqwest::Client::builder().no_proxy().timeout(CALL_LIMIT).build().unwrap();
+            let url = exo.gateway().unwrap().replace("/v1", "/metrics");
+            ask(&plain, &url, &["exo_gateway_requests_total", "exo_gateway_in_flight"]).await;
+        }
+        let log = agent.log();
+        let said = log.lines().find(|line| line.contains("serving /metrics")).unwrap();
+        let address = said.split_whitespace().find_map(|word| word.strip_prefix("address="));
+        let tls = exo_trust::TlsPaths::in_dir(&agent.data_dir.join("pki"));
+        let client = exo_trust::reqwest_client(&tls).unwrap();
+        let url = format!("https://{}/metrics", address.unwrap());
+        ask(&client, &url, &["exo_node_memory_bytes"]).await;
+    });
+}
+
 #[test]
 fn the_loss_of_the_leader_costs_a_moment_and_nothing_else() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -73,7 +110,7 @@ fn the_loss_of_the_leader_costs_a_moment_and_nothing_else() {
     // It knows the leader alone, and hears of the others from that.
     let peer = trio.nodes[leader].api().unwrap().trim_start_matches("https://").to_owned();
     let agent = ["--no-control-plane", "--peers", &peer];
-    let _agent = Exo::launch(&trio.place, "mac-4", &agent).unwrap();
+    let agent = Exo::launch(&trio.place, "mac-4", &agent).unwrap();
     for name in ["mac-1", "mac-2", "mac-3", "mac-4"] {
         trio.exoctl_ok(survivors[0], &["wait", &format!("node/{name}"), "--for=condition=Ready"])
             .unwrap();
@@ -98,6 +135,7 @@ fn the_loss_of_the_leader_costs_a_moment_and_nothing_else() {
     });
     let answers: Vec<String> = answers.collect();
     assert!(answers[0].contains("98") && answers.iter().all(|a| *a == answers[0]), "{answers:?}");
+    metrics_are_well_formed(&runtime, &trio, &agent);
 
     // Writes and a stream are under way when the leader is killed.
     let (stop, done) = (Arc::new(AtomicBool::new(false)), Acknowledged::default());

@@ -29,6 +29,8 @@ pub(crate) fn allow(request: &Attributes<'_>) -> Result<(), String> {
     };
     if reads || own {
         Ok(())
+    } else if request.resource == "secrets" {
+        Err(format!("node `{node}` has no access to secrets"))
     } else {
         Err(format!("node `{node}` writes only its own Node and the Shards bound to it"))
     }

@@ -11,9 +11,9 @@ use anyhow::{Context as _, anyhow};
 use axum::{
     Extension, Router,
     extract::{ConnectInfo, Request},
-    http::StatusCode,
+    http::{StatusCode, header},
     middleware::{self, Next},
-    response::Response,
+    response::{IntoResponse as _, Response},
     routing::get,
     serve::ListenerExt as _,
 };
@@ -430,12 +430,14 @@ async fn identify(
 /// `/metrics` of the API port, for callers with a certificate.
 fn metrics_route(registry: Registry) -> Router {
     let handler = move |identity: Option<Extension<Identity>>| async move {
+        let refuse = |code, text: String| (code, text).into_response();
         if identity.is_none() {
-            return (StatusCode::UNAUTHORIZED, "a client certificate is needed".to_owned());
+            let needed = "a client certificate is needed".to_owned();
+            return refuse(StatusCode::UNAUTHORIZED, needed);
         }
         match TextEncoder::new().encode_to_string(&registry.gather()) {
-            Ok(text) => (StatusCode::OK, text),
-            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+            Ok(text) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
+            Err(error) => refuse(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
         }
     };
     Router::new().route("/metrics", get(handler))

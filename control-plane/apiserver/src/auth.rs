@@ -10,7 +10,7 @@ use axum::{
 
 use crate::{
     authorize::Attributes,
-    error::ApiError,
+    error::{ApiError, Subject},
     server::{ApiServer, header_text},
 };
 
@@ -76,11 +76,14 @@ fn impersonated(
             object: None,
         };
         server.policy()(&asked).map_err(|reason| {
-            ApiError::Denied(format!(
+            let message = format!(
                 "{resource} \"{name}\" is forbidden: User \"{}\" cannot impersonate resource \
                  \"{resource}\": {reason}",
                 identity.name
-            ))
+            );
+            let (plural, name) = (resource.to_owned(), name.to_owned());
+            let subject = Subject { group: String::new(), kind: plural.clone(), plural, name };
+            ApiError::Denied { subject, message }
         })
     };
     may("users", user)?;

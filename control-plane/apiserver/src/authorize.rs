@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{
     auth::Identity,
-    error::ApiError,
+    error::{ApiError, qualified},
     object,
     request::Verb,
     server::{Call, Subresource},
@@ -45,22 +45,31 @@ pub(crate) async fn authorize(
         verb: verb.policy_name(),
         group: &call.resource.group,
         resource: &call.resource.plural,
-        subresource: call.subresource.map(|subresource| match subresource {
-            Subresource::Status => "status",
-            Subresource::Scale => "scale",
-        }),
+        subresource: call.subresource.map(Subresource::name),
         // A new object's name is in its body.
         name: &call.name,
         object: object.as_ref(),
     };
     policy(&attributes).map_err(|reason| {
         let target = match call.name.as_str() {
-            "" => call.resource.plural.clone(),
-            name => format!("{} \"{name}\"", call.resource.plural),
+            "" => qualified(&call.resource.plural, &call.resource.group),
+            name => {
+                format!("{} \"{name}\"", qualified(&call.resource.plural, &call.resource.group))
+            }
         };
-        ApiError::Denied(format!(
-            "{target} is forbidden: user \"{}\" cannot {}: {reason}",
-            identity.name, attributes.verb
-        ))
+        let resource = match attributes.subresource {
+            Some(subresource) => format!("{}/{subresource}", attributes.resource),
+            None => attributes.resource.to_owned(),
+        };
+        let scope = match &call.namespace {
+            Some(namespace) => format!("in the namespace \"{namespace}\""),
+            None => "at the cluster scope".to_owned(),
+        };
+        let message = format!(
+            "{target} is forbidden: User \"{}\" cannot {} resource \"{resource}\" in API group \
+             \"{}\" {scope}: {reason}",
+            identity.name, attributes.verb, attributes.group
+        );
+        ApiError::Denied { subject: call.resource.subject(&call.name), message }
     })
 }

@@ -1,9 +1,12 @@
 //! Bodies of requests: read whole, and made into objects from JSON, YAML or protocol buffers.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use bytes::Bytes;
 use exo_crds::document::{self, Document};
 use serde_json::Value;
+use tokio::time::timeout;
 
 use crate::{
     error::ApiError,
@@ -15,9 +18,11 @@ use crate::{
 /// Larger bodies are refused, as in Kubernetes; and larger objects, however they came about.
 pub(crate) const MAX_BODY_BYTES: usize = 3 << 20;
 
-pub(crate) async fn read(body: Body) -> Result<Bytes, ApiError> {
+/// Reads a body that must be whole within `limit`.
+pub(crate) async fn read(body: Body, limit: Duration) -> Result<Bytes, ApiError> {
     use http_body_util::{BodyExt as _, LengthLimitError, Limited};
-    match Limited::new(body, MAX_BODY_BYTES).collect().await {
+    let body = timeout(limit, Limited::new(body, MAX_BODY_BYTES).collect()).await;
+    match body.map_err(|_| ApiError::SlowBody(limit))? {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) if error.is::<LengthLimitError>() => Err(ApiError::TooLarge(MAX_BODY_BYTES)),
         Err(error) => Err(ApiError::BadRequest(format!("reading the body: {error}"))),

@@ -9,7 +9,6 @@ use crate::{
     error::Cause,
     object,
     resource::{Access, DefinitionError, Resource},
-    schema,
 };
 
 pub(crate) const NAMESPACE: &str = "Namespace";
@@ -111,7 +110,10 @@ fn namespace_version() -> Value {
             }},
             "status": {"type": "object", "properties": {
                 "phase": text(),
-                "conditions": {"type": "array", "items": any()},
+                "conditions": {"type": "array", "items": {"type": "object", "properties": {
+                    "type": text(), "status": text(), "reason": text(), "message": text(),
+                    "lastTransitionTime": {"type": "string", "format": "date-time"},
+                }}},
             }},
         }}},
         "subresources": {"status": {}},
@@ -199,7 +201,7 @@ fn event_fields() -> Map<String, Value> {
         },
     });
     let series = json!({"type": "object", "nullable": true, "properties": {
-        "count": {"type": "integer"}, "lastObservedTime": nullable("date-time"),
+        "count": {"type": "integer", "format": "int32"}, "lastObservedTime": nullable("date-time"),
     }});
     let fields = json!({
         "regarding": reference,
@@ -310,8 +312,6 @@ pub(crate) fn prepare(resource: &Resource, object: &mut Value) -> Vec<Cause> {
     if !resource.builtin {
         return Vec::new();
     }
-    // Kubernetes' own decoder makes nothing of nulls.
-    schema::drop_nulls(None, object);
     match resource.kind.as_str() {
         NAMESPACE => {
             let name = json!(object::name(object));
@@ -325,6 +325,31 @@ pub(crate) fn prepare(resource: &Resource, object: &mut Value) -> Vec<Cause> {
         SECRET => prepare_secret(object),
         _ => Vec::new(),
     }
+}
+
+/// What an update must not change of these kinds.
+pub(crate) fn fixed(resource: &Resource, current: &Value, wanted: &Value) -> Vec<Cause> {
+    if !resource.builtin || resource.kind != SECRET {
+        return Vec::new();
+    }
+    let is_kept = |field: &str| current.get(field) == wanted.get(field);
+    let mut causes = Vec::new();
+    if !is_kept("type") {
+        causes.push(Cause {
+            reason: "FieldValueInvalid",
+            message: format!("Invalid value: {}: field is immutable", wanted["type"]),
+            field: "type".to_owned(),
+        });
+    }
+    if current.get("immutable") == Some(&json!(true)) {
+        let changed = ["immutable", "data"].into_iter().filter(|field| !is_kept(field));
+        causes.extend(changed.map(|field| Cause {
+            reason: "FieldValueForbidden",
+            message: "Forbidden: field is immutable when `immutable` is set".to_owned(),
+            field: field.to_owned(),
+        }));
+    }
+    causes
 }
 
 /// Texts become data; data is base64.

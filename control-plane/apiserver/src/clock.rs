@@ -1,5 +1,6 @@
 //! The server's clock, and times as Kubernetes writes them.
 
+use k8s_openapi::jiff::Timestamp;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 /// Now, in whole seconds as `metav1.Time` has it.
@@ -16,6 +17,11 @@ pub(crate) fn format(time: OffsetDateTime) -> String {
 /// `None` for a text that is not RFC 3339.
 pub(crate) fn parse(text: &str) -> Option<OffsetDateTime> {
     OffsetDateTime::parse(text, &Rfc3339).ok()
+}
+
+/// Whether those who read it into a type can hold it: their clock ends before the year 10000.
+pub(crate) fn is_time(text: &str) -> bool {
+    parse(text).is_some() && text.parse::<Timestamp>().is_ok()
 }
 
 /// The time so long after the Unix epoch; microseconds are left out where they are 0. `None` for one
@@ -83,6 +89,10 @@ mod tests {
         }
         assert_eq!(format(now), "2026-11-22T12:00:00Z");
         assert_eq!(parse("yesterday"), None);
+        assert!(is_time("2026-11-22T12:00:00.000001+01:00"));
+        for bad in ["", "noon", "2026-11-22", "9999-12-31T23:59:59Z", "2026-02-30T00:00:00Z"] {
+            assert!(!is_time(bad), "{bad}");
+        }
         assert_eq!(from_unix(0, 7).unwrap(), "1970-01-01T00:00:00.000007Z");
         assert_eq!(from_unix(i64::MAX, 0), None);
         assert_eq!(from_unix(0, -1), None);

@@ -2,7 +2,7 @@
 //!
 //! One table: every refusal of this crate is a variant here, with its HTTP code and reason.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use axum::{
     body::Body,
@@ -40,7 +40,8 @@ impl Subject {
     }
 }
 
-fn qualified(name: &str, group: &str) -> String {
+/// `shards.exo.dev`; the core group has no name.
+pub(crate) fn qualified(name: &str, group: &str) -> String {
     if group.is_empty() { name.to_owned() } else { format!("{name}.{group}") }
 }
 
@@ -62,10 +63,18 @@ pub(crate) enum ApiError {
     #[error("{0}")]
     BadRequest(String),
     /// A patch that can't be applied to the object as it is.
-    #[error("{0}")]
-    Unprocessable(String),
+    #[error("the patch can't be applied: {message}")]
+    Unprocessable { subject: Subject, message: String },
     #[error("{} \"{}\" is forbidden: {message}", subject.resource(), subject.name)]
     Forbidden { subject: Subject, message: String },
+    /// Nothing new comes into a namespace that goes.
+    #[error(
+        "{} \"{}\" is forbidden: unable to create new content in namespace {namespace} because it is \
+         being terminated",
+        subject.resource(),
+        subject.name
+    )]
+    Terminating { subject: Subject, namespace: String },
     #[error("Too large resource version: {wanted}, current: {current}")]
     FutureVersion { wanted: u64, current: u64 },
     /// Too much at once; of this client, or of all.
@@ -74,14 +83,16 @@ pub(crate) enum ApiError {
     #[error("Unauthorized")]
     Unauthorized,
     /// The policy on access refused; the whole sentence.
-    #[error("{0}")]
-    Denied(String),
+    #[error("{message}")]
+    Denied { subject: Subject, message: String },
     #[error("the server does not allow this method on the requested resource")]
     MethodNotAllowed,
     #[error("only the following media types are accepted: {0}")]
     NotAcceptable(&'static str),
     #[error("the body of the request was in an unknown format - accepted media types include: {0}")]
     UnsupportedMediaType(&'static str),
+    #[error("the request's body was not whole within {0:?}")]
+    SlowBody(Duration),
     #[error("Request entity too large: limit is {0} bytes")]
     TooLarge(usize),
     #[error("the list has more than {0} bytes: ask for it in parts, with a limit")]
@@ -128,6 +139,18 @@ fn apply_message(conflicts: &[FieldConflict]) -> String {
 /// Clients that are told to come back wait this long.
 const RETRY_AFTER_S: u32 = 1;
 
+/// Details of a refusal: which object, and what is wrong with it.
+fn about(subject: &Subject, kind: &str, causes: &[Cause]) -> Value {
+    let mut details = json!({"name": subject.name, "group": subject.group, "kind": kind});
+    if !causes.is_empty() {
+        let causes = causes
+            .iter()
+            .map(|c| json!({"reason": c.reason, "message": c.message, "field": c.field}));
+        details["causes"] = causes.collect();
+    }
+    details
+}
+
 impl ApiError {
     /// A parameter or an option of a request (`PatchOptions`, `DeleteOptions`) that can't be.
     pub(crate) fn invalid_option(
@@ -162,16 +185,17 @@ impl ApiError {
             Self::AlreadyExists(_) | Self::Conflict { .. } | Self::ApplyConflict { .. } => {
                 StatusCode::CONFLICT
             }
-            Self::Invalid { .. } | Self::Unprocessable(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Invalid { .. } | Self::Unprocessable { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
-            Self::Forbidden { .. } => StatusCode::FORBIDDEN,
+            Self::Forbidden { .. } | Self::Terminating { .. } => StatusCode::FORBIDDEN,
             Self::FutureVersion { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::TooManyRequests(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::Denied(_) => StatusCode::FORBIDDEN,
+            Self::Denied { .. } => StatusCode::FORBIDDEN,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotAcceptable(_) => StatusCode::NOT_ACCEPTABLE,
             Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::SlowBody(_) => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge(_) | Self::ListTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Expired(_) => StatusCode::GONE,
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
@@ -185,13 +209,13 @@ impl ApiError {
             Self::UnknownPath | Self::NotFound(_) => "NotFound",
             Self::AlreadyExists(_) => "AlreadyExists",
             Self::Conflict { .. } | Self::ApplyConflict { .. } => "Conflict",
-            Self::Invalid { .. } | Self::Unprocessable(_) => "Invalid",
+            Self::Invalid { .. } | Self::Unprocessable { .. } => "Invalid",
             Self::BadRequest(_) => "BadRequest",
-            Self::Forbidden { .. } => "Forbidden",
-            Self::FutureVersion { .. } => "Timeout",
+            Self::Forbidden { .. } | Self::Terminating { .. } => "Forbidden",
+            Self::FutureVersion { .. } | Self::SlowBody(_) => "Timeout",
             Self::TooManyRequests(_) => "TooManyRequests",
             Self::Unauthorized => "Unauthorized",
-            Self::Denied(_) => "Forbidden",
+            Self::Denied { .. } => "Forbidden",
             Self::MethodNotAllowed => "MethodNotAllowed",
             Self::NotAcceptable(_) => "NotAcceptable",
             Self::UnsupportedMediaType(_) => "UnsupportedMediaType",
@@ -208,21 +232,23 @@ impl ApiError {
             Self::NotFound(s)
             | Self::AlreadyExists(s)
             | Self::Conflict { subject: s, .. }
-            | Self::Forbidden { subject: s, .. } => {
-                Some(json!({"name": s.name, "group": s.group, "kind": s.plural}))
+            | Self::Forbidden { subject: s, .. }
+            | Self::Denied { subject: s, .. } => Some(about(s, &s.plural, &[])),
+            // Controllers ask for this cause.
+            Self::Terminating { subject: s, namespace } => {
+                let cause = Cause {
+                    reason: "NamespaceTerminating",
+                    message: format!("namespace {namespace} is being terminated"),
+                    field: "metadata.namespace".to_owned(),
+                };
+                Some(about(s, &s.plural, &[cause]))
             }
-            Self::Invalid { subject, causes } => {
-                let causes: Vec<Value> = causes
-                    .iter()
-                    .map(|c| json!({"reason": c.reason, "message": c.message, "field": c.field}))
-                    .collect();
-                Some(json!({
-                    "name": subject.name,
-                    "group": subject.group,
-                    "kind": subject.kind,
-                    "causes": causes,
-                }))
-            }
+            Self::Invalid { subject: s, causes } => Some(about(s, &s.kind, causes)),
+            // Old kubectl shows nothing but the causes.
+            Self::Unprocessable { subject, message } => Some(json!({
+                "name": subject.name, "group": subject.group, "kind": subject.kind,
+                "causes": [{"reason": "FieldValueInvalid", "message": message, "field": "patch"}],
+            })),
             Self::ApplyConflict { subject, conflicts } => {
                 let causes: Vec<Value> = conflicts
                     .iter()

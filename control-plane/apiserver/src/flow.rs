@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use prometheus::IntGauge;
@@ -20,13 +21,21 @@ pub struct Limits {
     /// Of the objects in one answer, as they are stored. With `limit` a page ends there, without it
     /// the list is refused.
     pub list_bytes: usize,
+    /// How long a request's body may be under way: it holds a place among those in flight.
+    pub body: Duration,
 }
 
 impl Default for Limits {
     /// In flight as Kubernetes has it; watches for a gateway or an agent with every kind in each of
-    /// many namespaces; a list of tens of thousands of objects.
+    /// many namespaces; a list of tens of thousands of objects; for a body as long as Kubernetes has
+    /// for the whole request.
     fn default() -> Self {
-        Self { in_flight: 400, watches_per_client: 2_000, list_bytes: 128 << 20 }
+        Self {
+            in_flight: 400,
+            watches_per_client: 2_000,
+            list_bytes: 128 << 20,
+            body: Duration::from_secs(60),
+        }
     }
 }
 

@@ -33,12 +33,8 @@ pub(crate) async fn check_new(call: &Call) -> Result<(), ApiError> {
     };
     let entry = entry.ok_or_else(|| namespaces.not_found(name))?;
     if object::is_deleting(&namespaces.decode(&entry)?) {
-        return Err(ApiError::Forbidden {
-            subject: call.resource.subject(&call.name),
-            message: format!(
-                "unable to create new content in namespace {name} because it is being terminated"
-            ),
-        });
+        let subject = call.resource.subject(&call.name);
+        return Err(ApiError::Terminating { subject, namespace: name.to_owned() });
     }
     Ok(())
 }

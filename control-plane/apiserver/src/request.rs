@@ -35,15 +35,10 @@ impl Query {
         self.0.contains_key(name)
     }
 
-    pub(crate) fn flag(&self, name: &str) -> Result<Option<bool>, ApiError> {
-        match self.0.get(name).map(String::as_str) {
-            None => Ok(None),
-            Some("true" | "1" | "") => Ok(Some(true)),
-            Some("false" | "0") => Ok(Some(false)),
-            Some(other) => Err(ApiError::BadRequest(format!(
-                "invalid value for {name}: `{other}` is not true or false"
-            ))),
-        }
+    /// As in Kubernetes: set by anything but `0` and `false`, however that is written.
+    pub(crate) fn flag(&self, name: &str) -> Option<bool> {
+        let value = self.0.get(name)?;
+        Some(value != "0" && !value.eq_ignore_ascii_case("false"))
     }
 
     pub(crate) fn number(&self, name: &str) -> Result<Option<u64>, ApiError> {
@@ -56,17 +51,6 @@ impl Query {
                 })
             })
             .transpose()
-    }
-
-    /// Writes shall be tried, not made.
-    pub(crate) fn dry_run(&self) -> Result<bool, ApiError> {
-        match self.get("dryRun") {
-            None => Ok(false),
-            Some("All") => Ok(true),
-            Some(other) => Err(ApiError::BadRequest(format!(
-                "invalid value for dryRun: `{other}`; only All is supported"
-            ))),
-        }
     }
 }
 
@@ -161,7 +145,7 @@ pub(crate) enum Verb {
 
 impl Verb {
     pub(crate) fn of(method: &Method, target: &Target, query: &Query) -> Result<Self, ApiError> {
-        let watch = query.flag("watch")? == Some(true);
+        let watch = query.flag("watch") == Some(true);
         let verb = match (method.as_str(), target.name.is_some()) {
             ("GET", false) if watch => Self::Watch,
             ("GET", false) => Self::List,
@@ -187,6 +171,18 @@ impl Verb {
             Self::Patch => "patch",
             Self::Delete => "delete",
             Self::DeleteCollection => "deletecollection",
+        }
+    }
+
+    /// Kind of the options that come with it.
+    pub(crate) fn options(self) -> &'static str {
+        match self {
+            Self::Get => "GetOptions",
+            Self::List | Self::Watch => "ListOptions",
+            Self::Create => "CreateOptions",
+            Self::Update => "UpdateOptions",
+            Self::Patch => "PatchOptions",
+            Self::Delete | Self::DeleteCollection => "DeleteOptions",
         }
     }
 
@@ -239,13 +235,12 @@ mod tests {
 
     #[test]
     fn parameters_are_decoded() {
-        let query = Query::parse(Some("a=x%3Dy%2Cz+w&watch=1&limit=5&n=%zz&b"));
+        let query = Query::parse(Some("a=x%3Dy%2Cz+w&watch=1&limit=5&n=%zz&b&c=False&d=0"));
         assert_eq!(query.get("a"), Some("x=y,z w"));
-        assert_eq!(query.flag("watch").unwrap(), Some(true));
-        assert_eq!(query.flag("b").unwrap(), Some(true));
+        let flags = ["watch", "a", "b", "c", "d", "absent"].map(|name| query.flag(name));
+        assert_eq!(flags, [Some(true), Some(true), Some(true), Some(false), Some(false), None]);
         assert_eq!(query.number("limit").unwrap(), Some(5));
         assert!(query.number("a").is_err());
-        assert!(query.flag("a").is_err());
         assert_eq!(query.get("n"), Some("%zz"));
         assert_eq!(query.get("absent"), None);
     }

@@ -4,9 +4,9 @@
 //! defaults; the rest is translated to JSON Schema and left to `jsonschema`.
 
 use jsonschema::{Draft, ValidationError, Validator, error::ValidationErrorKind};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Number, Value, json};
 
-use crate::{error::Cause, fields, rules::Rules};
+use crate::{clock, error::Cause, fields, rules::Rules};
 
 /// A schema that can't be compiled.
 #[derive(Debug, thiserror::Error)]
@@ -22,7 +22,7 @@ pub(crate) enum SchemaError {
 #[derive(Debug)]
 pub(crate) struct Schema {
     structural: Value,
-    /// The same with the metadata's schema, as field management needs it.
+    /// The same with the metadata's schema.
     typed: Value,
     validator: Validator,
     rules: Option<Rules>,
@@ -35,14 +35,15 @@ const MAX_CAUSES: usize = 32;
 
 impl Schema {
     pub(crate) fn compile(structural: Value) -> Result<Self, SchemaError> {
+        let mut typed = structural.clone();
+        typed["properties"]["metadata"] = metadata_schema();
         let validator = jsonschema::options()
             .with_draft(Draft::Draft202012)
             .should_validate_formats(true)
             .should_ignore_unknown_formats(true)
-            .build(&translate(&structural))
+            .with_format("date-time", clock::is_time)
+            .build(&translate(&typed))
             .map_err(|error| SchemaError::Invalid(error.to_string()))?;
-        let mut typed = structural.clone();
-        typed["properties"]["metadata"] = metadata_schema();
         let rules = Rules::compile(&structural)?;
         Ok(Self { structural, typed, validator, rules })
     }
@@ -64,7 +65,8 @@ impl Schema {
         unknown
     }
 
-    /// Fills in what is absent and has a default.
+    /// Fills in what is absent and has a default. Where a whole number is wanted, `2.0` becomes `2`:
+    /// both are the same to a schema, but not to those who read the object into a type.
     pub(crate) fn default(&self, object: &mut Value) {
         default(&self.structural, object);
     }
@@ -87,15 +89,24 @@ impl Schema {
     }
 }
 
-/// The lists of `metav1.ObjectMeta` that are merged by element.
+/// What clients write of `metav1.ObjectMeta`. Its lists are merged by element.
 fn metadata_schema() -> Value {
+    let text = json!({"type": "string"});
+    let texts = json!({"type": "object", "additionalProperties": text});
+    let flag = json!({"type": "boolean", "nullable": true});
     json!({"type": "object", "properties": {
-        "finalizers": {"type": "array", "x-kubernetes-list-type": "set"},
+        "generateName": text,
+        "labels": texts,
+        "annotations": texts,
+        "finalizers": {"type": "array", "x-kubernetes-list-type": "set", "items": text},
         "ownerReferences": {
             "type": "array",
             "x-kubernetes-list-type": "map",
             "x-kubernetes-list-map-keys": ["uid"],
-            "items": {"type": "object", "x-kubernetes-map-type": "atomic"},
+            "items": {"type": "object", "x-kubernetes-map-type": "atomic", "properties": {
+                "apiVersion": text, "kind": text, "name": text, "uid": text,
+                "controller": flag, "blockOwnerDeletion": flag,
+            }},
         },
     }})
 }
@@ -161,6 +172,11 @@ fn prune(schema: &Value, value: &mut Value, path: &str, unknown: &mut Vec<String
 
 fn default(schema: &Value, value: &mut Value) {
     match value {
+        Value::Number(number) if is_whole_number(schema) => {
+            if let Some(whole) = whole(number) {
+                *number = whole;
+            }
+        }
         Value::Array(items) => {
             if let Some(schema) = schema.get("items") {
                 for item in items {
@@ -190,6 +206,37 @@ fn default(schema: &Value, value: &mut Value) {
             }
         }
         _ => {}
+    }
+}
+
+fn is_whole_number(schema: &Value) -> bool {
+    schema.get("type").and_then(Value::as_str) == Some("integer")
+}
+
+/// First whole number above those of 64 bits, and least one with a sign.
+const BEYOND_U64: f64 = 18_446_744_073_709_551_616.0;
+const LEAST_I64: f64 = -9_223_372_036_854_775_808.0;
+
+/// The same number without a fraction, if it is written with one that is zero.
+fn whole(number: &Number) -> Option<Number> {
+    let float = number.as_f64().filter(|float| number.is_f64() && float.fract() == 0.0)?;
+    // Larger ones fit no type, and are refused for their size.
+    if (0.0..BEYOND_U64).contains(&float) {
+        Some(Number::from(float as u64))
+    } else {
+        (LEAST_I64..0.0).contains(&float).then(|| Number::from(float as i64))
+    }
+}
+
+/// Least and greatest number of a format. Without one it is a number of 64 bits.
+fn bounds(format: Option<&str>) -> (Value, Value) {
+    match format {
+        Some("uint8") => (json!(0), json!(u8::MAX)),
+        Some("uint16") => (json!(0), json!(u16::MAX)),
+        Some("uint32") => (json!(0), json!(u32::MAX)),
+        Some("uint64") => (json!(0), json!(u64::MAX)),
+        Some("int32") => (json!(i32::MIN), json!(i32::MAX)),
+        _ => (json!(i64::MIN), json!(i64::MAX)),
     }
 }
 
@@ -226,6 +273,12 @@ fn translate(schema: &Value) -> Value {
             _ => value.clone(),
         };
         out.insert(name.clone(), translated);
+    }
+    if is_whole_number(schema) {
+        // JSON Schema knows no such formats; types that are read from an object do.
+        let (least, greatest) = bounds(fields.get("format").and_then(Value::as_str));
+        out.entry("minimum").or_insert(least);
+        out.entry("maximum").or_insert(greatest);
     }
     if flag("x-kubernetes-int-or-string") {
         out.insert("type".to_owned(), json!(["integer", "string"]));
@@ -399,7 +452,11 @@ mod tests {
                     "required": ["model"],
                     "properties": {
                         "model": {"type": "string", "minLength": 1},
-                        "replicas": {"type": "integer", "default": 1, "minimum": 0.0},
+                        "replicas": {
+                            "type": "integer", "format": "uint32", "default": 1, "minimum": 0.0
+                        },
+                        "seed": {"type": "integer", "format": "uint64"},
+                        "count": {"type": "integer"},
                         "limit": {"type": "number", "minimum": 0, "exclusiveMinimum": true},
                         "mode": {"type": "string", "enum": ["A", "B"], "nullable": true},
                         "when": {"type": "string", "format": "date-time"},
@@ -458,6 +515,57 @@ mod tests {
                 "replicas": 1, "nodes": {"min": 2}, "list": [{"a": 3}, {"a": 5}]
             }})
         );
+    }
+
+    #[test]
+    fn whole_numbers_are_written_as_such_and_fit_their_types() {
+        let check = |spec: Value, expect: Value| {
+            let mut object = json!({"spec": spec});
+            object["spec"]["model"] = json!("m");
+            schema().default(&mut object);
+            assert_eq!(object["spec"].get("seed"), expect.get("seed"), "{object}");
+            assert_eq!(schema().validate(&object, None), [], "{object}");
+        };
+        check(json!({"seed": 2.0}), json!({"seed": 2}));
+        check(json!({"seed": -0.0}), json!({"seed": 0}));
+        check(json!({"seed": 1e19}), json!({"seed": 10_000_000_000_000_000_000_u64}));
+        check(json!({"seed": u64::MAX}), json!({"seed": u64::MAX}));
+        check(json!({"count": -2e9, "replicas": 4e9}), json!({}));
+        for bad in [
+            json!({"seed": 1.5}),
+            json!({"seed": -1.0}),
+            json!({"seed": 18_446_744_073_709_551_616.0}),
+            json!({"seed": 1e300}),
+            json!({"replicas": 4_294_967_296_u64}),
+            json!({"count": u64::MAX}),
+            json!({"count": -1e19}),
+        ] {
+            let mut object = json!({"spec": bad});
+            object["spec"]["model"] = json!("m");
+            schema().default(&mut object);
+            assert_eq!(schema().validate(&object, None).len(), 1, "{object}");
+        }
+    }
+
+    #[test]
+    fn metadata_has_types_too() {
+        let check = |metadata: Value, expect: &[&str]| {
+            let object = json!({"metadata": metadata, "spec": {"model": "m"}});
+            let causes = schema().validate(&object, None);
+            let fields: Vec<_> = causes.iter().map(|c| c.field.as_str()).collect();
+            assert_eq!(fields, expect, "{object}");
+        };
+        check(json!({"name": "a", "labels": {"x": "1"}, "finalizers": ["f"]}), &[]);
+        check(json!({"generateName": 5}), &["metadata.generateName"]);
+        check(json!({"labels": {"x": 1}}), &["metadata.labels.x"]);
+        check(json!({"labels": {"x": null}}), &["metadata.labels.x"]);
+        check(json!({"annotations": "x"}), &["metadata.annotations"]);
+        check(json!({"finalizers": [1]}), &["metadata.finalizers[0]"]);
+        check(
+            json!({"ownerReferences": [{"uid": "u", "controller": "yes", "name": 1}]}),
+            &["metadata.ownerReferences[0].controller", "metadata.ownerReferences[0].name"],
+        );
+        check(json!({"ownerReferences": [{"uid": "u", "controller": null}]}), &[]);
     }
 
     #[test]

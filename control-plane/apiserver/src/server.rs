@@ -289,7 +289,7 @@ async fn answer(
         content_type,
         user_agent: text(header::USER_AGENT).map(str::to_owned),
         client: parts.extensions.get::<Identity>().map(|i| i.name.clone()).unwrap_or_default(),
-        body: body::read(body).await?,
+        body: body::read(body, server.flow().limits().body).await?,
         server,
     };
     authorize(call.server.policy(), identity, verb, &call).await?;
@@ -346,6 +346,28 @@ impl Call {
 
     pub(crate) fn takes_old(&self) -> bool {
         self.query.get("resourceVersion") == Some("0")
+    }
+
+    /// Writes shall be tried, not made.
+    pub(crate) fn dry_run(&self) -> Result<bool, ApiError> {
+        match self.query.get("dryRun") {
+            None => Ok(false),
+            Some("All") => Ok(true),
+            Some(other) => Err(self.unsupported("dryRun", other, &["All"])),
+        }
+    }
+
+    /// An option has none of the values that it can have.
+    pub(crate) fn unsupported(&self, option: &str, value: &str, supported: &[&str]) -> ApiError {
+        let supported: Vec<String> =
+            supported.iter().map(|value| json!(value).to_string()).collect();
+        let message = format!(
+            "Unsupported value: {}: supported values: {}",
+            json!(value),
+            supported.join(", ")
+        );
+        let kind = self.verb.options();
+        ApiError::invalid_option(kind, "FieldValueNotSupported", option, &message)
     }
 
     pub(crate) fn not_found(&self) -> ApiError {

@@ -282,7 +282,17 @@ mod tests {
             "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1",
             Ok(Form::MetadataOnly),
         );
-        check("text/html", Err(ApiError::NotAcceptable(ACCEPTED)));
+        // As Kubernetes' own clients ask, which prefer other forms.
+        check("application/vnd.kubernetes.protobuf, */*", Ok(Form::Whole));
+        check("application/cbor, application/json;stream=watch", Ok(Form::Whole));
+        check(
+            "application/vnd.kubernetes.protobuf;as=Table;v=v1;g=meta.k8s.io,\
+             application/json;as=Table;v=v1;g=meta.k8s.io,application/json",
+            Ok(table),
+        );
+        for other in ["text/html", "application/vnd.kubernetes.protobuf", "application/cbor"] {
+            check(other, Err(ApiError::NotAcceptable(ACCEPTED)));
+        }
         assert_eq!(Form::negotiate(None, Some("Object")), Ok(Form::Whole));
         assert!(Form::negotiate(None, Some("All")).is_err());
     }

@@ -194,9 +194,42 @@ async fn owners_go_last_or_leave_their_dependents() {
 }
 
 #[tokio::test]
+async fn secrets_and_namespaces_mind_their_own_rules() {
+    let server = support::start();
+    let secrets = "/api/v1/namespaces/default/secrets";
+    let secret = json!({
+        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}, "data": {"a": "Yg=="},
+    });
+    server.call(Method::POST, secrets, Some(secret)).await;
+    let change = async |patch: Value| {
+        let (code, body) = server.call(Method::PATCH, &format!("{secrets}/s"), Some(patch)).await;
+        (code.as_u16(), body["details"]["causes"][0]["field"].clone())
+    };
+    assert_eq!(change(json!({"data": {"a": "Yw=="}})).await.0, 200);
+    assert_eq!(change(json!({"type": "other"})).await, (422, json!("type")));
+    assert_eq!(change(json!({"immutable": true})).await.0, 200);
+    assert_eq!(change(json!({"data": {"b": "Yw=="}})).await, (422, json!("data")));
+    assert_eq!(change(json!({"stringData": {"a": "d"}})).await, (422, json!("data")));
+    assert_eq!(change(json!({"immutable": null})).await, (422, json!("immutable")));
+    assert_eq!(change(json!({"metadata": {"labels": {"a": "b"}}})).await.0, 200);
+
+    let team = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "team"}});
+    server.call(Method::POST, "/api/v1/namespaces", Some(team)).await;
+    // Nobody collects here: it stays as it is while it goes.
+    let (code, going) = server.call(Method::DELETE, "/api/v1/namespaces/team", None).await;
+    assert_eq!((code.as_u16(), &going["status"]["phase"]), (200, &json!("Terminating")), "{going}");
+    let path = INSTANCES.replace("default", "team");
+    let (code, refused) = server.call(Method::POST, &path, Some(instance("a"))).await;
+    assert_eq!((code.as_u16(), &refused["reason"]), (403, &json!("Forbidden")));
+    assert_eq!(refused["details"]["causes"][0]["reason"], "NamespaceTerminating", "{refused}");
+}
+
+#[tokio::test]
 async fn too_much_at_once_is_refused_and_versions_are_minded() {
     let registry = prometheus::Registry::new();
-    let limits = Limits { in_flight: 1, watches_per_client: 1, ..Limits::default() };
+    let (in_flight, watches_per_client) = (1, 1);
+    let body = Duration::from_millis(500);
+    let limits = Limits { in_flight, watches_per_client, body, ..Limits::default() };
     let server =
         ApiServer::with_limits(Store::memory(), &exo_crds::all(), &registry, limits).unwrap();
     let identity = Identity { name: "test".into(), groups: Vec::new() };
@@ -222,15 +255,19 @@ async fn too_much_at_once_is_refused_and_versions_are_minded() {
         }
     };
     tokio::time::timeout(Duration::from_secs(10), refused).await.unwrap();
-    slow.abort();
+    // It doesn't hold it for ever.
+    assert_eq!(slow.await.unwrap().unwrap().status(), StatusCode::REQUEST_TIMEOUT);
+    assert_eq!(router.clone().oneshot(list()).await.unwrap().status(), StatusCode::OK);
 
     let server = support::start();
     for (query, code) in [
         ("resourceVersion=999", 504),
         ("resourceVersion=999&resourceVersionMatch=NotOlderThan", 504),
         ("resourceVersion=0&resourceVersionMatch=NotOlderThan", 200),
-        ("resourceVersionMatch=Exact", 400),
-        ("resourceVersion=0&resourceVersionMatch=Exact", 400),
+        ("resourceVersionMatch=Exact", 422),
+        ("resourceVersion=0&resourceVersionMatch=Exact", 422),
+        ("resourceVersion=1&resourceVersionMatch=Newest", 422),
+        ("resourceVersion=1&resourceVersionMatch=Exact&continue=x", 422),
     ] {
         assert_eq!(server.get(&format!("{INSTANCES}?{query}")).await.0.as_u16(), code, "{query}");
     }
@@ -286,6 +323,13 @@ async fn who_may_asks_in_anothers_name_and_with_the_others_rights() {
         if is_admin || asked.verb == "get" { Ok(()) } else { Err("no".to_owned()) }
     }));
     let router = app(server);
+    let me = Identity { name: "me".into(), groups: Vec::new() };
+    let request = Request::get(INSTANCES).body(Body::empty()).unwrap();
+    let refused = in_process(router.clone(), me).oneshot(request).await.unwrap();
+    let refused = axum::body::to_bytes(refused.into_body(), usize::MAX).await.unwrap();
+    let refused: Value = serde_json::from_slice(&refused).unwrap();
+    let details = json!({"name": "", "group": "exo.dev", "kind": "inferenceinstances"});
+    assert_eq!(refused["details"], details, "{refused}");
     let ask = async |group: &str, headers: &[(&str, &str)]| {
         let identity = Identity { name: "me".into(), groups: vec![group.into()] };
         let mut request = Request::get(INSTANCES);

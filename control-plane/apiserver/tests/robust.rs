@@ -1,7 +1,6 @@
 //! No request, however odd, makes the server fail.
 //!
-//! `EXO_FUZZ_SECONDS` makes it go on for that long, `EXO_FUZZ_SEED` starts it elsewhere. A finding
-//! tells the seed of its input: `EXO_FUZZ_SEED=n EXO_FUZZ_SECONDS=0` repeats it as the first.
+//! How long, and from which seed: see `exo_test_support::fuzz`.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
@@ -13,11 +12,16 @@ use std::{
 };
 
 use axum::{body::Body, http::Request};
+use exo_crds::{InferenceInstance, Model, Node, Shard};
 use exo_store::{Entry, ListQuery, Txn};
-use proptest::{
-    prelude::*,
-    test_runner::{RngAlgorithm, TestRng, TestRunner},
+use exo_test_support::fuzz;
+use k8s_openapi::api::{
+    coordination::v1::Lease,
+    core::v1::{self, Namespace, Secret},
+    events::v1 as events,
 };
+use proptest::prelude::*;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tower::ServiceExt as _;
 
@@ -26,6 +30,9 @@ const INPUTS: u64 = 400;
 /// For one request; a debug build on a busy machine takes far less.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
 
+const MODELS: &str = "/apis/exo.dev/v1alpha1/models";
+const NAMESPACES: &str = "/api/v1/namespaces";
+const CORE_EVENTS: &str = "/api/v1/namespaces/default/events";
 const SECRETS: &str = "/api/v1/namespaces/default/secrets";
 const EVENTS: &str = "/apis/events.k8s.io/v1/namespaces/default/events";
 const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/default/leases";
@@ -202,7 +209,8 @@ struct Sent {
     body: Vec<u8>,
 }
 
-fn sent() -> impl Strategy<Value = Sent> {
+/// Anything to anywhere: most of it is refused at once.
+fn wild() -> impl Strategy<Value = Sent> {
     let method = prop::sample::select(vec![
         "GET", "POST", "POST", "PUT", "PATCH", "PATCH", "DELETE", "HEAD", "OPTIONS", "X",
     ]);
@@ -235,14 +243,243 @@ fn sent() -> impl Strategy<Value = Sent> {
     )
 }
 
+/// Operations on fields that there are, or could be.
+fn operations() -> impl Strategy<Value = Value> {
+    let path = || {
+        prop::sample::select(vec![
+            "",
+            "/spec",
+            "/spec/model",
+            "/spec/environment",
+            "/spec/environment/a",
+            "/spec/nodes/min",
+            "/metadata",
+            "/metadata/labels",
+            "/metadata/labels/a~1b",
+            "/metadata/finalizers",
+            "/metadata/finalizers/-",
+            "/metadata/managedFields/0",
+            "/metadata/ownerReferences/0/uid",
+            "/status",
+            "/kind",
+            "/data",
+            "nothing",
+        ])
+    };
+    let op = prop::sample::select(vec!["add", "remove", "replace", "move", "copy", "test", "x"]);
+    let operation = (op, path(), path(), value()).prop_map(
+        |(op, path, from, value)| json!({"op": op, "path": path, "from": from, "value": value}),
+    );
+    prop::collection::vec(operation, 0..5).prop_map(Value::from)
+}
+
+/// What is odd for numbers, times, quantities and the like.
+fn telling() -> impl Strategy<Value = Value> {
+    prop::sample::select(vec![
+        Value::Null,
+        json!(true),
+        json!(1),
+        json!(2.0),
+        json!(-0.0),
+        json!(0.5),
+        json!(-1),
+        json!(4_294_967_296_u64),
+        json!(u64::MAX),
+        json!(i64::MIN),
+        json!(1e19),
+        json!(1e300),
+        json!(""),
+        json!("Ready"),
+        json!("2026-01-01T00:00:00Z"),
+        json!("2026-01-01t00:00:00.123456789+23:59"),
+        json!("2026-12-31T23:59:60Z"),
+        json!("0000-01-01T00:00:00Z"),
+        json!("9999-12-31T23:59:59Z"),
+        json!("0-39"),
+        json!("5-3"),
+        json!("01-2"),
+        json!("0-4294967295"),
+        json!("1.5Gi"),
+        json!("9999999999999999999.999"),
+        json!("99999999999999999999Gi"),
+        json!({}),
+        json!([]),
+    ])
+}
+
+/// A field, and what a client might take for its value.
+fn change() -> impl Strategy<Value = (&'static str, Value)> {
+    let field = prop::sample::select(vec![
+        "/metadata",
+        "/metadata/generateName",
+        "/metadata/labels",
+        "/metadata/annotations/a",
+        "/metadata/finalizers",
+        "/metadata/ownerReferences",
+        "/metadata/managedFields",
+        "/metadata/resourceVersion",
+        "/spec",
+        "/spec/nodes",
+        "/spec/environment",
+        "/spec/environment/a",
+        "/spec/replicas",
+        "/spec/contextLength",
+        "/spec/maxConcurrency",
+        "/spec/seed",
+        "/spec/memoryReserve",
+        "/spec/layers",
+        "/spec/rank",
+        "/spec/epoch",
+        "/spec/model/layers",
+        "/spec/source",
+        "/spec/architecture/heads",
+        "/spec/weights/layer",
+        "/spec/quantization",
+        "/spec/holderIdentity",
+        "/spec/leaseDurationSeconds",
+        "/spec/renewTime",
+        "/status",
+        "/status/phase",
+        "/status/memory",
+        "/status/memoryBytes",
+        "/status/observedGeneration",
+        "/status/lastHeartbeatTime",
+        "/status/replicas",
+        "/data",
+        "/data/a",
+        "/stringData",
+        "/immutable",
+        "/regarding",
+        "/deprecatedCount",
+        "/eventTime",
+        "/series/count",
+        "/propagationPolicy",
+        "/preconditions",
+    ]);
+    let condition = telling().prop_map(|odd| {
+        let condition = json!({
+            "type": "Ready", "status": "True", "reason": "R", "message": "m",
+            "lastTransitionTime": odd, "observedGeneration": odd,
+        });
+        ("/status/conditions", json!([condition]))
+    });
+    let owner = telling().prop_map(|odd| {
+        let owner = json!({
+            "apiVersion": "v1", "kind": "Secret", "name": "s", "uid": "u", "controller": odd,
+        });
+        ("/metadata/ownerReferences", json!([owner]))
+    });
+    let manager = telling().prop_map(|odd| {
+        let entry = json!({
+            "manager": "m", "operation": "Update", "apiVersion": "v1", "time": odd,
+            "fieldsType": "FieldsV1", "fieldsV1": {"f:spec": {}},
+        });
+        ("/metadata/managedFields", json!([entry]))
+    });
+    prop_oneof![
+        4 => (field.clone(), telling()),
+        4 => (field, value()),
+        1 => condition,
+        1 => owner,
+        1 => manager,
+    ]
+}
+
+fn model() -> Value {
+    json!({
+        "apiVersion": "exo.dev/v1alpha1", "kind": "Model", "metadata": {"name": "m"},
+        "spec": {
+            "source": {"path": "m"}, "weights": {"layer": 1, "embedding": 1, "head": 1},
+            "architecture": {
+                "modelType": "llama", "layers": 1, "hiddenSize": 1, "heads": 1, "kvHeads": 1,
+                "headDim": 1, "vocabSize": 1, "contextLength": 1,
+            },
+        },
+    })
+}
+
+/// What clients send, but for a field or two.
+fn aimed() -> impl Strategy<Value = Sent> {
+    let place = prop::sample::select(vec![
+        (MODELS, model()),
+        (support::INSTANCES, support::instance("a")),
+        (support::INSTANCES, support::instance("b")),
+        (support::NODES, support::node("n")),
+        (support::SHARDS, support::shard("s", "n", 0)),
+        (SECRETS, json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}})),
+        (
+            NAMESPACES,
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default"}}),
+        ),
+        (
+            EVENTS,
+            json!({"apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": {"name": "e"}}),
+        ),
+        (
+            LEASES,
+            json!({
+                "apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "l"}
+            }),
+        ),
+    ]);
+    let action = prop::sample::select(vec![
+        "create", "create", "update", "merge", "merge", "json", "json", "apply", "apply", "delete",
+        "get", "list",
+    ]);
+    let subresource = prop::sample::select(vec!["", "", "", "/status", "/scale"]);
+    let query = prop_oneof![2 => Just(String::new()), 1 => query()];
+    let changes = prop::collection::vec(change(), 0..3);
+    (place, action, subresource, changes, operations(), query).prop_map(
+        |((collection, mut object), action, subresource, changes, operations, mut query)| {
+            let name = object["metadata"]["name"].as_str().unwrap().to_owned();
+            let path = format!("{collection}/{name}{subresource}");
+            for (field, value) in changes {
+                put(&mut object, field, value);
+            }
+            let (method, path, content_type, body) = match action {
+                "create" => ("POST", collection.to_owned(), "application/json", object),
+                "update" => ("PUT", path, "application/json", object),
+                "merge" => ("PATCH", path, "application/merge-patch+json", object),
+                "json" => ("PATCH", path, "application/json-patch+json", operations),
+                "apply" => {
+                    query = format!("fieldManager=m&{query}");
+                    ("PATCH", path, "application/apply-patch+yaml", object)
+                }
+                "delete" => ("DELETE", path, "application/json", json!({})),
+                "get" => ("GET", path, "application/json", Value::Null),
+                _ => ("GET", collection.to_owned(), "application/json", Value::Null),
+            };
+            let accept = "application/json";
+            let body = body.to_string().into_bytes();
+            Sent { method, path, query, content_type, accept, body }
+        },
+    )
+}
+
+/// Makes the map on the way.
+fn put(object: &mut Value, pointer: &str, value: Value) {
+    let mut place = object;
+    for field in pointer.split('/').skip(1) {
+        if !place.is_object() {
+            *place = json!({});
+        }
+        place = &mut place[field];
+    }
+    *place = value;
+}
+
+fn sent() -> impl Strategy<Value = Sent> {
+    prop_oneof![1 => wild(), 3 => aimed()]
+}
+
 /// A server that is set back to where it began after each input: to make a new one takes longer
 /// than all the rest.
 struct Bench {
     server: support::Server,
     runtime: tokio::runtime::Runtime,
     beginning: BTreeMap<String, Entry>,
-    /// How often each code was answered.
-    codes: RefCell<BTreeMap<u16, u64>>,
+    /// How often each method was answered with each code.
+    codes: RefCell<BTreeMap<String, u64>>,
 }
 
 impl Bench {
@@ -303,7 +540,9 @@ impl Bench {
         // What isn't HTTP at all doesn't reach the server.
         let Ok(request) = request else { return Ok(()) };
         let before = self.server.store.revision();
-        let count = |code: u16| *self.codes.borrow_mut().entry(code).or_default() += 1;
+        let count = |code: u16| {
+            *self.codes.borrow_mut().entry(format!("{} {code}", sent.method)).or_default() += 1;
+        };
         if sent.query.contains("watch=") {
             // Its body may go on for half an hour.
             let answer = self.server.router.clone().oneshot(request).await.unwrap();
@@ -333,13 +572,34 @@ fn entries(server: &support::Server) -> BTreeMap<String, Entry> {
     listing.entries.into_iter().map(|entry| (entry.key.to_string(), entry)).collect()
 }
 
+type Reader = fn(&Value) -> Result<(), serde_json::Error>;
+
+/// Collections, and how clients read their objects.
+const READERS: [(&str, Reader); 9] = [
+    (support::INSTANCES, reads::<InferenceInstance>),
+    (support::NODES, reads::<Node>),
+    (support::SHARDS, reads::<Shard>),
+    (MODELS, reads::<Model>),
+    (SECRETS, reads::<Secret>),
+    (EVENTS, reads::<events::Event>),
+    (CORE_EVENTS, reads::<v1::Event>),
+    (LEASES, reads::<Lease>),
+    (NAMESPACES, reads::<Namespace>),
+];
+
+fn reads<T: DeserializeOwned>(object: &Value) -> Result<(), serde_json::Error> {
+    T::deserialize(object).map(drop)
+}
+
 /// Everything that is stored can be read and is valid: writing it back as it is changes nothing.
 async fn check_stored(server: &support::Server) -> Result<(), TestCaseError> {
-    for collection in [support::INSTANCES, support::NODES, support::SHARDS, SECRETS, EVENTS, LEASES]
-    {
+    for (collection, read) in READERS {
         let (status, list) = server.get(collection).await;
         prop_assert_eq!(status.as_u16(), 200, "{}", list);
         for item in list["items"].as_array().into_iter().flatten() {
+            // Who lists objects of a type can read none if there is one that it can't read.
+            let problem = read(item).err();
+            prop_assert!(problem.is_none(), "{:?} reading {}", problem, item);
             let name = item["metadata"]["name"].as_str().unwrap_or_default();
             let path = format!("{collection}/{name}");
             let (status, answer) = server.call(http::Method::PUT, &path, Some(item.clone())).await;
@@ -351,44 +611,13 @@ async fn check_stored(server: &support::Server) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-fn setting(name: &str) -> Option<u64> {
-    let text = std::env::var(name).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
-}
-
-/// A source of inputs that gives the same ones for the same seed.
-fn runner(seed: u64) -> TestRunner {
-    let mut bytes = [0; 32];
-    bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
-    TestRunner::new_with_rng(
-        ProptestConfig { failure_persistence: None, ..Default::default() },
-        rng,
-    )
-}
-
 #[test]
 fn odd_requests_get_an_answer() {
     let bench = Bench::new();
     let inputs = prop::collection::vec(sent(), 1..5);
-    let seconds = setting("EXO_FUZZ_SECONDS");
-    let first = setting("EXO_FUZZ_SEED").unwrap_or(0);
-    let began = Instant::now();
-    let going = |done: u64| match seconds {
-        Some(0) => done < 1,
-        Some(seconds) => began.elapsed() < Duration::from_secs(seconds),
-        None => done < INPUTS,
-    };
-    let mut done = 0;
-    while going(done) {
-        let seed = first + done;
-        let mut runner = runner(seed);
-        let input = inputs.new_tree(&mut runner).unwrap();
-        // It makes a finding as small as it can.
-        if let Err(finding) = runner.run_one(input, |requests| bench.check(&requests)) {
-            panic!("seed {seed}: {finding}");
-        }
-        done += 1;
+    let mut seeds = fuzz::Seeds::new(INPUTS);
+    for seed in seeds.by_ref() {
+        fuzz::check(&inputs, seed, |requests| bench.check(&requests));
     }
-    println!("{done} inputs in {:?}: {:?}", began.elapsed(), bench.codes.borrow());
+    println!("{seeds}: {:?}", bench.codes.borrow());
 }

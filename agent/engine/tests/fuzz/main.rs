@@ -1,8 +1,7 @@
 //! The loader on model folders that are broken in random ways: every one is refused with an error that names
 //! something, or runs. It never panics, and takes neither much time nor memory.
 //!
-//! `EXO_FUZZ_SECONDS` makes it go on for that long, `EXO_FUZZ_SEED` starts it elsewhere. A finding tells the seed of its
-//! input: `EXO_FUZZ_SEED=n EXO_FUZZ_SECONDS=0` repeats it as the first.
+//! How long, and from which seed: see `exo_test_support::fuzz`.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -17,6 +16,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use exo_engine::{Engine, EngineError, LoadConfig, LoadError, Sampling, Sharding, Step};
+use exo_test_support::fuzz::Seeds;
 use models::{Folder, LAYERS, WEIGHTS};
 use random::Random;
 use safetensors::SafeTensors;
@@ -150,10 +150,6 @@ fn well_formed(
     }
 }
 
-fn setting(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|value| value.parse().expect("a number"))
-}
-
 #[test]
 fn broken_folders_are_refused_by_name_or_run() {
     let dir = tempfile::tempdir().unwrap();
@@ -162,19 +158,10 @@ fn broken_folders_are_refused_by_name_or_run() {
         assert_eq!(check(dir.path(), folder), Ok("runs"), "{name}");
     }
     let memory = peak_memory_bytes();
-    let seconds = setting("EXO_FUZZ_SECONDS");
-    let first = setting("EXO_FUZZ_SEED").unwrap_or(0);
-    let began = Instant::now();
-    let going = |done: u64| match seconds {
-        Some(0) => done < 1,
-        Some(seconds) => began.elapsed() < Duration::from_secs(seconds),
-        None => done < INPUTS,
-    };
+    let mut seeds = Seeds::new(INPUTS);
     let mut outcomes = BTreeMap::new();
     let mut findings = Vec::new();
-    let mut done = 0;
-    while going(done) && findings.len() < 20 {
-        let seed = first + done;
+    for seed in seeds.by_ref() {
         let mut random = Random::new(seed);
         let (name, base) = random.pick(&bases);
         let mut folder = base.clone();
@@ -188,10 +175,12 @@ fn broken_folders_are_refused_by_name_or_run() {
             Ok(outcome) => *outcomes.entry(outcome).or_insert(0) += 1,
             Err(finding) => findings.push(format!("seed {seed}: {name}, {change}: {finding}")),
         }
-        done += 1;
+        if findings.len() == 20 {
+            break;
+        }
     }
     let grown = peak_memory_bytes().saturating_sub(memory) >> 20;
-    println!("{done} inputs in {:?}, {grown} MB more: {outcomes:#?}", began.elapsed());
+    println!("{seeds}, {grown} MB more: {outcomes:#?}");
     assert!(findings.is_empty(), "{}", findings.join("\n"));
 }
 

@@ -6,7 +6,7 @@ use super::{
     set::{FieldSet, Step},
     typed::{self, Difference},
 };
-use crate::object;
+use crate::{clock::is_time, object};
 
 /// Stands for whoever wrote what was there before fields were managed.
 const BEFORE_FIRST_APPLY: &str = "before-first-apply";
@@ -79,7 +79,7 @@ impl Entry {
 
     fn decode(value: &Value) -> Option<Self> {
         let text = |field: &str| value.get(field).and_then(Value::as_str).unwrap_or_default();
-        if text("fieldsType") != "FieldsV1" {
+        if text("fieldsType") != "FieldsV1" || !(text("time").is_empty() || is_time(text("time"))) {
             return None;
         }
         Some(Self {

@@ -8,6 +8,7 @@ use crate::{
     error::{ApiError, Cause},
     object,
     resource::Resource,
+    schema,
     server::{Call, Subresource},
 };
 
@@ -26,7 +27,8 @@ impl FieldValidation {
             None | Some("Warn") => Ok(Self::Warn),
             Some("Ignore") => Ok(Self::Ignore),
             Some(other) => {
-                Err(ApiError::BadRequest(format!("invalid value for fieldValidation: `{other}`")))
+                let supported = ["Ignore", "Warn", "Strict"];
+                Err(call.unsupported("fieldValidation", other, &supported))
             }
         }
     }
@@ -75,6 +77,7 @@ pub(super) fn admit(
     let mut causes = builtin::prepare(resource, object);
     resource.schema.default(object);
     causes.extend(metadata_causes(object, resource.is_namespaces()));
+    causes.extend(current.into_iter().flat_map(|old| builtin::fixed(resource, old, object)));
     causes.extend(resource.schema.validate(object, current));
     if let (false, Some(current)) = (causes.is_empty(), current) {
         let known = resource.schema.validate(current, None);
@@ -95,6 +98,10 @@ pub(super) fn prune(
 ) -> Result<Vec<String>, ApiError> {
     let resource = &call.resource;
     let validation = FieldValidation::of(call)?;
+    if resource.builtin {
+        // Kubernetes' own decoder makes nothing of nulls.
+        schema::drop_nulls(None, object);
+    }
     let mut unknown = prune_metadata(object);
     unknown.extend(resource.schema.prune(object));
     let unknown = unknown.into_iter().map(|path| format!("unknown field \"{path}\""));
@@ -195,7 +202,9 @@ pub(super) fn stamp_new(resource: &Resource, object: &mut Value) {
     object::set_metadata(object, "uid", Some(json!(uid)));
     let now = clock::format(clock::now());
     object::set_metadata(object, "creationTimestamp", Some(json!(now)));
-    object::set_metadata(object, "generation", Some(json!(1)));
+    if !resource.builtin {
+        object::set_metadata(object, "generation", Some(json!(1)));
+    }
     builtin::stamp_new(resource, object);
 }
 
@@ -237,8 +246,12 @@ fn set_field(object: &mut Value, field: &str, value: Option<Value>) {
     }
 }
 
-/// Counts a change of anything but metadata and status.
-pub(super) fn bump_generation(current: &Value, wanted: &mut Value) {
+/// Counts a change of anything but metadata and status. As in Kubernetes, its own types that are
+/// served here have no count.
+pub(super) fn bump_generation(resource: &Resource, current: &Value, wanted: &mut Value) {
+    if resource.builtin {
+        return;
+    }
     let desired = |object: &Value| {
         let mut fields = object.as_object().cloned().unwrap_or_default();
         fields.remove("metadata");
@@ -271,13 +284,10 @@ fn metadata_causes(object: &Value, of_namespace: bool) -> Vec<Cause> {
             format!("Too long: may not be more than {MAX_ANNOTATION_BYTES} bytes"),
         ));
     }
-    if let Some(finalizers) = object.pointer("/metadata/finalizers") {
-        let fine = |f: &Value| f.as_str().is_some_and(|f| !f.is_empty() && f.len() <= 253);
-        if !finalizers.as_array().is_some_and(|f| f.iter().all(fine)) && !finalizers.is_null() {
-            causes.push(invalid(
-                "metadata.finalizers",
-                "Invalid value: must be a list of names".to_owned(),
-            ));
+    for (index, finalizer) in object::finalizers(object).into_iter().enumerate() {
+        if finalizer.is_empty() || finalizer.len() > 253 {
+            let message = format!("Invalid value: {}: must be a name", json!(finalizer));
+            causes.push(invalid(&format!("metadata.finalizers[{index}]"), message));
         }
     }
     owner_causes(object, &mut causes);
@@ -285,21 +295,17 @@ fn metadata_causes(object: &Value, of_namespace: bool) -> Vec<Cause> {
 }
 
 fn owner_causes(object: &Value, causes: &mut Vec<Cause>) {
-    let owners = match object.pointer("/metadata/ownerReferences") {
-        None | Some(Value::Null) => return,
-        Some(Value::Array(owners)) => owners.as_slice(),
-        Some(_) => {
-            causes.push(invalid(
-                "metadata.ownerReferences",
-                "Invalid value: must be a list".to_owned(),
-            ));
-            return;
-        }
-    };
+    let owners = object.pointer("/metadata/ownerReferences").and_then(Value::as_array);
+    let owners = owners.map_or(&[][..], Vec::as_slice);
+    let controllers = owners.iter().filter(|owner| owner["controller"] == true);
+    if controllers.count() > 1 {
+        let message = "Invalid value: only one reference can have controller set to true";
+        causes.push(invalid("metadata.ownerReferences", message.to_owned()));
+    }
     for (index, owner) in owners.iter().enumerate() {
         for field in ["apiVersion", "kind", "name", "uid"] {
-            let text = owner.get(field).and_then(Value::as_str);
-            if text.is_none_or(str::is_empty) {
+            // What is no text is found by the schema.
+            if owner.get(field).is_none_or(|value| value.is_null() || value == "") {
                 causes.push(Cause {
                     reason: "FieldValueRequired",
                     message: "Required value".to_owned(),
@@ -349,29 +355,33 @@ fn name_causes(object: &Value, of_namespace: bool, causes: &mut Vec<Cause>) {
     }
 }
 
+/// Labels and annotations as far as their texts go; what is no text is found by the schema.
 fn string_map_causes(object: &Value, field: &str, causes: &mut Vec<Cause>) {
-    match object.pointer(&format!("/metadata/{field}")) {
-        None | Some(Value::Null) => {}
-        Some(Value::Object(map)) => {
-            for (key, value) in map {
-                let label = field == "labels";
-                let fine = match value.as_str() {
-                    Some(value) if label => is_label_key(key) && is_label_value(value),
-                    Some(_) => is_label_key(key),
-                    None => false,
-                };
-                if !fine {
-                    causes.push(invalid(
-                        &format!("metadata.{field}"),
-                        format!("Invalid value: {}: {value}", json!(key)),
-                    ));
-                }
-            }
+    let map = object.pointer(&format!("/metadata/{field}")).and_then(Value::as_object);
+    let is_label = field == "labels";
+    let mut refuse = |text: &str, problem: &str| {
+        let message = format!("Invalid value: {}: {problem}", json!(text));
+        causes.push(invalid(&format!("metadata.{field}"), message));
+    };
+    for (key, value) in map.into_iter().flatten() {
+        // Of annotations' keys the case doesn't matter.
+        let fine =
+            if is_label { is_label_key(key) } else { is_label_key(&key.to_ascii_lowercase()) };
+        if !fine {
+            refuse(
+                key,
+                "a name of at most 63 characters is needed, after a DNS subdomain and '/' if there \
+                 is one; it must consist of alphanumeric characters, '-', '_' or '.', and must \
+                 start and end with an alphanumeric character",
+            );
         }
-        Some(_) => causes.push(invalid(
-            &format!("metadata.{field}"),
-            "Invalid value: must be a map of strings".to_owned(),
-        )),
+        if let Some(value) = value.as_str().filter(|value| is_label && !is_label_value(value)) {
+            refuse(
+                value,
+                "a valid label must be an empty string or at most 63 alphanumeric characters, '-', \
+                 '_' or '.', and must start and end with an alphanumeric character",
+            );
+        }
     }
 }
 
@@ -435,13 +445,28 @@ mod tests {
         );
         check(json!({"name": "a", "labels": {"x": "a b"}}), &["metadata.labels"]);
         check(json!({"name": "a", "labels": {"x/y/z": "a"}}), &["metadata.labels"]);
-        check(json!({"name": "a", "labels": {"x": 1}}), &["metadata.labels"]);
+        check(
+            json!({"name": "a", "labels": {"-x": "a b", "y": "-"}}),
+            &["metadata.labels", "metadata.labels", "metadata.labels"],
+        );
+        check(
+            json!({"name": "a", "annotations": {"X.y/Z": "", "x/y/z": ""}}),
+            &["metadata.annotations"],
+        );
         check(json!({"name": "a", "annotations": {"x": "any text"}}), &[]);
         check(
             json!({"name": "a", "annotations": {"x": "y".repeat(MAX_ANNOTATION_BYTES)}}),
             &["metadata.annotations"],
         );
-        check(json!({"name": "a", "finalizers": [1]}), &["metadata.finalizers"]);
+        check(json!({"name": "a", "finalizers": ["x", ""]}), &["metadata.finalizers[1]"]);
+        let owner = json!({
+            "apiVersion": "v", "kind": "k", "name": "n", "uid": "u", "controller": true,
+        });
+        check(json!({"name": "a", "ownerReferences": [owner]}), &[]);
+        check(
+            json!({"name": "a", "ownerReferences": [owner, owner]}),
+            &["metadata.ownerReferences"],
+        );
         check(
             json!({"name": "a", "ownerReferences": [{"apiVersion": "v", "kind": "k", "name": "n"}]}),
             &["metadata.ownerReferences[0].uid"],

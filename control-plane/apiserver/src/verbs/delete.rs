@@ -71,7 +71,7 @@ impl Propagation {
         }
     }
 
-    fn of(options: &Options) -> Result<Self, ApiError> {
+    fn of(call: &Call, options: &Options) -> Result<Self, ApiError> {
         if options.propagation_policy.is_some() && options.orphan_dependents.is_some() {
             return Err(ApiError::invalid_option(
                 "DeleteOptions",
@@ -86,7 +86,8 @@ impl Propagation {
             Some("Foreground") => Ok(Self::Foreground),
             Some("Orphan") => Ok(Self::Orphan),
             Some(other) => {
-                Err(ApiError::BadRequest(format!("invalid value for propagationPolicy: `{other}`")))
+                let supported = ["Background", "Foreground", "Orphan"];
+                Err(call.unsupported("propagationPolicy", other, &supported))
             }
         }
     }
@@ -102,7 +103,7 @@ pub(crate) enum Removed {
 
 pub(crate) async fn delete(call: &Call) -> Result<Response, ApiError> {
     let options = options(call)?;
-    let propagation = Propagation::of(&options)?;
+    let propagation = Propagation::of(call, &options)?;
     if call.resource.is_namespaces() && call.name == namespace::DEFAULT {
         return Err(ApiError::Forbidden {
             subject: call.resource.subject(&call.name),
@@ -110,7 +111,7 @@ pub(crate) async fn delete(call: &Call) -> Result<Response, ApiError> {
         });
     }
     let preconditions = options.preconditions.unwrap_or_default();
-    let dry_run = call.query.dry_run()? || options.only_tries;
+    let dry_run = call.dry_run()? || options.only_tries;
     let store = call.server.store();
     if dry_run {
         let entry = store.get(&call.key()).await?;
@@ -152,14 +153,12 @@ fn options(call: &Call) -> Result<Options, ApiError> {
     if let Some(policy) = call.query.get("propagationPolicy") {
         options.propagation_policy = Some(policy.to_owned());
     }
-    if let Some(orphan) = call.query.flag("orphanDependents")? {
+    if let Some(orphan) = call.query.flag("orphanDependents") {
         options.orphan_dependents = Some(orphan);
     }
     for value in options.dry_run.iter().flatten() {
         if value != "All" {
-            let message = format!("Unsupported value: \"{value}\": supported values: \"All\"");
-            let reason = "FieldValueNotSupported";
-            return Err(ApiError::invalid_option("DeleteOptions", reason, "dryRun", &message));
+            return Err(call.unsupported("dryRun", value, &["All"]));
         }
         options.only_tries = true;
     }
@@ -231,8 +230,10 @@ fn mark(resource: &Resource, object: &mut Value) {
     let now = json!(clock::format(clock::now()));
     object::set_metadata(object, "deletionTimestamp", Some(now));
     object::set_metadata(object, "deletionGracePeriodSeconds", Some(json!(0)));
-    let generation = json!(object::generation(object) + 1);
-    object::set_metadata(object, "generation", Some(generation));
+    if !resource.builtin {
+        let generation = json!(object::generation(object) + 1);
+        object::set_metadata(object, "generation", Some(generation));
+    }
 }
 
 fn check(
@@ -261,11 +262,11 @@ fn check(
 
 pub(crate) async fn delete_collection(call: &Call) -> Result<Response, ApiError> {
     let options = options(call)?;
-    let propagation = Propagation::of(&options)?;
+    let propagation = Propagation::of(call, &options)?;
     if call.resource.is_namespaces() {
         return Err(ApiError::MethodNotAllowed);
     }
-    let dry_run = call.query.dry_run()? || options.only_tries;
+    let dry_run = call.dry_run()? || options.only_tries;
     let (objects, revision) = read::matching(call).await?;
     if !dry_run {
         for object in &objects {

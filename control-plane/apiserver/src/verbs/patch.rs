@@ -4,7 +4,7 @@
 use exo_crds::document;
 use serde_json::Value;
 
-use super::strategic;
+use super::{strategic, write::unprocessable};
 use crate::{
     body::{MAX_BODY_BYTES, duplicate_fields},
     error::ApiError,
@@ -67,9 +67,9 @@ impl Patch {
         Ok(Self { change, duplicates })
     }
 
-    pub(super) fn apply(&self, object: &mut Value) -> Result<(), ApiError> {
+    pub(super) fn apply(&self, call: &Call, object: &mut Value) -> Result<(), ApiError> {
         match &self.change {
-            Change::Json(patch) => apply_json_patch(object, patch),
+            Change::Json(patch) => apply_json_patch(call, object, patch),
             Change::Merge(patch) => {
                 json_patch::merge(object, patch);
                 Ok(())
@@ -85,7 +85,11 @@ impl Patch {
 /// Operations of one JSON patch, as in Kubernetes.
 const MAX_PATCH_OPERATIONS: usize = 10_000;
 
-fn apply_json_patch(object: &mut Value, patch: &json_patch::Patch) -> Result<(), ApiError> {
+fn apply_json_patch(
+    call: &Call,
+    object: &mut Value,
+    patch: &json_patch::Patch,
+) -> Result<(), ApiError> {
     if patch.len() > MAX_PATCH_OPERATIONS {
         return Err(ApiError::TooLarge(MAX_BODY_BYTES));
     }
@@ -103,7 +107,7 @@ fn apply_json_patch(object: &mut Value, patch: &json_patch::Patch) -> Result<(),
             }
         }
         json_patch::patch(object, std::slice::from_ref(operation))
-            .map_err(|error| ApiError::Unprocessable(error.to_string()))?;
+            .map_err(|error| unprocessable(call, error.to_string()))?;
     }
     Ok(())
 }

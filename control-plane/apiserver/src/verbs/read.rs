@@ -6,7 +6,7 @@ use exo_store::{Entry, ListQuery, ReadError, StoreError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{clock, error::ApiError, selector::Selector, server::Call, table::Form};
+use crate::{clock, error::ApiError, request::Verb, selector::Selector, server::Call, table::Form};
 
 /// Entries read from the store at once while filtering.
 const PAGE: usize = 1000;
@@ -97,12 +97,8 @@ async fn read_page(
     let prefix = prefix(call, &selector);
     let limit = call.query.number("limit")?.unwrap_or(0);
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    check_options(call)?;
     let (mut revision, mut after) = match call.query.get("continue") {
-        Some(_) if call.query.get("resourceVersionMatch").is_some() => {
-            return Err(ApiError::BadRequest(
-                "resourceVersionMatch is forbidden when continue is provided".to_owned(),
-            ));
-        }
         Some(token) => {
             let token = Continue::decode(token, &prefix)?;
             (Some(token.revision), Some(token.after))
@@ -157,25 +153,45 @@ async fn read_page(
 /// The revision that a list must show. Without `Exact`, the newest state is never too old.
 async fn exact_revision(call: &Call) -> Result<Option<u64>, ApiError> {
     let version = call.query.number("resourceVersion")?;
-    let version_match = call.query.get("resourceVersionMatch");
-    if version_match.is_some() && version.is_none() {
-        return Err(ApiError::BadRequest(
-            "resourceVersionMatch is forbidden unless resourceVersion is provided".to_owned(),
-        ));
-    }
-    if let (Some(wanted), true) = (version, version_match != Some("Exact")) {
+    if let Some(wanted) = version {
         check_reached(call, wanted).await?;
     }
-    match (version_match, version) {
-        (None | Some("NotOlderThan"), _) => Ok(None),
-        (Some("Exact"), Some(version)) if version > 0 => Ok(Some(version)),
-        (Some("Exact"), _) => Err(ApiError::BadRequest(
-            "resourceVersionMatch Exact needs a resourceVersion above 0".to_owned(),
-        )),
-        (Some(other), _) => {
-            Err(ApiError::BadRequest(format!("invalid value for resourceVersionMatch: `{other}`")))
-        }
+    Ok(version.filter(|_| call.query.get("resourceVersionMatch") == Some("Exact")))
+}
+
+/// What of the options that go together must not, as in Kubernetes.
+pub(super) fn check_options(call: &Call) -> Result<(), ApiError> {
+    let query = &call.query;
+    let version_match = query.get("resourceVersionMatch");
+    let is_watch = call.verb == Verb::Watch;
+    let known: &[&str] = if is_watch { &["NotOlderThan"] } else { &["Exact", "NotOlderThan"] };
+    if let Some(other) = version_match.filter(|value| !known.contains(value)) {
+        return Err(call.unsupported("resourceVersionMatch", other, known));
     }
+    let streams = query.flag("sendInitialEvents").is_some();
+    let version = query.get("resourceVersion");
+    let (option, problem) = if is_watch && streams && version_match.is_none() {
+        ("resourceVersionMatch", "sendInitialEvents requires NotOlderThan")
+    } else if is_watch && !streams && version_match.is_some() {
+        ("resourceVersionMatch", "it is for watches with sendInitialEvents alone")
+    } else if !is_watch && streams {
+        ("sendInitialEvents", "it is for watches alone")
+    } else if !is_watch && version_match.is_some() && version.is_none() {
+        ("resourceVersionMatch", "it needs a resourceVersion")
+    } else if version_match.is_some() && query.get("continue").is_some() {
+        ("resourceVersionMatch", "continue says which version it goes on with")
+    } else if version_match == Some("Exact") && version == Some("0") {
+        ("resourceVersionMatch", "0 is any version")
+    } else {
+        return Ok(());
+    };
+    let kind = Verb::List.options();
+    Err(ApiError::invalid_option(
+        kind,
+        "FieldValueForbidden",
+        option,
+        &format!("Forbidden: {problem}"),
+    ))
 }
 
 /// Nothing can be newer than what there is.

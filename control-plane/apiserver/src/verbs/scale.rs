@@ -27,7 +27,7 @@ pub(crate) async fn patch(call: &Call) -> Result<Response, ApiError> {
     let patch = Patch::read(call)?;
     set(call, &patch.duplicates, |scale| {
         let mut wanted = scale.clone();
-        patch.apply(&mut wanted)?;
+        patch.apply(call, &mut wanted)?;
         Ok(wanted)
     })
     .await

@@ -50,7 +50,7 @@ struct Writer {
 pub(crate) async fn watch(call: Call) -> Result<Response, ApiError> {
     let selector = read::selector(&call)?;
     let prefix = read::prefix(&call, &selector);
-    let bookmarks = call.query.flag("allowWatchBookmarks")? == Some(true);
+    let bookmarks = call.query.flag("allowWatchBookmarks") == Some(true);
     let timeout_s = call.query.number("timeoutSeconds")?;
     let timeout_s = timeout_s.filter(|s| *s > 0).unwrap_or(DEFAULT_TIMEOUT_S);
     // A day is for ever; larger numbers would only overflow the clock.
@@ -81,16 +81,8 @@ pub(crate) async fn watch(call: Call) -> Result<Response, ApiError> {
 async fn start(call: &Call, prefix: &str) -> Result<Start, ApiError> {
     let query = &call.query;
     let version = query.number("resourceVersion")?;
-    let send_initial = query.flag("sendInitialEvents")?;
-    let version_match = query.get("resourceVersionMatch");
-    match (send_initial, version_match) {
-        (Some(true), Some("NotOlderThan")) | (Some(false) | None, _) => {}
-        (Some(true), _) => {
-            return Err(ApiError::BadRequest(
-                "sendInitialEvents requires resourceVersionMatch NotOlderThan".to_owned(),
-            ));
-        }
-    }
+    let send_initial = query.flag("sendInitialEvents");
+    read::check_options(call)?;
     let from_now = version.is_none_or(|v| v == 0);
     let wants_initial = send_initial.unwrap_or(from_now);
     if let (false, Some(revision)) = (wants_initial || from_now, version) {
@@ -113,6 +105,10 @@ async fn start(call: &Call, prefix: &str) -> Result<Start, ApiError> {
             ..ListQuery::default()
         })
         .await?;
+    let current = listing.revision;
+    if let Some(wanted) = version.filter(|wanted| *wanted > current) {
+        return Err(ApiError::FutureVersion { wanted, current });
+    }
     let initial = if wants_initial { listing.entries } else { Vec::new() };
     Ok(Start { revision: listing.revision, initial, mark_initial: send_initial == Some(true) })
 }

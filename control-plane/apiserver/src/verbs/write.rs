@@ -55,8 +55,8 @@ pub(crate) async fn create(call: &Call) -> Result<Response, ApiError> {
         let now = clock::format(clock::now());
         let author = author(call, &manager, &now);
         fields::created(call.resource.schema.typed(), &mut object, &author);
-        if let Some(revision) = insert(call, &object).await? {
-            set_version(&mut object, revision);
+        if let Some(inserted) = insert(call, &object).await? {
+            inserted.show(&mut object);
             return Ok(call.respond(StatusCode::CREATED, object, &warnings));
         }
         if base.is_none() {
@@ -80,7 +80,7 @@ fn manager(call: &Call) -> Result<String, ApiError> {
     };
     if manager.len() > MAX_MANAGER_LEN || manager.chars().any(char::is_control) {
         return Err(ApiError::invalid_option(
-            "PatchOptions",
+            call.verb.options(),
             "FieldValueInvalid",
             "fieldManager",
             &format!("Invalid value: must be at most {MAX_MANAGER_LEN} printable characters"),
@@ -98,19 +98,34 @@ fn author<'a>(call: &'a Call, manager: &'a str, now: &'a str) -> Author<'a> {
     }
 }
 
-/// The new object's revision; `None` if the name is taken.
-async fn insert(call: &Call, object: &Value) -> Result<Option<u64>, ApiError> {
+/// A new object is there, or would be.
+enum Inserted {
+    At(u64),
+    OnlyTried,
+}
+
+impl Inserted {
+    fn show(&self, object: &mut Value) {
+        match self {
+            Self::At(revision) => set_version(object, *revision),
+            Self::OnlyTried => {}
+        }
+    }
+}
+
+/// `None` if the name is taken.
+async fn insert(call: &Call, object: &Value) -> Result<Option<Inserted>, ApiError> {
     let name = object::name(object);
     let key = call.resource.key(call.namespace.as_deref(), name);
     let store = call.server.store();
-    if call.query.dry_run()? {
+    if call.dry_run()? {
         return Ok(match store.get(&key).await? {
             Some(_) => None,
-            None => Some(store.revision()),
+            None => Some(Inserted::OnlyTried),
         });
     }
     match store.txn(Txn::create(key, call.resource.encode(object)?)).await? {
-        TxnOutcome::Committed { revision } => Ok(Some(revision)),
+        TxnOutcome::Committed { revision } => Ok(Some(Inserted::At(revision))),
         TxnOutcome::Conflict { .. } => Ok(None),
     }
 }
@@ -136,7 +151,7 @@ pub(crate) async fn update(call: &Call) -> Result<Response, ApiError> {
             subject: call.resource.subject(&call.name),
             causes: vec![Cause {
                 reason: "FieldValueInvalid",
-                message: "Invalid value: 0: must be specified for an update".to_owned(),
+                message: "Invalid value: 0x0: must be specified for an update".to_owned(),
                 field: "metadata.resourceVersion".to_owned(),
             }],
         });
@@ -152,7 +167,7 @@ pub(crate) async fn patch(call: &Call) -> Result<Response, ApiError> {
     let patch = Patch::read(call)?;
     let (object, warnings) = change(call, &patch.duplicates, |current| {
         let mut wanted = current.clone();
-        patch.apply(&mut wanted)?;
+        patch.apply(call, &mut wanted)?;
         Ok(wanted)
     })
     .await?;
@@ -170,7 +185,7 @@ async fn apply(call: &Call) -> Result<Response, ApiError> {
         return Err(ApiError::UnsupportedMediaType(PATCH_TYPES));
     }
     let manager = manager(call)?;
-    let force = call.query.flag("force")? == Some(true);
+    let force = call.query.flag("force") == Some(true);
     let Input { object: mut config, duplicates } = call.apply_object()?;
     admission::check_identity(call, &mut config)?;
     check_name(call, &config)?;
@@ -247,8 +262,8 @@ async fn apply_new(
     let mut object = applied.expect("a new object has no other managers");
     admission::stamp_new(&call.resource, &mut object);
     admission::admit(call, &mut object, None, &[])?;
-    Ok(insert(call, &object).await?.map(|revision| {
-        set_version(&mut object, revision);
+    Ok(insert(call, &object).await?.map(|inserted| {
+        inserted.show(&mut object);
         call.respond(StatusCode::CREATED, object, warnings)
     }))
 }
@@ -299,10 +314,10 @@ async fn commit(
 ) -> Result<Option<Value>, ApiError> {
     check_finalizers(call, current, &new)?;
     if call.subresource != Some(Subresource::Status) {
-        admission::bump_generation(current, &mut new);
+        admission::bump_generation(&call.resource, current, &mut new);
     }
     set_version(&mut new, entry.mod_revision);
-    if new == *current || call.query.dry_run()? {
+    if new == *current || call.dry_run()? {
         return Ok(Some(new));
     }
     let key = Arc::clone(&entry.key);
@@ -320,10 +335,15 @@ async fn commit(
     })
 }
 
+/// A patch that can't be applied to the object as it is.
+pub(super) fn unprocessable(call: &Call, message: String) -> ApiError {
+    ApiError::Unprocessable { subject: call.resource.subject(&call.name), message }
+}
+
 /// The wanted object is this object, and not an older or another one.
 fn check_target(call: &Call, current: &Value, wanted: &mut Value) -> Result<(), ApiError> {
     if !wanted.is_object() {
-        return Err(ApiError::Unprocessable("the patched object is not an object".to_owned()));
+        return Err(unprocessable(call, "the patched object is not an object".to_owned()));
     }
     admission::check_identity(call, wanted)?;
     check_name(call, wanted)?;

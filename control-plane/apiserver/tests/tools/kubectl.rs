@@ -74,10 +74,20 @@ impl Kubectl {
 
     /// kubectl 1.27 and later leave validation to the server and explain by OpenAPI 3.
     pub(crate) async fn is_recent(&self) -> bool {
+        self.minor().await >= 27
+    }
+
+    /// kubectl 1.28 and later know the review of oneself that is no beta.
+    pub(crate) async fn knows_itself(&self) -> bool {
+        self.minor().await >= 28
+    }
+
+    /// Its own version is 1 point this.
+    pub(crate) async fn minor(&self) -> u32 {
         let version = self.ok("version --client -o json", "").await;
         let version: serde_json::Value = serde_json::from_str(&version).unwrap();
         let minor = version["clientVersion"]["minor"].as_str().unwrap();
-        minor.trim_end_matches('+').parse::<u32>().unwrap() >= 27
+        minor.trim_end_matches('+').parse().unwrap()
     }
 
     /// What a successful command prints.

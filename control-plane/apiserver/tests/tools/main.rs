@@ -4,7 +4,9 @@
 
 mod kubectl;
 mod objects;
+mod odd;
 mod python;
+mod raw;
 #[path = "../support/serve.rs"]
 mod serve;
 #[path = "../support/mod.rs"]

@@ -191,7 +191,7 @@ async fn kubernetes_own_types_are_served() {
     kubectl.ok("-n team annotate secret key note=x", "").await;
     kubectl.ok("label namespace team a=b", "").await;
     assert_eq!(kubectl.ok("auth can-i create shards", "").await, "yes\n");
-    if kubectl.is_recent().await {
+    if kubectl.knows_itself().await {
         assert!(kubectl.ok("auth whoami", "").await.contains("system:masters"));
     }
     let crds = kubectl.ok("get crd -o name", "").await;

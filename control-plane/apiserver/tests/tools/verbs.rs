@@ -102,6 +102,10 @@ async fn labels_annotations_and_whole_objects_are_replaced() {
     kubectl.ok("label ii llama team-", "").await;
     assert_eq!(kubectl.ok("get ii -l team -o name", "").await, "");
     kubectl.ok("annotate ii llama note=one", "").await;
+    assert_eq!(
+        kubectl.ok("get ii llama -o jsonpath={.metadata.annotations.note}", "").await,
+        "one"
+    );
     kubectl.ok("annotate ii llama note-", "").await;
     let notes = kubectl.ok("get ii llama -o jsonpath={.metadata.annotations}", "").await;
     assert_eq!(notes, "");
@@ -199,6 +203,7 @@ async fn kubernetes_own_types_are_made_by_their_forms() {
     kubectl.ok(r#"-n team patch secret key -p {"stringData":{"c":"d"}}"#, "").await;
     assert_eq!(kubectl.ok("-n team get secret key -o jsonpath={.data.c}", "").await, "ZA==");
     kubectl.ok("-n team label secret key x=y", "").await;
+    assert_eq!(kubectl.ok("-n team get secret -l x=y -o name", "").await, "secret/key\n");
     let forbidden = kubectl.fails("-n team create secret generic UPPER", "").await;
     assert!(forbidden.contains("metadata.name"), "{forbidden}");
     kubectl.ok("-n team delete secret key", "").await;
