@@ -67,17 +67,14 @@ struct Seen {
     /// Families of which all samples should have come.
     closed: BTreeSet<String>,
     current: String,
-    /// Labels of the histogram that is being read, and its last count.
+    /// The histogram that is being read, with its labels, and its last count.
     bucket: (String, f64),
 }
 
 impl Seen {
     fn sample(&mut self, line: &str) {
         let (series, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("{line}"));
-        let (name, labels) = match series.split_once('{') {
-            Some((name, labels)) => (name, labels.strip_suffix('}').unwrap_or(labels)),
-            None => (series, ""),
-        };
+        let name = series.split_once('{').map_or(series, |(name, _)| name);
         let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
         let begins_well = name.starts_with(|c: char| c.is_ascii_lowercase());
         assert!(name.chars().all(is_name) && begins_well, "{line}");
@@ -90,7 +87,7 @@ impl Seen {
         }
         assert!(self.series.insert(series.to_owned()), "twice: {line}");
         if name.ends_with("_bucket") {
-            let (group, _) = labels.split_once("le=").unwrap_or_else(|| panic!("{line}"));
+            let (group, _) = series.split_once("le=").unwrap_or_else(|| panic!("{line}"));
             if self.bucket.0 != group {
                 self.bucket = (group.to_owned(), 0.0);
             }

@@ -2,6 +2,7 @@
 //! never sequence state.
 
 use std::ffi::CStr;
+use std::ops::Range;
 
 use mlx_rs::error::Exception;
 use mlx_rs::ops::{addmm, gather_mm, quantize};
@@ -200,6 +201,20 @@ impl Stack {
                 Ok(Self::Packed(Packed { weight, scales, biases: Some(biases), packing }))
             }
             Some(_) | None => Self::dense(weight),
+        }
+    }
+
+    /// Some of the matrices.
+    pub(crate) fn part(&self, range: &Range<i32>) -> Result<Self, Exception> {
+        let cut = |x: &Array| slice(x, &[range.start, 0, 0], &[range.end, x.dim(1), x.dim(2)]);
+        match self {
+            Self::Dense { weight, .. } => Self::dense(cut(weight)?),
+            Self::Packed(Packed { weight, scales, biases, packing }) => Ok(Self::Packed(Packed {
+                weight: cut(weight)?,
+                scales: cut(scales)?,
+                biases: biases.as_ref().map(cut).transpose()?,
+                packing: *packing,
+            })),
         }
     }
 

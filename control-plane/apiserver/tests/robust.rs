@@ -530,13 +530,33 @@ impl Bench {
         })
     }
 
+    /// What replaces an object names the version that is there, in most cases.
+    async fn body(&self, sent: &Sent) -> Vec<u8> {
+        let wanted: Option<Value> = serde_json::from_slice(&sent.body).ok();
+        match wanted {
+            Some(mut wanted)
+                if sent.method == "PUT"
+                    && wanted["metadata"].is_object()
+                    && sent.path.parse::<http::Uri>().is_ok() =>
+            {
+                let (_, current) = self.server.get(&sent.path).await;
+                let version = &current["metadata"]["resourceVersion"];
+                if version.is_string() && wanted["metadata"].get("resourceVersion").is_none() {
+                    wanted["metadata"]["resourceVersion"] = version.clone();
+                }
+                wanted.to_string().into_bytes()
+            }
+            _ => sent.body.clone(),
+        }
+    }
+
     async fn send(&self, sent: &Sent) -> Result<(), TestCaseError> {
         let request = Request::builder()
             .method(sent.method)
             .uri(format!("{}?{}", sent.path, sent.query))
             .header("content-type", sent.content_type)
             .header("accept", sent.accept)
-            .body(Body::from(sent.body.clone()));
+            .body(Body::from(self.body(sent).await));
         // What isn't HTTP at all doesn't reach the server.
         let Ok(request) = request else { return Ok(()) };
         let before = self.server.store.revision();

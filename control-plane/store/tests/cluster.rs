@@ -217,6 +217,22 @@ async fn who_alone_hears_no_leader_does_not_disturb() {
     cluster.shutdown().await;
 }
 
+/// A busy machine, or one that slept: everything stands still on it for a while.
+#[tokio::test]
+async fn a_pause_of_all_nodes_is_no_reason_for_an_election() {
+    let cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await;
+    let store = cluster.store(leader);
+    let before = store.leadership().borrow().clone();
+    for round in 0..5 {
+        // All nodes run on this thread.
+        std::thread::sleep(std::time::Duration::from_millis(800));
+        create(&store, &format!("/{round}"), "v").await;
+    }
+    assert_eq!(*store.leadership().borrow(), before);
+    cluster.shutdown().await;
+}
+
 /// What is left after the loss of a leader between the two steps of a change: until the second one
 /// is taken, majorities of the old voters and of the new ones are needed.
 #[tokio::test(flavor = "multi_thread")]

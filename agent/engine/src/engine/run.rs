@@ -253,7 +253,8 @@ impl Engine {
         };
         let fed = rows.iter().map(|fed| fed.row).collect();
         let mut pass = self.segments.pass(&fed, positions / count)?;
-        let hidden = self.model.forward(hidden, wanted, &mut pass)?;
+        // Long prompts are waited for in parts, and with them what came from other ranks.
+        let hidden = self.model.forward(hidden, wanted, &mut pass).map_err(|e| ranks.failure(e))?;
         if !draws {
             let mut arrays: Vec<Array> = pass.arrays().into_iter().cloned().collect();
             if let Ranks::Pipeline(pipeline) = &ranks

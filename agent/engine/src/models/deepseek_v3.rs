@@ -1,10 +1,12 @@
 //! `model_type` "deepseek_v3": DeepSeek V3, V3.1 and R1; and "kimi_k2", which shares it. Attention over a latent of
 //! keys and values (arXiv 2412.19437, section 2.1.1); experts chosen within the best groups, and shared ones.
 
+use std::ops::Range;
+
 use mlx_rs::error::Exception;
 use mlx_rs::fast::{ScaledDotProductAttentionMask, rms_norm, scaled_dot_product_attention};
 use mlx_rs::ops::indexing::{take_along_axis, topk_axis};
-use mlx_rs::ops::{argpartition_axis, matmul, sigmoid};
+use mlx_rs::ops::{argpartition_axis, concatenate, matmul, sigmoid};
 use mlx_rs::transforms::eval;
 use mlx_rs::{Array, Dtype};
 
@@ -14,15 +16,21 @@ use super::fields::{Fields, bad, parts, product};
 use super::mlp::{FeedForwardArgs, GATED, MixtureArgs, MlpArgs, Routing as AnyRouting, best};
 use super::rope::{Scaling, yarn_magnitude};
 use super::{Args, LayerModules};
-use crate::batch::LayerCache;
+use crate::batch::{LayerCache, Part};
 use crate::config::ConfigError;
 use crate::loader::{Kind, Split, Weights};
 use crate::mlx::slice;
 use crate::nn::{Joint, Linear, Rope, Stack, last, times};
 use crate::tensor::Team;
+use crate::timing;
 
 /// Of the norms inside attention, whatever the configuration says of the others.
 const LATENT_EPS: f32 = 1e-6;
+/// For what many queries need of the heads that are computed together. One head takes more than that where the context
+/// is very long; placement counts with both (`exo-plan`, `memory`).
+const HEADS_BYTES_MAX: usize = 192 << 20;
+/// Scores as they come, with what is hidden, and twice inside attention where it is not one kernel.
+const SCORE_COPIES: i32 = 4;
 
 pub(super) struct AttentionArgs {
     heads: i32,
@@ -155,7 +163,9 @@ pub(super) struct Attention {
     nope_dim: i32,
     rope_dim: i32,
     rank: i32,
+    v_dim: i32,
     scale: f32,
+    heads_bytes_max: usize,
     team: Team,
 }
 
@@ -196,7 +206,9 @@ impl Attention {
             nope_dim: args.nope_dim,
             rope_dim: args.rope_dim,
             rank: args.kv_lora_rank,
+            v_dim: args.v_dim,
             scale,
+            heads_bytes_max: HEADS_BYTES_MAX,
             team: team.clone(),
         })
     }
@@ -232,34 +244,82 @@ impl Attention {
         let inputs = [q_nope, q_pe, latent, k_pe];
         let output = cache.each(inputs, |[q_nope, q_pe, latent, k_pe], part| {
             let (latent, k_pe) = part.extend(&latent, &k_pe)?;
-            let scores = matmul(times(&q_pe, self.scale)?, k_pe.swap_axes(-1, -2)?)?;
-            self.attend(&q_nope, &latent, &part.hide(scores)?, fed)
+            self.attend_in_turn(&[q_nope, q_pe, latent, k_pe], part, fed)
         })?;
         let output = output.transpose_axes(&[0, 2, 1, 3])?.reshape(&[1, wanted, -1])?;
         self.o_proj.forward_summed(&output, &self.team)
     }
 
+    /// All heads together; or as many at a time as memory is set aside for: keys, values and scores of a long context
+    /// take up far more than the latent does.
+    fn attend_in_turn(
+        &self,
+        inputs: &[Array; 4],
+        part: &Part<'_>,
+        fed: i32,
+    ) -> Result<Array, Exception> {
+        let [q_nope, q_pe, latent, k_pe] = inputs;
+        let at_once = self.heads_at_once(q_nope, latent, fed);
+        if at_once >= self.heads {
+            return self.attend(inputs, (&self.embed_q, &self.unembed_out), part, fed);
+        }
+        let mut outputs = Vec::new();
+        for start in (0..self.heads).step_by(at_once as usize) {
+            let heads = start..(start + at_once).min(self.heads);
+            let (q_nope, q_pe) = (heads_of(q_nope, &heads)?, heads_of(q_pe, &heads)?);
+            let inputs = [q_nope, q_pe, latent.clone(), k_pe.clone()];
+            let (embed_q, unembed_out) =
+                (self.embed_q.part(&heads)?, self.unembed_out.part(&heads)?);
+            let output = self.attend(&inputs, (&embed_q, &unembed_out), part, fed)?;
+            // Before the next ones are begun, so that their memory is given up.
+            timing::wait(|| output.eval())?;
+            outputs.push(output);
+        }
+        concatenate(&outputs, 1)
+    }
+
+    fn heads_at_once(&self, q: &Array, latent: &Array, fed: i32) -> i32 {
+        let (rows, queries, held) = (q.dim(0), q.dim(2), latent.dim(2));
+        if fed == 1 {
+            return self.heads;
+        }
+        let per_position = SCORE_COPIES * queries + self.nope_dim + self.v_dim;
+        let bytes = [rows, held, per_position].map(|n| n as usize).iter().product::<usize>();
+        let at_once = self.heads_bytes_max / (bytes * q.item_size()).max(1);
+        i32::try_from(at_once).unwrap_or(self.heads).clamp(1, self.heads)
+    }
+
+    /// `inputs` are queries in two parts, latents and rotated keys; `stacks` are those of the queries' heads.
+    ///
     /// One query is taken into the latent's space, which saves making keys and values of all positions; for many
     /// queries making them is cheaper. Both give the same, `[rows, heads, queries, v_dim]`, but round differently in 16
     /// bits: the number of positions that are fed to a row decides, as in mlx-lm, not that of those wanted.
     fn attend(
         &self,
-        q_nope: &Array,
-        latent: &Array,
-        scores: &Array,
+        inputs: &[Array; 4],
+        stacks: (&Stack, &Stack),
+        part: &Part<'_>,
         fed: i32,
     ) -> Result<Array, Exception> {
-        let mask = ScaledDotProductAttentionMask::Array(scores);
+        let ([q_nope, q_pe, latent, k_pe], (embed_q, unembed_out)) = (inputs, stacks);
+        let scores = matmul(times(q_pe, self.scale)?, k_pe.swap_axes(-1, -2)?)?;
+        let scores = part.hide(scores)?;
+        let mask = ScaledDotProductAttentionMask::Array(&scores);
         if fed == 1 {
-            let q = self.embed_q.forward(q_nope)?;
+            let q = embed_q.forward(q_nope)?;
             let output = scaled_dot_product_attention(&q, latent, latent, self.scale, mask, None)?;
-            self.unembed_out.forward(&output)
+            unembed_out.forward(&output)
         } else {
-            let keys = self.embed_q.forward_transposed(latent)?;
-            let values = self.unembed_out.forward(latent)?;
+            let keys = embed_q.forward_transposed(latent)?;
+            let values = unembed_out.forward(latent)?;
             scaled_dot_product_attention(q_nope, &keys, &values, self.scale, mask, None)
         }
     }
+}
+
+/// Some of the heads of `[rows, heads, queries, features]`.
+fn heads_of(x: &Array, heads: &Range<i32>) -> Result<Array, Exception> {
+    slice(x, &[0, heads.start, 0, 0], &[x.dim(0), heads.end, x.dim(2), x.dim(3)])
 }
 
 /// The published matrix `[heads · (nope_dim + v_dim), rank]` as `embed_q` and `unembed_out`, packed as it was.
@@ -340,5 +400,84 @@ impl Routing {
             weights = weights.divide(sum)?;
         }
         Ok((experts, times(&weights, scale)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use mlx_rs::random;
+
+    use super::*;
+    use crate::batch::Segments;
+    use crate::nn::Frequencies;
+
+    const HEADS: i32 = 6;
+    const POSITIONS: i32 = 40;
+
+    fn numbers(seed: u64, shape: &[i32]) -> Array {
+        random::normal::<f32>(shape, None, None, &random::key(seed).unwrap()).unwrap()
+    }
+
+    fn attention(heads_bytes_max: usize) -> Attention {
+        let (rank, rope_dim, nope_dim, v_dim, width) = (16, 4, 8, 12, 10);
+        let linear = |seed, rows, columns| Linear::dense(&numbers(seed, &[rows, columns]), None);
+        let q_rows = HEADS * (nope_dim + rope_dim);
+        Attention {
+            in_proj: Joint::one(
+                linear(1, q_rows + rank + rope_dim, width),
+                &[q_rows, rank + rope_dim],
+            ),
+            q_b_proj: None,
+            kv_a_layernorm: numbers(2, &[rank]),
+            embed_q: Stack::dense(numbers(3, &[HEADS, rank, nope_dim])).unwrap(),
+            unembed_out: Stack::dense(numbers(4, &[HEADS, v_dim, rank])).unwrap(),
+            o_proj: linear(5, width, HEADS * v_dim),
+            rope: Rope {
+                dims: rope_dim,
+                traditional: true,
+                scale: 1.0,
+                magnitude: 1.0,
+                frequencies: Frequencies::Base(10_000.0),
+            },
+            heads: HEADS,
+            nope_dim,
+            rope_dim,
+            rank,
+            v_dim,
+            scale: 0.3,
+            heads_bytes_max,
+            team: Team::default(),
+        }
+    }
+
+    /// Feeds the positions in two parts.
+    fn outputs(attention: &Attention) -> Vec<f32> {
+        let mut segments = Segments::default();
+        segments.open(1, 1);
+        let mut values = Vec::new();
+        for (seed, positions) in [(6, POSITIONS), (7, POSITIONS / 4)] {
+            let x = numbers(seed, &[1, positions, 10]);
+            let mut pass = segments.pass(&BTreeSet::from([1]), positions).unwrap();
+            let output = attention.forward(&x, positions, &mut pass.layer(0)).unwrap();
+            values.extend(output.flatten(None, None).unwrap().to_vec_exact::<f32>().unwrap());
+        }
+        values
+    }
+
+    #[test]
+    fn heads_in_turn_give_what_all_together_do() {
+        let all = attention(HEADS_BYTES_MAX);
+        let latent = Array::zeros::<f32>(&[1, 1, POSITIONS, 16]).unwrap();
+        let q = Array::zeros::<f32>(&[1, HEADS, POSITIONS, 8]).unwrap();
+        assert_eq!(all.heads_at_once(&q, &latent, POSITIONS), HEADS);
+        let head = (POSITIONS * (SCORE_COPIES * POSITIONS + 8 + 12) * 4) as usize;
+        for (bytes, expect) in [(0, 1), (4 * head, 4), (100 * head, HEADS)] {
+            let some = attention(bytes);
+            assert_eq!(some.heads_at_once(&q, &latent, POSITIONS), expect);
+            assert_eq!(some.heads_at_once(&q, &latent, 1), HEADS);
+            assert_eq!(outputs(&some), outputs(&all));
+        }
     }
 }

@@ -14,6 +14,12 @@ pub(crate) const OVERHEAD_BYTES: u64 = 256 << 20;
 /// hold more twice than this and one layer's.
 const COPY_BYTES: u64 = 64 << 20;
 
+/// Models that keep a latent make keys, values and scores of some heads at a time from it while a prompt is fed: as
+/// many heads as fit into the first, or one, which takes the second for each position of the context (four times the
+/// scores of a chunk of 512 tokens, a key and a value of 128 features).
+const LATENT_HEADS_BYTES: u64 = 192 << 20;
+const LATENT_HEAD_BYTES_PER_TOKEN: u64 = (4 * 512 + 2 * 128) * CACHE_ELEMENT_BYTES;
+
 /// KV cache elements are half-precision floats.
 const CACHE_ELEMENT_BYTES: u64 = 2;
 
@@ -26,6 +32,8 @@ pub(super) struct Sizes {
     pub(super) head: u64,
     /// What one layer's cache takes up a second time while it is copied, beyond [`OVERHEAD_BYTES`].
     copy: u64,
+    /// For attention over a long prompt, beyond [`OVERHEAD_BYTES`].
+    prefill: u64,
 }
 
 impl Sizes {
@@ -37,6 +45,7 @@ impl Sizes {
             embedding: model.weights.embedding,
             head: model.weights.head,
             copy: cache.saturating_sub(COPY_BYTES),
+            prefill: prefill_bytes(model, context_length),
         }
     }
 
@@ -44,6 +53,7 @@ impl Sizes {
     pub(super) fn fixed(&self, first: bool, last: bool) -> u64 {
         OVERHEAD_BYTES
             .saturating_add(self.copy)
+            .saturating_add(self.prefill)
             .saturating_add(if first { self.embedding } else { 0 })
             .saturating_add(if last { self.head } else { 0 })
     }
@@ -52,6 +62,16 @@ impl Sizes {
     pub(super) fn room(&self, free_bytes: u64, first: bool, last: bool) -> u64 {
         free_bytes.saturating_sub(self.fixed(first, last)) / self.layer.max(1)
     }
+}
+
+fn prefill_bytes(model: &ModelSpec, context_length: u32) -> u64 {
+    let facts = &model.architecture;
+    if facts.kv_latent().is_none() {
+        return 0;
+    }
+    let head = u64::from(context_length).saturating_mul(LATENT_HEAD_BYTES_PER_TOKEN);
+    // A short context's heads all fit.
+    head.saturating_mul(u64::from(facts.heads)).min(LATENT_HEADS_BYTES).max(head)
 }
 
 /// Bytes that one layer's cache takes for a token, on one of `ranks` ranks that share the layer. Models that keep a

@@ -194,14 +194,17 @@ fn a_latent_is_what_counts_where_models_keep_one() {
         let share = Share { sharding, rank: 0, world_size, layers };
         memory_needed(&model, context, &share) - OVERHEAD_BYTES
     };
-    // 576 numbers of two bytes for a token and layer, 70,272 bytes in all.
-    assert_eq!(needed(ShardingKind::Pipeline, 1, 0..61, 4096), 70_272 * 4096);
-    assert_eq!(needed(ShardingKind::Pipeline, 4, 10..20, 4096), 11_520 * 4096);
+    // 576 numbers of two bytes for a token and layer, 70,272 bytes in all; and what attention makes of them.
+    let heads = 192 * MIB;
+    assert_eq!(needed(ShardingKind::Pipeline, 1, 0..61, 4096), 70_272 * 4096 + heads);
+    assert_eq!(needed(ShardingKind::Pipeline, 4, 10..20, 4096), 11_520 * 4096 + heads);
     // Every rank of a team has all of it.
-    assert_eq!(needed(ShardingKind::Tensor, 8, 0..61, 4096), 70_272 * 4096);
+    assert_eq!(needed(ShardingKind::Tensor, 8, 0..61, 4096), 70_272 * 4096 + heads);
+    assert_eq!(needed(ShardingKind::Tensor, 8, 0..61, 10), 70_272 * 10 + 10 * 128 * 4608);
     // One layer's, 180 MiB at the longest context, may be there a second time; 64 MiB of it are overhead anyway.
     let copy = 163_840 * 1152 - 64 * MIB;
-    assert_eq!(needed(ShardingKind::Pipeline, 1, 0..61, 163_840), 70_272 * 163_840 + copy);
+    let head = 163_840 * 4608;
+    assert_eq!(needed(ShardingKind::Pipeline, 1, 0..61, 163_840), 70_272 * 163_840 + copy + head);
     assert_eq!(crate::tensor::objection(&model, 16), None);
 }
 

@@ -32,6 +32,10 @@ const PATIENCE_MS: (u64, u64) = (450, 600);
 const FIRST_PATIENCE_MS: (u64, u64) = (150, 300);
 /// Who heard of a leader within this time wants no other one; openraft gives no vote then either.
 const LEASE: Duration = Duration::from_millis(super::ELECTION_MS.1);
+/// A node looks at the clock this often. Where that is later than it should be, by more than the
+/// second time, the node itself stood still, and calls of its leader may wait to be read.
+const LOOK: Duration = Duration::from_millis(75);
+const STOOD_STILL: Duration = Duration::from_millis(50);
 /// Between two questions, in milliseconds.
 const AGAIN_MS: (u64, u64) = (30, 90);
 /// Answers take this long at most.
@@ -80,6 +84,12 @@ impl Ear {
     /// A leader called, or a vote was given; or this node leads, and is followed.
     pub(super) fn heard(&self) {
         self.known().heard = Instant::now();
+    }
+
+    /// This node stood still for so long: a leader could not be heard in that time.
+    fn excuse(&self, pause: Duration, now: Instant) {
+        let mut known = self.known();
+        known.heard = (known.heard + pause).min(now);
     }
 
     /// Whether this node would have another one lead, which has `own.last` itself.
@@ -165,12 +175,13 @@ pub(super) async fn keep(node: Arc<Node>) {
             if node.is_followed() {
                 node.ear.heard();
             }
-            sleep(between(AGAIN_MS)).await;
+            rest(&node.ear, Instant::now() + between(AGAIN_MS)).await;
             continue;
         }
         let due = node.ear.due(patience);
-        if Instant::now() < due {
-            sleep_until(due).await;
+        let now = Instant::now();
+        if now < due {
+            rest(&node.ear, due.min(now + LOOK)).await;
             continue;
         }
         let Some(electorate) = node.electorate() else {
@@ -187,6 +198,15 @@ pub(super) async fn keep(node: Arc<Node>) {
         }
         election_over(&node).await;
         patience = between(PATIENCE_MS);
+    }
+}
+
+/// Waits until then, and notices when it was for longer.
+async fn rest(ear: &Ear, until: Instant) {
+    sleep_until(until).await;
+    let late = until.elapsed();
+    if late > STOOD_STILL {
+        ear.excuse(late, Instant::now());
     }
 }
 
@@ -266,6 +286,17 @@ mod tests {
         assert_eq!(ear.due(Duration::ZERO), late + PROMISE, "it is given time");
         ear.heard();
         assert!(!ear.would_have(candidate(3, 99), own, Instant::now()));
+    }
+
+    #[tokio::test]
+    async fn time_in_which_this_node_stood_still_does_not_count() {
+        let (ear, patience) = (Ear::new(), Duration::from_millis(500));
+        let due = ear.due(patience);
+        let late = due + Duration::from_secs(1);
+        ear.excuse(Duration::from_millis(300), late);
+        assert_eq!(ear.due(patience), due + Duration::from_millis(300));
+        ear.excuse(Duration::from_secs(60), late);
+        assert_eq!(ear.due(patience), late + patience, "as if it was heard now");
     }
 
     #[tokio::test]
