@@ -1,8 +1,9 @@
 //! Three voters against three members of etcd, each a process of its own on this machine, each
-//! writing through to disk; then the time from a leader's death to the next acknowledged write.
-//! Last what 10,000 keys and 1,000 watches cost etcd, for comparison with the `scale` benchmark.
+//! writing through to disk, in turn while both run; then what 10,000 keys and 1,000 watches cost
+//! etcd, for comparison with the `scale` benchmark. Last the time from the death of exo's leader to
+//! the next acknowledged write.
 //!
-//! `cargo bench -p exo-store --features etcd -- [seconds per row] [kills] [keys] [watches]`, with
+//! `cargo bench -p exo-store --features etcd -- [seconds per turn] [kills] [keys] [watches]`, with
 //! `etcd` on the path for the comparison. Values have 256 bytes; each client waits for its answer.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a tool for people who build exo")]
 
@@ -22,6 +23,8 @@ use tempfile::TempDir;
 
 const CHILD: &str = "EXO_STORE_BENCH_NODE";
 const CLIENTS: [usize; 3] = [1, 16, 64];
+/// A disk's speed changes from one moment to the next: the systems take turns.
+const TURNS: usize = 5;
 
 #[tokio::main]
 async fn main() {
@@ -30,19 +33,34 @@ async fn main() {
         return serve(&serde_json::from_str(&node).unwrap()).await;
     }
     let numbers: Vec<u64> = std::env::args().filter_map(|a| a.parse().ok()).collect();
-    let seconds = Duration::from_secs(numbers.first().copied().unwrap_or(5));
-    let kills = numbers.get(1).copied().unwrap_or(20);
+    let number = |at: usize, default: u64| numbers.get(at).copied().unwrap_or(default);
+    let (seconds, kills) = (Duration::from_secs(number(0, 3)), number(1, 20));
     let mut exo = Exo::start().await;
-    let leader = exo.leader().await;
-    for clients in CLIENTS {
-        let writer = ExoWriter { client: exo.client.clone(), node: leader.clone() };
-        report("exo", clients, load(clients, seconds, Arc::new(writer)).await);
-    }
-    drop(exo);
+    let own = Arc::new(ExoWriter { client: exo.client.clone(), node: exo.leader().await });
     #[cfg(feature = "etcd")]
-    {
-        let number = |at: usize, default: u64| numbers.get(at).copied().unwrap_or(default);
-        etcd::measure(seconds, number(2, 10_000), number(3, 1_000)).await;
+    let etcd = etcd::Cluster::start().await;
+    for clients in CLIENTS {
+        let mut own_turns = Vec::new();
+        #[cfg(feature = "etcd")]
+        let mut etcd_turns = Vec::new();
+        for _ in 0..TURNS {
+            own_turns.push(load(clients, seconds, &own).await);
+            #[cfg(feature = "etcd")]
+            if let Some(etcd) = &etcd {
+                etcd_turns.push(load(clients, seconds, &etcd.writer()).await);
+            }
+        }
+        let _own_rate = report("exo", clients, own_turns);
+        #[cfg(feature = "etcd")]
+        if !etcd_turns.is_empty() {
+            let ratio = _own_rate / report("etcd", clients, etcd_turns);
+            println!("      {clients:>3} clients: exo/etcd {ratio:.2}");
+        }
+    }
+    drop((own, exo));
+    #[cfg(feature = "etcd")]
+    if let Some(etcd) = etcd {
+        etcd.scale(number(2, 10_000), number(3, 1_000)).await;
     }
     if kills > 0 {
         exo = Exo::start().await;
@@ -180,16 +198,15 @@ impl Writer for ExoWriter {
     }
 }
 
-/// All latencies of a number of clients, each of which writes one key after the other.
-async fn load<W: Writer>(
-    clients: usize,
-    seconds: Duration,
-    writer: Arc<W>,
-) -> (Duration, Vec<Duration>) {
+/// How long it took, and all latencies.
+type Turn = (Duration, Vec<Duration>);
+
+/// A number of clients, each of which writes one key after the other.
+async fn load<W: Writer>(clients: usize, seconds: Duration, writer: &Arc<W>) -> Turn {
     let begin = Instant::now();
     let tasks: Vec<_> = (0..clients)
         .map(|client| {
-            let writer = Arc::clone(&writer);
+            let writer = Arc::clone(writer);
             tokio::spawn(async move {
                 let mut latencies = Vec::new();
                 while begin.elapsed() < seconds {
@@ -208,15 +225,23 @@ async fn load<W: Writer>(
     (begin.elapsed(), latencies)
 }
 
-fn report(system: &str, clients: usize, (took, mut latencies): (Duration, Vec<Duration>)) {
+/// Prints, and returns, the median of the turns' rates; the latencies are those of all turns.
+fn report(system: &str, clients: usize, turns: Vec<Turn>) -> f64 {
+    let rate = |(took, latencies): &Turn| latencies.len() as f64 / took.as_secs_f64();
+    let mut rates: Vec<f64> = turns.iter().map(rate).collect();
+    rates.sort_unstable_by(f64::total_cmp);
+    let rate = rates[rates.len() / 2];
+    let mut latencies: Vec<Duration> = turns.into_iter().flat_map(|turn| turn.1).collect();
     latencies.sort_unstable();
-    let rate = latencies.len() as f64 / took.as_secs_f64();
     let at = |share: f64| latencies[((latencies.len() - 1) as f64 * share) as usize];
     println!(
-        "{system:>5} {clients:>3} clients {rate:>9.0} writes/s  p50 {:>8.2?}  p99 {:>8.2?}",
+        "{system:>5} {clients:>3} clients {rate:>9.0} writes/s ({:.0} to {:.0})  p50 {:>8.2?}  p99 {:>8.2?}",
+        rates[0],
+        rates[rates.len() - 1],
         at(0.5),
         at(0.99)
     );
+    rate
 }
 
 /// Kills leaders under load; checks at the end that everything acknowledged is there.
@@ -268,15 +293,14 @@ mod etcd {
     use etcd_client::{Client, GetOptions, WatchOptions};
 
     use super::{
-        Arc, CLIENTS, Child, Command, Duration, Instant, SocketAddr, Stdio, TempDir, Writer,
-        free_address, load, report,
+        Arc, Child, Command, Duration, Instant, SocketAddr, Stdio, TempDir, Writer, free_address,
     };
 
     /// A Shard with its status and managed fields has about this size.
     const VALUE_BYTES: usize = 1_500;
     const CHANGES: u64 = 100;
 
-    struct EtcdWriter(Client);
+    pub(super) struct EtcdWriter(Client);
 
     impl Writer for EtcdWriter {
         async fn write(&self, key: String) {
@@ -295,7 +319,29 @@ mod etcd {
         }
     }
 
-    pub(super) async fn measure(seconds: Duration, keys: u64, watches: u64) {
+    pub(super) struct Cluster {
+        members: Members,
+        leader: Client,
+    }
+
+    impl Cluster {
+        /// `None` without etcd.
+        pub(super) async fn start() -> Option<Self> {
+            let (members, clients) = members()?;
+            Some(Self { leader: leader(&clients).await, members })
+        }
+
+        pub(super) fn writer(&self) -> Arc<EtcdWriter> {
+            Arc::new(EtcdWriter(self.leader.clone()))
+        }
+
+        pub(super) async fn scale(self, keys: u64, watches: u64) {
+            scale(&self.members, self.leader, keys, watches).await;
+        }
+    }
+
+    /// Three, and where clients reach them.
+    fn members() -> Option<(Members, Vec<SocketAddr>)> {
         let peers: Vec<_> = (0..3).map(|_| free_address()).collect();
         let clients: Vec<_> = (0..3).map(|_| free_address()).collect();
         let names = peers.iter().enumerate().map(|(i, p)| format!("m{i}=http://{p}"));
@@ -313,16 +359,12 @@ mod etcd {
                 .stderr(Stdio::null())
                 .spawn();
             let Ok(process) = process else {
-                return println!(" etcd is not on the path: no comparison");
+                println!(" etcd is not on the path: no comparison");
+                return None;
             };
             members.0.push((process, dir));
         }
-        let leader = leader(&clients).await;
-        for clients in CLIENTS {
-            let writer = EtcdWriter(leader.clone());
-            report("etcd", clients, load(clients, seconds, Arc::new(writer)).await);
-        }
-        scale(&members, leader, keys, watches).await;
+        Some((members, clients))
     }
 
     /// Resident memory of the members, in MiB.

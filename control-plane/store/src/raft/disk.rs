@@ -24,6 +24,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
     MemberNode, TypeConfig,
+    file::PreparedFile,
     mark::{Mark, MarkFile},
 };
 
@@ -120,11 +121,15 @@ impl Disk {
 
     fn open_file(dir: &Path) -> Result<Self, DiskError> {
         let path = dir.join(FILE);
-        let database = Database::builder()
-            .set_cache_size(CACHE_BYTES)
-            // Reads the whole file once: it holds no more than a snapshot and the log behind it.
-            .set_check_integrity_on_open(true)
-            .create(&path)
+        let database = PreparedFile::open(&path)
+            .and_then(|file| {
+                Database::builder()
+                    .set_cache_size(CACHE_BYTES)
+                    // Reads the whole file once: it holds no more than a snapshot and the log
+                    // behind it.
+                    .set_check_integrity_on_open(true)
+                    .create_with_backend(file)
+            })
             .map_err(|source| DiskError::Open { path: path.clone(), source: Box::new(source) })?;
         let mark = MarkFile::open(dir).map_err(|source| {
             let path = dir.join("store.mark");

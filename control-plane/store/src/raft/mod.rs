@@ -6,6 +6,7 @@
 mod call;
 mod disk;
 mod election;
+mod file;
 mod log;
 mod machine;
 mod mark;
