@@ -116,6 +116,51 @@ async fn bad_objects_are_refused_and_nothing_is_created() {
     assert_eq!(list["items"], json!([]), "nothing was created");
 }
 
+/// Who lists objects into a type reads none of them if there is one that doesn't fit.
+#[tokio::test]
+async fn what_fits_no_type_is_refused_or_made_to_fit() {
+    let server = support::start();
+    let a = || instance("a");
+    let s = || shard("s", "m", 0);
+    let n = || node("n");
+    let owner = json!([{"apiVersion": "v", "kind": "k", "name": "n", "uid": "u", "controller": 1}]);
+    for (path, body, field) in [
+        (
+            INSTANCES,
+            with(a(), "/spec", "contextLength", json!(5_000_000_000_u64)),
+            "spec.contextLength",
+        ),
+        (INSTANCES, with(a(), "/spec", "seed", json!(1e20)), "spec.seed"),
+        (INSTANCES, with(a(), "/metadata", "generateName", json!(1)), "metadata.generateName"),
+        (
+            INSTANCES,
+            with(a(), "/metadata", "ownerReferences", owner),
+            "metadata.ownerReferences[0].controller",
+        ),
+        (SHARDS, with(s(), "/spec", "layers", json!("5-3")), "spec.layers"),
+        (SHARDS, with(s(), "/spec", "layers", json!("0-4294967295")), "spec.layers"),
+        (NODES, with(n(), "/spec", "memoryReserve", json!("99999999Ti")), "spec.memoryReserve"),
+    ] {
+        let answer = server.call(Method::POST, path, Some(body)).await;
+        let (code, _, message, causes) = refusal(&answer);
+        assert_eq!((code, causes.as_slice()), (422, &[field][..]), "{message}");
+    }
+    let fits = with(with(a(), "/spec", "replicas", json!(2.0)), "/spec", "seed", json!(1e19));
+    let (_, made) = server.call(Method::POST, INSTANCES, Some(fits)).await;
+    assert_eq!(made["spec"]["replicas"].to_string(), "2");
+    assert_eq!(made["spec"]["seed"].to_string(), "10000000000000000000");
+    let claimed = json!({"metadata": {"managedFields": [{
+        "manager": "m", "operation": "Update", "apiVersion": "v", "time": "noon",
+        "fieldsType": "FieldsV1", "fieldsV1": {"f:spec": {}},
+    }]}});
+    let (code, same) = server.call(Method::PATCH, &format!("{INSTANCES}/a"), Some(claimed)).await;
+    assert_eq!((code, &same), (StatusCode::OK, &made), "claims that can't be read are passed over");
+    let late = json!({"status": {"lastHeartbeatTime": "9999-12-31T23:59:59Z"}});
+    server.call(Method::POST, NODES, Some(n())).await;
+    let answer = server.call(Method::PATCH, &format!("{NODES}/n/status"), Some(late)).await;
+    assert_eq!(refusal(&answer).3, ["status.lastHeartbeatTime"]);
+}
+
 #[tokio::test]
 async fn defaults_of_the_schema_are_stored() {
     let server = support::start();
