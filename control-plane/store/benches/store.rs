@@ -60,7 +60,7 @@ async fn main() {
     drop((own, exo));
     #[cfg(feature = "etcd")]
     if let Some(etcd) = etcd {
-        etcd.scale(number(2, 10_000), number(3, 1_000)).await;
+        Box::pin(etcd.scale(number(2, 10_000), number(3, 1_000))).await;
     }
     if kills > 0 {
         exo = Exo::start().await;
