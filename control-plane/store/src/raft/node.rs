@@ -33,8 +33,8 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// A leader that no majority answered for this long takes no more writes.
 const QUORUM_LOST: Duration = Duration::from_millis(1_500);
-/// And it keeps still for so long, then calls again for as long, and so on: its followers may hear
-/// it all the same, and want no other leader as long as they do. An election fits into this.
+/// It goes on to call them for so long, then keeps still for as long, and so on: its followers may
+/// hear it all the same, and want no other leader as long as they do. An election fits into this.
 const SILENCE: Duration = Duration::from_millis(1_500);
 
 /// Why an order was not carried out, in the form in which nodes tell each other.
@@ -224,7 +224,7 @@ pub(super) async fn watch_quorum(
 
 /// Whether a leader keeps still, so long after it was found to have lost its majority.
 fn is_silent(since_lost: Duration) -> bool {
-    since_lost.as_millis() % (2 * SILENCE.as_millis()) < SILENCE.as_millis()
+    since_lost.as_millis() % (2 * SILENCE.as_millis()) >= SILENCE.as_millis()
 }
 
 /// What has to be remembered about a leader's majority.
@@ -264,7 +264,7 @@ mod tests {
         let at = |ms: u64| is_silent(Duration::from_millis(ms));
         assert_eq!(
             [0, 1_499, 1_500, 2_999, 3_000, 4_500].map(at),
-            [true, true, false, false, true, false]
+            [false, false, true, true, false, true]
         );
     }
 
