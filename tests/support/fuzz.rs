@@ -66,7 +66,8 @@ pub fn check<S: Strategy>(inputs: &S, seed: u64, check: impl Fn(S::Value) -> Tes
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
-    let config = Config { failure_persistence: None, ..Config::default() };
+    // A finding as small as can be is worth some seconds, not minutes.
+    let config = Config { failure_persistence: None, max_shrink_time: 20_000, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, rng);
     let input = inputs.new_tree(&mut runner).expect("nothing is filtered out");
     if let Err(finding) = runner.run_one(input, check) {
