@@ -132,6 +132,24 @@ impl Linear {
         }
     }
 
+    /// The projection to some of the rows alone; nothing is copied.
+    fn rows(&self, range: Range<i32>) -> Result<Self, Exception> {
+        let cut = |x: &Array| slice(x, &[range.start, 0], &[range.end, x.dim(1)]);
+        let matrix = match &self.matrix {
+            Matrix::Dense { transposed } => Matrix::Dense {
+                transposed: slice(transposed, &[0, range.start], &[transposed.dim(0), range.end])?,
+            },
+            Matrix::Packed(Packed { weight, scales, biases, packing }) => Matrix::Packed(Packed {
+                weight: cut(weight)?,
+                scales: cut(scales)?,
+                biases: biases.as_ref().map(cut).transpose()?,
+                packing: *packing,
+            }),
+        };
+        let bias = self.bias.as_ref().map(|bias| slice(bias, &[range.start], &[range.end]));
+        Ok(Self { matrix, bias: bias.transpose()? })
+    }
+
     /// The matrix `[rows, columns]` unpacked, and how it was packed.
     pub(crate) fn unpack(&self) -> Result<(Array, Option<Packing>), Exception> {
         match &self.matrix {
@@ -168,16 +186,42 @@ impl Joint {
             Self::Apart(parts) => parts.iter().map(|part| part.forward(x)).collect(),
             Self::One { linear, ends } => {
                 let all = linear.forward(x)?;
-                let (batch, positions) = (all.dim(0), all.dim(1));
                 let starts = [0].iter().chain(ends);
-                let cut = |(&start, &end): (&i32, &i32)| {
-                    slice(&all, &[0, 0, start], &[batch, positions, end])
-                };
-                starts.zip(ends).map(cut).collect()
+                starts.zip(ends).map(|(&start, &end)| features(&all, start, end)).collect()
             }
         };
         Ok(results?.try_into().unwrap_or_else(|_| panic!("not {N} projections")))
     }
+
+    /// As [`Joint::forward`], but of the first part only the result of the last `wanted` positions.
+    pub(crate) fn forward_last<const N: usize>(
+        &self,
+        x: &Array,
+        wanted: i32,
+    ) -> Result<[Array; N], Exception> {
+        if wanted == x.dim(1) {
+            return self.forward(x);
+        }
+        let of_last = last(x, wanted)?;
+        let results: Result<Vec<Array>, Exception> = match self {
+            Self::Apart(parts) => (parts.iter().enumerate())
+                .map(|(index, part)| part.forward(if index == 0 { &of_last } else { x }))
+                .collect(),
+            Self::One { linear, ends } => {
+                let (first, end) = (ends[0], ends[ends.len() - 1]);
+                let others = linear.rows(first..end)?.forward(x)?;
+                let parts = ends.iter().zip(&ends[1..]);
+                let parts = parts.map(|(&a, &b)| features(&others, a - first, b - first));
+                [linear.rows(0..first)?.forward(&of_last)].into_iter().chain(parts).collect()
+            }
+        };
+        Ok(results?.try_into().unwrap_or_else(|_| panic!("not {N} projections")))
+    }
+}
+
+/// `start..end` of the features of `[batch, positions, features]`.
+fn features(x: &Array, start: i32, end: i32) -> Result<Array, Exception> {
+    slice(x, &[0, 0, start], &[x.dim(0), x.dim(1), end])
 }
 
 /// Several matrices `[rows, columns]` of one shape: one per expert, or one per head.
@@ -376,6 +420,46 @@ mod tests {
             let values =
                 |array: &Array| -> Vec<f32> { array.contiguous().unwrap().to_vec_exact().unwrap() };
             assert_eq!(values(joint), values(apart));
+        }
+    }
+
+    #[test]
+    fn the_first_part_can_be_had_for_the_last_positions_alone() {
+        let numbers = |shape: &[i32], from: i32| {
+            let count: i32 = shape.iter().product();
+            let values: Vec<f32> = (from..from + count).map(|v| (v % 17) as f32 - 8.0).collect();
+            Array::from_slice(&values, shape)
+        };
+        let (matrix, bias, x) = (numbers(&[96, 64], 0), numbers(&[96], 3), numbers(&[1, 5, 64], 7));
+        let (weight, scales, biases) = quantize(&matrix, 32, 4).unwrap();
+        let packing = Packing { group_size: 32, bits: 4, mode: Mode::Affine };
+        let packed = || Packed {
+            weight: weight.clone(),
+            scales: scales.clone(),
+            biases: Some(biases.clone()),
+            packing,
+        };
+        let values =
+            |array: &Array| -> Vec<f32> { array.contiguous().unwrap().to_vec_exact().unwrap() };
+        let dense = |rows: Range<i32>| {
+            let cut = slice(&matrix, &[rows.start, 0], &[rows.end, 64]).unwrap();
+            let bias = slice(&bias, &[rows.start], &[rows.end]).unwrap();
+            Linear::dense(&cut, Some(bias))
+        };
+        for joint in [
+            Joint::one(dense(0..96), &[32, 48, 16]),
+            Joint::one(Linear::quantized(packed(), None), &[32, 48, 16]),
+            Joint::one(Linear::quantized(packed(), Some(bias.clone())), &[32, 48, 16]),
+            Joint::Apart(vec![dense(0..32), dense(32..80), dense(80..96)]),
+        ] {
+            let all: [Array; 3] = joint.forward(&x).unwrap();
+            for wanted in [5, 2, 1] {
+                let some: [Array; 3] = joint.forward_last(&x, wanted).unwrap();
+                assert_eq!(some[0].shape(), [1, wanted, 32]);
+                assert_eq!(values(&some[0]), values(&last(&all[0], wanted).unwrap()));
+                assert_eq!(values(&some[1]), values(&all[1]));
+                assert_eq!(values(&some[2]), values(&all[2]));
+            }
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::batch::LayerCache;
 use crate::config::ConfigError;
 use crate::loader::{Kind, Split, Weights};
 use crate::mlx::{attend, reshape, rms_norm, slice};
-use crate::nn::{Joint, Linear, Rope, last};
+use crate::nn::{Joint, Linear, Rope};
 use crate::tensor::Team;
 
 use super::fields::{Fields, bad, product};
@@ -164,8 +164,8 @@ impl Attention {
                 heads_of(&all, both, both + self.kv_heads)?,
             ]);
         }
-        let [queries, keys, values] = self.qkv_proj.forward(x)?;
-        let mut queries = self.split_heads(&last(&queries, wanted)?, heads)?;
+        let [queries, keys, values] = self.qkv_proj.forward_last(x, wanted)?;
+        let mut queries = self.split_heads(&queries, heads)?;
         let mut keys = self.split_heads(&keys, self.kv_heads)?;
         if let Some((q_norm, k_norm)) = &self.norms {
             queries = rms_norm(&queries, Some(q_norm), self.eps)?;

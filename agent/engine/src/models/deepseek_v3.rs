@@ -20,7 +20,7 @@ use crate::batch::{LayerCache, Part};
 use crate::config::ConfigError;
 use crate::loader::{Kind, Split, Weights};
 use crate::mlx::slice;
-use crate::nn::{Joint, Linear, Rope, Stack, last, times};
+use crate::nn::{Joint, Linear, Rope, Stack, times};
 use crate::tensor::Team;
 use crate::timing;
 
@@ -222,8 +222,7 @@ impl Attention {
     ) -> Result<Array, Exception> {
         let (positions, rows) = (x.dim(1), cache.rows());
         let queries = wanted / rows;
-        let [q, latent] = self.in_proj.forward(x)?;
-        let q = last(&q, wanted)?;
+        let [q, latent] = self.in_proj.forward_last(x, wanted)?;
         let q = match &self.q_b_proj {
             None => q,
             Some((norm, b)) => b.forward(&rms_norm(&q, Some(norm), LATENT_EPS)?)?,
