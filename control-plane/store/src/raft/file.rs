@@ -6,18 +6,14 @@
 
 use std::{
     fmt,
-    fs::{File, OpenOptions},
+    fs::OpenOptions,
     io,
     ops::Bound,
     path::Path,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use redb::{BackendError, StorageBackend, backends::FileBackend};
-use rustix::{
-    fs::{SeekFrom, seek},
-    io::Errno,
-};
 
 /// Zeros are written ahead up to a multiple of this.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -26,8 +22,9 @@ const GAP_BYTES: u64 = 4 << 20;
 
 pub(super) struct PreparedFile {
     file: FileBackend,
-    /// Nobody has written here or behind. Locked by every write, so that none is overwritten.
-    end: Mutex<u64>,
+    /// Nobody has written here or behind: first the length that the file has when redb, which has
+    /// locked it by then, begins to write. Locked by every write, so that none is overwritten.
+    end: Mutex<Option<u64>>,
 }
 
 impl PreparedFile {
@@ -39,13 +36,14 @@ impl PreparedFile {
             .create(true)
             .truncate(false)
             .open(path)
-            .map_err(io_error)?;
-        let end = end_of_data(&file).map_err(io_error)?;
-        Ok(Self { file: FileBackend::new(file)?, end: Mutex::new(end) })
+            .map_err(|error| redb::DatabaseError::Storage(redb::StorageError::Io(error)))?;
+        Ok(Self { file: FileBackend::new(file)?, end: Mutex::new(None) })
     }
 
-    fn end(&self) -> std::sync::MutexGuard<'_, u64> {
-        self.end.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The end, and the lock on it.
+    fn end(&self) -> io::Result<(u64, MutexGuard<'_, Option<u64>>)> {
+        let end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok((end.map_or_else(|| self.file.len(), Ok)?, end))
     }
 
     /// Zeros from `start` up to `end`. Without them the file is as good, only slower.
@@ -55,22 +53,6 @@ impl PreparedFile {
             && let Err(error) = self.file.write(start, &zeros)
         {
             tracing::debug!(%error, "no zeros ahead");
-        }
-    }
-}
-
-fn io_error(error: io::Error) -> redb::DatabaseError {
-    redb::DatabaseError::Storage(redb::StorageError::Io(error))
-}
-
-/// Behind the last place that was ever written; the file's length where the system does not tell.
-fn end_of_data(file: &File) -> io::Result<u64> {
-    let mut end = 0;
-    loop {
-        match seek(file, SeekFrom::Data(end)).and_then(|data| seek(file, SeekFrom::Hole(data))) {
-            Ok(hole) => end = hole,
-            Err(Errno::NXIO) => return Ok(end),
-            Err(_) => return Ok(file.metadata()?.len()),
         }
     }
 }
@@ -93,8 +75,8 @@ impl StorageBackend for PreparedFile {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        let mut end = self.end();
-        *end = len.min(*end);
+        let (end, mut locked) = self.end()?;
+        *locked = Some(end.min(len));
         self.file.set_len(len)
     }
 
@@ -103,16 +85,17 @@ impl StorageBackend for PreparedFile {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        let mut end = self.end();
+        let (mut end, mut locked) = self.end()?;
         let behind = offset + data.len() as u64;
-        if behind > *end {
+        if behind > end {
             let ahead = behind.next_multiple_of(PIECE_BYTES).min(self.file.len()?);
-            if offset.saturating_sub(*end) <= GAP_BYTES {
-                self.fill(*end, offset);
+            if offset.saturating_sub(end) <= GAP_BYTES {
+                self.fill(end, offset);
             }
             self.fill(behind, ahead);
-            *end = ahead.max(behind);
+            end = ahead.max(behind);
         }
+        *locked = Some(end);
         self.file.write(offset, data)
     }
 
