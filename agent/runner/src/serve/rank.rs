@@ -4,7 +4,11 @@
 mod link;
 mod steps;
 
-use std::{io::ErrorKind, sync::Arc, time::Duration};
+use std::{
+    io::ErrorKind,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use exo_crds::{ShardPhase, ShardingKind, TransportKind, runner::RunnerConfig};
 use exo_engine::{
@@ -75,7 +79,9 @@ pub(crate) fn run(mut start: Start) -> Failure {
     };
     // Meanwhile the channel's task may end the process with the cause.
     pause(&failure, world_size);
-    if let Link::Other { sender, .. } = &mut link {
+    if let Link::Other { sender, leaves, .. } = &mut link {
+        // Rank 0 may end, and the channel with it, before this rank has said why.
+        leaves.store(true, Ordering::SeqCst);
         let note = RankNote::Failed { message: failure.message.clone() };
         let send = async {
             timeout(LAST_WORDS_LIMIT, async { sender.lock().await.send(&note).await }).await

@@ -4,7 +4,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
         mpsc,
     },
     time::Duration,
@@ -37,8 +37,14 @@ pub(super) const WAITING: &str = "waiting for the other ranks to load";
 pub(super) enum Link {
     /// Rank 0 makes them from requests.
     First,
-    /// The others are told; `sender` goes back to rank 0.
-    Other { commands: mpsc::Receiver<RankCommand>, sender: Arc<Mutex<Sender>> },
+    /// The others are told.
+    Other {
+        commands: mpsc::Receiver<RankCommand>,
+        /// Back to rank 0.
+        sender: Arc<Mutex<Sender>>,
+        /// This rank ends for a cause of its own: what becomes of the channel then is none.
+        leaves: Arc<AtomicBool>,
+    },
 }
 
 /// Counts the ranks that have their weights.
@@ -74,9 +80,10 @@ pub(super) fn connect(start: &mut Start) -> Result<(Link, Loaded), Failure> {
             runtime.block_on(connecting).map_err(|error| channel_failure(&error))?.split();
         let (orders, commands) = mpsc::channel();
         let sender = Arc::new(Mutex::new(sender));
-        let back = (sender.clone(), steps.clone());
-        runtime.spawn(take_commands(receiver, orders, back, reporter.clone()));
-        return Ok((Link::Other { commands, sender }, loaded));
+        let leaves = Arc::new(AtomicBool::new(false));
+        let (back, ends) = ((sender.clone(), steps.clone()), (reporter.clone(), leaves.clone()));
+        runtime.spawn(take_commands(receiver, orders, back, ends));
+        return Ok((Link::Other { commands, sender, leaves }, loaded));
     };
     let gathering = channel::gather(&listener, tls, &me, CONNECT_LIMIT);
     let peers = runtime.block_on(gathering).map_err(|error| channel_failure(&error))?;
@@ -103,10 +110,14 @@ async fn take_commands(
     mut receiver: Receiver,
     orders: mpsc::Sender<RankCommand>,
     (sender, steps): (Arc<Mutex<Sender>>, Steps),
-    reporter: Reporter,
+    (reporter, leaves): (Reporter, Arc<AtomicBool>),
 ) {
     loop {
-        match receiver.receive().await {
+        let received = receiver.receive().await;
+        if leaves.load(Ordering::SeqCst) {
+            return;
+        }
+        match received {
             Ok(RankCommand::RollCall) => {
                 let here = RankNote::Here { steps: steps.count() };
                 // Without a connection the next receive tells.
