@@ -166,6 +166,31 @@ async fn a_minority_refuses_and_shows_what_it_had() {
     cluster.shutdown().await;
 }
 
+/// Lists at any version must not be empty where there was something: watchers would take all of it
+/// for deleted.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_starts_alone_shows_what_it_had() {
+    let mut cluster = Cluster::start(3).await;
+    for number in 0..20 {
+        create(&cluster.store(1), &format!("/{number}"), "v").await;
+    }
+    for id in 1..=3 {
+        cluster.until("all have it", || cluster.store(id).revision() == 20).await;
+    }
+    for id in 1..=3 {
+        cluster.stop(id).await;
+    }
+    cluster.restart(2).await;
+    let alone = cluster.store(2);
+    assert_eq!((keys(&alone).len(), alone.revision()), (20, 20));
+    let refused = alone.get("/1").await.unwrap_err();
+    assert!(matches!(refused, StoreError::Unavailable(_)), "{refused}");
+    cluster.restart(3).await;
+    create(&alone, "/more", "v").await;
+    cluster.restart(1).await;
+    cluster.shutdown().await;
+}
+
 /// Half a connection is worse than none: the one that is left must not keep the others waiting.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leader_that_is_cut_off_one_way_is_replaced() {

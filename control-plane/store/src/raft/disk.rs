@@ -188,9 +188,11 @@ impl Disk {
     fn check_mark(&self) -> Result<(), DiskError> {
         let last = self.last()?.map(|entry| entry.log_id);
         let snapshot = self.meta::<Meta>("snapshot")?.and_then(|meta| meta.last_log_id);
-        let found = Mark { vote: self.vote()?, last: last.max(self.purged()?), snapshot };
+        let found =
+            Mark { vote: self.vote()?, last: last.max(self.purged()?), snapshot, committed: None };
         let mut file = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
         let mark = file.mark();
+        let found = Mark { committed: mark.committed, ..found };
         let what = if found.vote < mark.vote {
             "a vote"
         } else if found.snapshot < mark.snapshot {
@@ -327,6 +329,22 @@ impl Disk {
             Ok(())
         })?;
         self.set_mark(|mark| mark.vote = Some(*vote))
+    }
+
+    /// Remembers that the entries up to `index`, which are on disk, are committed. This is not
+    /// flushed: after a loss of power it may be forgotten.
+    pub(super) fn save_committed(&self, index: u64) -> Result<(), DiskError> {
+        self.set_mark(|mark| mark.committed = mark.committed.max(Some(index)))
+    }
+
+    /// The newest entry here that is known to be committed.
+    pub(super) fn committed(&self) -> Result<Option<LogId<u64>>, DiskError> {
+        let committed = self.mark.lock().unwrap_or_else(PoisonError::into_inner).mark().committed;
+        let (Some(committed), Some(last)) = (committed, self.last()?) else {
+            return Ok(None);
+        };
+        let index = committed.min(last.log_id.index);
+        Ok(self.entries(index..=index)?.first().map(|entry| entry.log_id))
     }
 
     pub(super) fn purged(&self) -> Result<Option<LogId<u64>>, DiskError> {

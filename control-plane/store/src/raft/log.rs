@@ -67,6 +67,8 @@ enum Job {
         /// `None` when it was reported as done before.
         done: Option<LogFlushed<TypeConfig>>,
     },
+    /// The entries up to here, which were appended before, are committed.
+    Committed(u64),
     Run(DiskWork, oneshot::Sender<Outcome>),
 }
 
@@ -294,12 +296,14 @@ impl Writing {
                 Job::Append { entries, done } => {
                     let mut entries = entries;
                     let mut waiting: Vec<_> = done.into_iter().collect();
+                    let mut committed = None;
                     while entries.len() < SHARED_ENTRIES {
                         match queue.try_recv() {
                             Ok(Job::Append { entries: more, done }) => {
                                 entries.extend(more);
                                 waiting.extend(done);
                             }
+                            Ok(Job::Committed(index)) => committed = Some(index),
                             Ok(other) => {
                                 next = Some(other);
                                 break;
@@ -308,11 +312,22 @@ impl Writing {
                         }
                     }
                     self.append(&entries, waiting);
+                    committed.into_iter().for_each(|index| self.committed(index));
                 }
+                Job::Committed(index) => self.committed(index),
             }
             if next.is_none() {
                 next = queue.recv().ok();
             }
+        }
+    }
+
+    /// Only what a start without the others shows depends on this.
+    fn committed(&self, index: u64) {
+        if self.flushing.failure().is_none()
+            && let Err(error) = self.disk.save_committed(index)
+        {
+            tracing::debug!(error = chain(&error), "not noted how far the log is committed");
         }
     }
 
@@ -435,6 +450,19 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn read_vote(&mut self) -> Result<Option<Vote<u64>>> {
         Ok(self.with_tail(|tail| tail.vote))
+    }
+
+    /// Not waited for: entries are committed whether that is noted or not.
+    async fn save_committed(&mut self, committed: Option<LogId<u64>>) -> Result<()> {
+        if let Some(committed) = committed {
+            self.send(Job::Committed(committed.index)).map_err(StorageIOError::write_logs)?;
+        }
+        Ok(())
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId<u64>>> {
+        self.blocking(|_| Ok(())).await.map_err(StorageIOError::read_logs)?;
+        self.disk.committed().map_err(fault(StorageIOError::read_logs))
     }
 
     async fn append<I>(&mut self, entries: I, callback: LogFlushed<TypeConfig>) -> Result<()>

@@ -31,6 +31,10 @@ pub(super) struct Mark {
     pub(super) last: Option<LogId<u64>>,
     /// The last entry in the snapshot.
     pub(super) snapshot: Option<LogId<u64>>,
+    /// The number of an entry that is known to be committed, as are those before it. A node that
+    /// starts alone shows the state up to there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) committed: Option<u64>,
 }
 
 /// The open file with what is written there.
@@ -119,6 +123,7 @@ mod tests {
             vote: Some(Vote::new_committed(u64::MAX, u64::MAX)),
             last: Some(largest),
             snapshot: Some(largest),
+            committed: Some(u64::MAX),
         };
         let text = encode(&mark);
         assert_eq!(text.len(), SIZE, "the largest numbers fit");
@@ -137,9 +142,14 @@ mod tests {
             vote: Some(Vote::new(3, 7)),
             last: Some(LogId::new(CommittedLeaderId::new(3, 7), 12)),
             snapshot: None,
+            committed: None,
         };
+        // As all were before entries were noted as committed.
         let text = encode(&mark);
         let literal = r#"{"vote":{"leader_id":{"term":3,"node_id":7},"committed":false},"last":{"leader_id":{"term":3,"node_id":7},"index":12},"snapshot":null}"#;
         assert_eq!(text.lines().next(), Some(literal));
+        let text = encode(&Mark { committed: Some(11), ..mark });
+        let literal = literal.replace("null}", "null,\"committed\":11}");
+        assert_eq!(text.lines().next(), Some(&*literal));
     }
 }
