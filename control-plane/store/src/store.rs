@@ -215,7 +215,8 @@ impl Store {
         self.replicated()?.set_voters(voters).await
     }
 
-    /// Takes a node out of the cluster, whether it is a voter or not, running or not.
+    /// Takes a node out of the cluster, whether it is a voter or not, running or not. Where this
+    /// fails with [`StoreError::Unknown`], the node may still be a member, or vote again: repeat it.
     pub async fn remove_node(&self, id: u64) -> Result<(), StoreError> {
         self.replicated()?.remove(id).await
     }

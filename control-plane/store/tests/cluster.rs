@@ -7,13 +7,17 @@ use std::{
     collections::BTreeSet,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use exo_store::{ListQuery, Store, StoreError, Txn, TxnOutcome};
 use support::{Cluster, LIMIT};
-use tokio::time::timeout;
+use tokio::{
+    task::JoinHandle,
+    time::{Instant, sleep_until, timeout},
+};
 
 async fn create(store: &Store, key: &str, value: &str) -> u64 {
     match store.txn(Txn::create(key, value)).await.unwrap() {
@@ -208,12 +212,46 @@ async fn a_leader_that_is_cut_off_one_way_is_replaced() {
     cluster.shutdown().await;
 }
 
+/// Measures for how long this process stands still.
+struct Pauses {
+    longest_ms: Arc<AtomicU64>,
+    watch: JoinHandle<()>,
+}
+
+impl Pauses {
+    /// A follower waits for 450 ms, and is called every 225 ms: what is much less than the
+    /// difference disturbs nobody.
+    const HARMLESS_MS: u64 = 100;
+
+    fn begin() -> Self {
+        let longest_ms = Arc::new(AtomicU64::new(0));
+        let longest = Arc::clone(&longest_ms);
+        let watch = tokio::spawn(async move {
+            loop {
+                let until = Instant::now() + Duration::from_millis(10);
+                sleep_until(until).await;
+                let late = u64::try_from(until.elapsed().as_millis()).unwrap();
+                longest.fetch_max(late, Ordering::Relaxed);
+            }
+        });
+        Self { longest_ms, watch }
+    }
+
+    /// Whether there was one that may cost a leader its office.
+    async fn end(self) -> bool {
+        // One that is not over yet, or only just, counts.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        self.watch.abort();
+        self.longest_ms.load(Ordering::Relaxed) > Self::HARMLESS_MS
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn who_alone_hears_no_leader_does_not_disturb() {
     let cluster = Cluster::start(3).await;
-    // Where this machine stands still for longer than a leader may, another one is right to come.
-    let mut is_calm = false;
-    for round in 0..4 {
+    // Where this process stands still for longer than a leader may, another one is right to come.
+    let mut counted = 0;
+    for round in 0..10 {
         // One that was chosen by the others.
         let first = cluster.leader().await;
         let others: Vec<u64> = (1..=3).filter(|id| *id != first).collect();
@@ -224,6 +262,7 @@ async fn who_alone_hears_no_leader_does_not_disturb() {
 
         let follower = others.into_iter().find(|id| *id != leader).unwrap();
         let store = cluster.store(leader);
+        let pauses = Pauses::begin();
         let before = store.leadership().borrow().clone();
         let asked = cluster.node(leader).asked();
         cluster.cut(leader, follower);
@@ -233,12 +272,16 @@ async fn who_alone_hears_no_leader_does_not_disturb() {
         cluster.until("it asks often", is_over).await;
         cluster.heal();
         create(&cluster.store(follower), &format!("/{round}"), "v").await;
-        is_calm = *store.leadership().borrow() == before;
-        if is_calm {
+        let is_calm = *store.leadership().borrow() == before;
+        if !pauses.end().await {
+            assert!(is_calm, "the leader lost its office in round {round}");
+            counted += 1;
+        }
+        if counted == 3 {
             break;
         }
     }
-    assert!(is_calm, "the leader lost its office each time");
+    assert!(counted > 0, "this process stood still in each round");
     cluster.shutdown().await;
 }
 
@@ -251,7 +294,7 @@ async fn a_pause_of_all_nodes_is_no_reason_for_an_election() {
     let before = store.leadership().borrow().clone();
     for round in 0..5 {
         // All nodes run on this thread.
-        std::thread::sleep(std::time::Duration::from_millis(800));
+        std::thread::sleep(Duration::from_millis(800));
         create(&store, &format!("/{round}"), "v").await;
     }
     assert_eq!(*store.leadership().borrow(), before);
@@ -298,6 +341,42 @@ async fn a_change_of_voters_that_was_begun_is_completed() {
     cluster.leader_among(&[2, 3]).await;
     create(&cluster.store(2), "/a", "v").await;
     keeping.into_iter().for_each(|task| task.abort());
+    cluster.shutdown().await;
+}
+
+/// The order outlives the office of the leader that began it, and leaves nothing behind there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_a_deposed_leader_began_does_not_stop_others() {
+    let cluster = Cluster::start(3).await;
+    let old = cluster.leader().await;
+    let others: Vec<u64> = (1..=3).filter(|id| *id != old).collect();
+    let registry = prometheus::Registry::new();
+    cluster.store(old).register_metrics(&registry).unwrap();
+    cluster.partition(&[old]);
+    let removed = others[0];
+    let removing = tokio::spawn({
+        let store = cluster.store(old);
+        async move { store.remove_node(removed).await }
+    });
+    let begun = || gauges(&registry, "exo_raft_voters_changing") == [1];
+    cluster.until("the first step is in its log", begun).await;
+    let new = cluster.leader_among(&others).await;
+    for i in 0..20 {
+        create(&cluster.store(new), &format!("/{i}"), "v").await;
+    }
+    cluster.heal();
+    // The next leader is told too, and it is made.
+    timeout(LIMIT, removing).await.expect("it is answered").unwrap().unwrap();
+    let ids: Vec<u64> = cluster.store(others[1]).members().iter().map(|m| m.id).collect();
+    assert!(!ids.contains(&removed), "{ids:?}");
+
+    // When it leads again it makes changes as before.
+    let old_store = cluster.store(old);
+    old_store.change_membership(BTreeSet::from([old])).await.unwrap();
+    cluster.until("it leads again", || old_store.is_leader()).await;
+    let both = BTreeSet::from([old, others[1]]);
+    timeout(LIMIT, old_store.change_membership(both)).await.expect("it is its turn").unwrap();
+    assert_eq!(old_store.members().iter().filter(|m| m.is_voter).count(), 2);
     cluster.shutdown().await;
 }
 

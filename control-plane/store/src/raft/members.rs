@@ -7,12 +7,12 @@ use std::{
 };
 
 use openraft::{
-    ChangeMembers, LogId, RaftMetrics,
+    ChangeMembers, LogId, RaftMetrics, ServerState,
     error::{ChangeMembershipError, ClientWriteError, RaftError},
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
-    sync::Mutex,
+    sync::{Mutex, MutexGuard},
     time::{Instant, timeout_at},
 };
 
@@ -53,17 +53,12 @@ pub(super) enum Change {
         name: String,
     },
     /// Exactly these; former voters become learners.
-    Voters {
-        ids: BTreeSet<u64>,
-    },
-    /// These learners become voters too. With none of them, what another leader has begun to change
-    /// is completed.
-    Promote {
-        ids: BTreeSet<u64>,
-    },
-    Remove {
-        id: u64,
-    },
+    Voters { ids: BTreeSet<u64> },
+    /// These learners become voters too.
+    Promote { ids: BTreeSet<u64> },
+    /// A voter becomes a learner first, and then leaves. In between it may be made a voter again, if
+    /// the leader is lost there and the node still answers: who ordered this repeats it.
+    Remove { id: u64 },
     /// A node moved, or was given another name.
     Address {
         id: u64,
@@ -90,9 +85,11 @@ impl Node {
             .collect()
     }
 
-    /// Has the leader make a change. Changes may be repeated: they say what shall be.
+    /// Has the leader make a change. Changes may be repeated: they say what shall be. So this one is,
+    /// also when its outcome is unknown, until it is made, Raft stops here or [`PATIENCE`] is over.
     pub(super) async fn change(&self, change: &Change) -> Result<(), StoreError> {
         let deadline = Instant::now() + PATIENCE;
+        let mut unknown = None;
         loop {
             let answer = match self.place() {
                 Place::Here => self.change_here(change).await,
@@ -107,10 +104,17 @@ impl Node {
             };
             match answer {
                 Ok(()) => return Ok(()),
-                Err(refusal) if !refusal.is_definite() => return Err(refusal.into()),
+                Err(refusal @ (Refusal::Invalid(_) | Refusal::Full(_))) => {
+                    return Err(refusal.into());
+                }
                 Err(refusal) => {
-                    if !self.news(deadline).await {
-                        return Err(refusal.into());
+                    let runs = self.metrics().borrow().running_state.is_ok();
+                    if !runs || !self.news(deadline).await {
+                        // One try that may have been carried out counts more than others that were not.
+                        return Err(unknown.unwrap_or(refusal).into());
+                    }
+                    if matches!(refusal, Refusal::Unknown(_)) {
+                        unknown = Some(refusal);
                     }
                 }
             }
@@ -121,7 +125,6 @@ impl Node {
     pub(super) async fn change_here(&self, change: &Change) -> Result<(), Refusal> {
         let deadline = Instant::now() + PATIENCE;
         let known = self.members();
-        let voters: BTreeSet<u64> = known.iter().filter(|m| m.is_voter).map(|m| m.id).collect();
         let moved = match change {
             Change::AddLearner { id, address, name } | Change::Address { id, address, name } => {
                 known.iter().any(|m| m.id == *id && (m.address != *address || m.name != *name))
@@ -129,7 +132,7 @@ impl Node {
             Change::Voters { .. } | Change::Promote { .. } | Change::Remove { .. } => false,
         };
         // A change has two steps. It goes on when the caller goes away in between.
-        let work = tokio::spawn(carry_out(self.changes.clone(), change.clone(), voters, moved));
+        let work = tokio::spawn(carry_out(self.changes.clone(), change.clone(), moved));
         match timeout_at(deadline, work).await {
             Ok(Ok(done)) => done,
             Ok(Err(error)) => Err(Refusal::Unknown(error.to_string())),
@@ -151,39 +154,106 @@ impl Changes {
         Self { raft, turn: Arc::default() }
     }
 
+    fn turn(&self) -> Result<MutexGuard<'_, ()>, Refusal> {
+        self.turn.try_lock().map_err(|_| {
+            Refusal::Unavailable("another change of membership is under way".to_owned())
+        })
+    }
+
     /// Both steps. Returns the entry of the last one.
     async fn make(
         &self,
         change: impl Into<ChangeMembers<u64, MemberNode>>,
-        retain: bool,
     ) -> Result<LogId<u64>, Refusal> {
-        let Ok(_turn) = self.turn.try_lock() else {
-            let text = "another change of membership is under way".to_owned();
-            return Err(Refusal::Unavailable(text));
+        let turn = self.turn()?;
+        self.make_in(&turn, change).await
+    }
+
+    /// The same, for who has the turn. Former voters become learners.
+    ///
+    /// A leader that was deposed and then catches up by a snapshot never hears from openraft what
+    /// became of its change: it waits only while it leads.
+    async fn make_in(
+        &self,
+        _turn: &MutexGuard<'_, ()>,
+        change: impl Into<ChangeMembers<u64, MemberNode>>,
+    ) -> Result<LogId<u64>, Refusal> {
+        let mut metrics = self.raft.metrics();
+        let term = {
+            let now = metrics.borrow();
+            if now.state != ServerState::Leader {
+                return Err(Refusal::NotLeader { leader: None });
+            }
+            now.current_term
         };
-        let done = self.raft.change_membership(change, retain).await;
-        done.map(|done| done.log_id).map_err(refusal)
+        let deposed = async {
+            let leads = |m: &RaftMetrics<u64, MemberNode>| {
+                m.state == ServerState::Leader && m.current_term == term
+            };
+            // An error says that Raft has stopped.
+            let _ = metrics.wait_for(|m| !leads(m)).await;
+        };
+        tokio::select! {
+            biased;
+            done = self.raft.change_membership(change, true) => {
+                done.map(|done| done.log_id).map_err(refusal)
+            }
+            () = deposed => {
+                let text = "this node no longer leads, and can't tell whether the change was made";
+                Err(Refusal::Unknown(text.to_owned()))
+            }
+        }
+    }
+
+    /// Takes the second step of a change of which another leader took the first. `false` when there
+    /// is none: this node's own changes take both.
+    pub(super) async fn complete(&self) -> Result<bool, Refusal> {
+        {
+            let turn = self.turn()?;
+            // Whoever had the turn just now may have been what the caller saw.
+            if !is_between_steps(&self.raft.metrics().borrow()) {
+                return Ok(false);
+            }
+            self.make_in(&turn, ChangeMembers::AddVoterIds(BTreeSet::new())).await?;
+        }
+        hand_over(&self.raft).await;
+        Ok(true)
+    }
+
+    /// Nobody else has the turn in between, and could make it a voter again.
+    async fn remove(&self, id: u64) -> Result<(), Refusal> {
+        let turn = self.turn()?;
+        let ids = BTreeSet::from([id]);
+        // Changes nothing when it is a learner.
+        self.make_in(&turn, ChangeMembers::RemoveVoters(ids.clone())).await?;
+        hand_over(&self.raft).await;
+        if leads_without_vote(&self.raft.metrics().borrow()) {
+            let text = "this node has lost its vote and hands over".to_owned();
+            return Err(Refusal::Unavailable(text));
+        }
+        self.make_in(&turn, ChangeMembers::RemoveNodes(ids)).await?;
+        Ok(())
     }
 }
 
-async fn carry_out(
-    changes: Changes,
-    change: Change,
-    voters: BTreeSet<u64>,
-    moved: bool,
-) -> Result<(), Refusal> {
+/// Whether the membership is on its way from one set of voters to another.
+pub(super) fn is_between_steps(metrics: &RaftMetrics<u64, MemberNode>) -> bool {
+    metrics.membership_config.membership().get_joint_config().len() > 1
+}
+
+async fn carry_out(changes: Changes, change: Change, moved: bool) -> Result<(), Refusal> {
     if let (
         true,
         Change::AddLearner { id, address, name } | Change::Address { id, address, name },
     ) = (moved, &change)
     {
         let node = BTreeMap::from([(*id, MemberNode::of(name, address))]);
-        changes.make(ChangeMembers::SetNodes(node), true).await?;
+        changes.make(ChangeMembers::SetNodes(node)).await?;
     }
     match change {
         Change::AddLearner { id, address, name } => {
             let node = BTreeMap::from([(id, MemberNode::of(&name, &address))]);
-            let added = changes.make(ChangeMembers::AddNodes(node), true).await?;
+            let added = changes.make(ChangeMembers::AddNodes(node)).await?;
             // Until it has all that came before it, or this node no longer leads.
             let caught_up = |m: &RaftMetrics<u64, MemberNode>| {
                 m.replication.as_ref().is_none_or(|followers| {
@@ -195,20 +265,12 @@ async fn carry_out(
             let _ = wait.metrics(caught_up, "a learner caught up").await;
         }
         Change::Voters { ids } => {
-            changes.make(ids, true).await?;
+            changes.make(ids).await?;
         }
         Change::Promote { ids } => {
-            changes.make(ChangeMembers::AddVoterIds(ids), true).await?;
+            changes.make(ChangeMembers::AddVoterIds(ids)).await?;
         }
-        Change::Remove { id } => {
-            let ids = BTreeSet::from([id]);
-            let change = if voters.contains(&id) {
-                ChangeMembers::RemoveVoters(ids)
-            } else {
-                ChangeMembers::RemoveNodes(ids)
-            };
-            changes.make(change, false).await?;
-        }
+        Change::Remove { id } => changes.remove(id).await?,
         Change::Address { .. } => {}
     }
     hand_over(&changes.raft).await;
@@ -218,11 +280,6 @@ async fn carry_out(
 /// A leader that is no voter any more would lead on as long as the voters hear of it: it falls
 /// silent until they have chosen another, or for a while if nobody tells it of that.
 async fn hand_over(raft: &NodeRaft) {
-    let own_id = raft.metrics().borrow().id;
-    let leads_without_vote = |m: &RaftMetrics<u64, MemberNode>| {
-        let membership = m.membership_config.membership();
-        m.current_leader == Some(own_id) && !membership.voter_ids().any(|id| id == own_id)
-    };
     if !leads_without_vote(&raft.metrics().borrow()) {
         return;
     }
@@ -231,6 +288,11 @@ async fn hand_over(raft: &NodeRaft) {
     // In time or not: a heartbeat with an old vote does no harm, and tells this node the truth.
     let _ = wait.metrics(|m| !leads_without_vote(m), "another leader").await;
     raft.runtime_config().heartbeat(true);
+}
+
+fn leads_without_vote(metrics: &RaftMetrics<u64, MemberNode>) -> bool {
+    let membership = metrics.membership_config.membership();
+    metrics.current_leader == Some(metrics.id) && !membership.voter_ids().any(|id| id == metrics.id)
 }
 
 type Failure = RaftError<u64, ClientWriteError<u64, MemberNode>>;

@@ -7,13 +7,11 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use openraft::RaftMetrics;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{
-    MemberNode,
     call::Target,
-    members::{Change, Member},
+    members::{Change, Member, is_between_steps},
     node::Node,
 };
 
@@ -87,16 +85,12 @@ pub(super) async fn keep(node: &Node) {
     }
 }
 
-/// Whether the membership is on its way from one set of voters to another.
-fn is_between_steps(metrics: &RaftMetrics<u64, MemberNode>) -> bool {
-    metrics.membership_config.membership().get_joint_config().len() > 1
-}
-
 /// Takes the second step of a change whose first one was another leader's: until then majorities of
-/// both sets are needed. A change that this node makes is refused here, and completes itself.
+/// both sets are needed. While this node makes a change it is refused here, and completes itself.
 async fn complete(node: &Node) {
-    match node.change_here(&Change::Promote { ids: BTreeSet::new() }).await {
-        Ok(()) => tracing::info!("completed the change of membership that another leader began"),
+    match node.changes.complete().await {
+        Ok(true) => tracing::info!("completed the change of voters that another leader began"),
+        Ok(false) => {}
         Err(refusal) => tracing::debug!(?refusal, "the membership still changes"),
     }
 }
