@@ -11,7 +11,7 @@ pub type Types = BTreeMap<String, String>;
 
 /// Looks at what `promtool check metrics` looks at, and more: each family has help and a type before
 /// its samples and stands in one place, names end as their types and units want it, no series comes
-/// twice, buckets count up to their sum. Where promtool is installed it looks, too.
+/// twice, buckets count up to what their histogram counts. Where promtool is installed it looks, too.
 ///
 /// # Panics
 /// When something is wrong.
@@ -30,6 +30,7 @@ pub fn check(text: &str) -> Types {
             seen.sample(line);
         }
     }
+    assert_eq!(seen.infinite, seen.counts, "the last buckets, and what histograms count");
     check_by_promtool(text);
     seen.types
 }
@@ -69,6 +70,10 @@ struct Seen {
     current: String,
     /// The histogram that is being read, with its labels, and its last count.
     bucket: (String, f64),
+    /// Of each histogram with its labels, the bucket without a bound.
+    infinite: BTreeMap<String, f64>,
+    /// The same by what it counts.
+    counts: BTreeMap<String, f64>,
 }
 
 impl Seen {
@@ -83,7 +88,7 @@ impl Seen {
         assert!(self.types.contains_key(&base), "no type before {line}");
         if base != self.current {
             assert!(self.closed.insert(base.clone()), "{base} stands in two places");
-            self.current = base;
+            self.current.clone_from(&base);
         }
         assert!(self.series.insert(series.to_owned()), "twice: {line}");
         if name.ends_with("_bucket") {
@@ -93,6 +98,13 @@ impl Seen {
             }
             assert!(value >= self.bucket.1, "{line}");
             self.bucket.1 = value;
+            if let Some((group, _)) = series.split_once("le=\"+Inf\"") {
+                let labels = group.trim_start_matches(name).trim_matches(['{', ',']);
+                self.infinite.insert(format!("{base} {labels}"), value);
+            }
+        } else if base != name && name.ends_with("_count") {
+            let labels = series.trim_start_matches(name).trim_matches(['{', '}']);
+            self.counts.insert(format!("{base} {labels}"), value);
         }
     }
 

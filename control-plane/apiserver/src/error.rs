@@ -170,6 +170,23 @@ impl ApiError {
         }
     }
 
+    /// An option has none of the values that it can have.
+    pub(crate) fn unsupported_option(
+        kind: &str,
+        option: &str,
+        value: &str,
+        supported: &[&str],
+    ) -> Self {
+        let supported: Vec<String> =
+            supported.iter().map(|value| json!(value).to_string()).collect();
+        let message = format!(
+            "Unsupported value: {}: supported values: {}",
+            json!(value),
+            supported.join(", ")
+        );
+        Self::invalid_option(kind, "FieldValueNotSupported", option, &message)
+    }
+
     pub(crate) fn modified(subject: Subject) -> Self {
         Self::Conflict {
             subject,

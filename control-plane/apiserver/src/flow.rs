@@ -81,7 +81,7 @@ impl Flow {
     }
 }
 
-/// One request that is being answered.
+/// One request that is being answered, until its answer is out.
 #[derive(Debug)]
 pub(crate) struct RequestPlace {
     gauge: IntGauge,

@@ -31,7 +31,7 @@ impl Metrics {
         let durations = HistogramVec::new(
             HistogramOpts::new(
                 "apiserver_request_duration_seconds",
-                "Time to answer requests; of watches, to begin them",
+                "Time to answer requests, long lists to their end; of watches, to begin them",
             )
             .buckets(BUCKETS_S.to_vec()),
             &["verb", "resource", "code"],

@@ -36,7 +36,7 @@ const MAX_CAUSES: usize = 32;
 impl Schema {
     pub(crate) fn compile(structural: Value) -> Result<Self, SchemaError> {
         let mut typed = structural.clone();
-        typed["properties"]["metadata"] = metadata_schema();
+        typed["properties"]["metadata"] = metadata_schema(&structural);
         let validator = jsonschema::options()
             .with_draft(Draft::Draft202012)
             .should_validate_formats(true)
@@ -89,13 +89,21 @@ impl Schema {
     }
 }
 
-/// What clients write of `metav1.ObjectMeta`. Its lists are merged by element.
-fn metadata_schema() -> Value {
+/// What clients write of `metav1.ObjectMeta`, with the bounds that a definition may set to names.
+/// Its lists are merged by element.
+fn metadata_schema(structural: &Value) -> Value {
     let text = json!({"type": "string"});
     let texts = json!({"type": "object", "additionalProperties": text});
     let flag = json!({"type": "boolean", "nullable": true});
+    let bounded = |name: &str| {
+        let bounds = structural.pointer(&format!("/properties/metadata/properties/{name}"));
+        let mut schema = bounds.and_then(Value::as_object).cloned().unwrap_or_default();
+        schema.insert("type".to_owned(), json!("string"));
+        schema
+    };
     json!({"type": "object", "properties": {
-        "generateName": text,
+        "name": bounded("name"),
+        "generateName": bounded("generateName"),
         "labels": texts,
         "annotations": texts,
         "finalizers": {"type": "array", "x-kubernetes-list-type": "set", "items": text},
@@ -566,6 +574,28 @@ mod tests {
             &["metadata.ownerReferences[0].controller", "metadata.ownerReferences[0].name"],
         );
         check(json!({"ownerReferences": [{"uid": "u", "controller": null}]}), &[]);
+    }
+
+    #[test]
+    fn definitions_may_bound_names() {
+        let schema = Schema::compile(json!({"type": "object", "properties": {"metadata": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "maxLength": 3},
+                "generateName": {"type": "string", "pattern": "^a"}
+            }
+        }}}))
+        .unwrap();
+        let check = |metadata: Value, expect: &[&str]| {
+            let causes = schema.validate(&json!({"metadata": metadata}), None);
+            let found: Vec<_> =
+                causes.iter().map(|c| format!("{} {}", c.field, c.reason)).collect();
+            assert_eq!(found, expect, "{metadata}");
+        };
+        check(json!({"name": "abc", "generateName": "a-", "labels": {"x": "long"}}), &[]);
+        check(json!({"name": "abcd"}), &["metadata.name FieldValueTooLong"]);
+        check(json!({"generateName": "b-"}), &["metadata.generateName FieldValueInvalid"]);
+        check(json!({"labels": {"x": 1}}), &["metadata.labels.x FieldValueTypeInvalid"]);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::{
     Router,
+    body::{Body, HttpBody as _},
     extract::{Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware,
@@ -12,6 +13,7 @@ use axum::{
 };
 use bytes::Bytes;
 use exo_store::{Entry, Store};
+use http_body_util::BodyExt as _;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
@@ -21,9 +23,9 @@ use crate::{
     authorize::{Policy, authorize},
     body, builtin, discovery,
     error::ApiError,
-    flow::{Flow, Limits},
+    flow::{Flow, Limits, RequestPlace},
     health,
-    metrics::Metrics,
+    metrics::{Metrics, Timer},
     namespace, openapi,
     request::{Query, Target, Verb},
     resource::{Access, DefinitionError, Resource},
@@ -215,7 +217,7 @@ async fn resource_request(State(server): State<ApiServer>, request: Request) -> 
         Err(error) => return error.into_response(),
     };
     // Watches have a limit of their own.
-    let _place = match verb {
+    let place = match verb {
         Verb::Watch => None,
         _ => match server.flow().request(&server.metrics().in_flight) {
             Ok(place) => Some(place),
@@ -228,11 +230,35 @@ async fn resource_request(State(server): State<ApiServer>, request: Request) -> 
     let timer = server.metrics().start(verb);
     let result = Box::pin(dispatch(server.clone(), verb, target, query, request)).await;
     let response = result.unwrap_or_else(IntoResponse::into_response);
-    // Only resources that exist become labels: a client can't make up new series.
-    if let Some(resource) = response.extensions().get::<Arc<Resource>>() {
-        timer.observe(&resource.plural, response.status());
+    let resource = response.extensions().get().cloned();
+    let answered = Answered { timer, resource, code: response.status(), _place: place };
+    // A long list is still to be written; of watches, their beginning is what counts.
+    if verb == Verb::Watch || response.body().size_hint().exact().is_some() {
+        return response;
     }
-    response
+    response.map(|body| {
+        Body::new(body.map_frame(move |frame| {
+            let _until_it_is_out = &answered;
+            frame
+        }))
+    })
+}
+
+/// A request up to the end of its answer: then its place is free, and its time is known.
+struct Answered {
+    timer: Timer,
+    /// Only resources that exist become labels: a client can't make up new series.
+    resource: Option<Arc<Resource>>,
+    code: StatusCode,
+    _place: Option<RequestPlace>,
+}
+
+impl Drop for Answered {
+    fn drop(&mut self) {
+        if let Some(resource) = &self.resource {
+            self.timer.observe(&resource.plural, self.code);
+        }
+    }
 }
 
 async fn dispatch(
@@ -359,15 +385,7 @@ impl Call {
 
     /// An option has none of the values that it can have.
     pub(crate) fn unsupported(&self, option: &str, value: &str, supported: &[&str]) -> ApiError {
-        let supported: Vec<String> =
-            supported.iter().map(|value| json!(value).to_string()).collect();
-        let message = format!(
-            "Unsupported value: {}: supported values: {}",
-            json!(value),
-            supported.join(", ")
-        );
-        let kind = self.verb.options();
-        ApiError::invalid_option(kind, "FieldValueNotSupported", option, &message)
+        ApiError::unsupported_option(self.verb.options(), option, value, supported)
     }
 
     pub(crate) fn not_found(&self) -> ApiError {

@@ -271,6 +271,13 @@ async fn too_much_at_once_is_refused_and_versions_are_minded() {
     ] {
         assert_eq!(server.get(&format!("{INSTANCES}?{query}")).await.0.as_u16(), code, "{query}");
     }
+    // What selects is named as such, whatever is done with it.
+    for query in ["resourceVersionMatch=Exact", "resourceVersion=1&resourceVersionMatch=Newest"] {
+        let path = format!("{INSTANCES}?{query}");
+        let (status, refusal) = server.call(Method::DELETE, &path, None).await;
+        assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY, "{refusal}");
+        assert_eq!(refusal["details"]["kind"], "ListOptions", "{refusal}");
+    }
 }
 
 #[tokio::test]

@@ -263,6 +263,49 @@ async fn long_lists_go_out_bit_by_bit() {
 }
 
 #[tokio::test]
+async fn a_long_list_holds_its_place_until_it_is_read() {
+    let registry = prometheus::Registry::new();
+    let limits = Limits { in_flight: 1, ..Limits::default() };
+    let server =
+        ApiServer::with_limits(Store::memory(), &exo_crds::all(), &registry, limits).unwrap();
+    let router = in_process(app(server), Identity { name: "test".into(), groups: Vec::new() });
+    let send = async |method: Method, body: Body| {
+        let request = Request::builder().method(method).uri(NODES).body(body).unwrap();
+        router.clone().oneshot(request).await.unwrap()
+    };
+    for n in 0..4 {
+        let mut node = node(&format!("n{n}"));
+        node["metadata"]["annotations"] = json!({"note": "x".repeat(50_000)});
+        let made = send(Method::POST, Body::from(node.to_string())).await;
+        assert_eq!(made.status(), StatusCode::CREATED);
+    }
+    let told = |series: &str, value: u32| {
+        let text = TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+        text.contains(&format!("\n{series} {value}\n"))
+    };
+    let in_flight = "apiserver_current_inflight_requests";
+    let labels = "{code=\"200\",resource=\"nodes\",verb=\"LIST\"}";
+    let answered = format!("apiserver_request_duration_seconds_count{labels}");
+    assert!(told(in_flight, 0));
+    for (lists, reads_all) in [(1, true), (2, false)] {
+        let list = send(Method::GET, Body::empty()).await;
+        assert_eq!(list.status(), StatusCode::OK);
+        let mut body = list.into_body().into_data_stream();
+        body.next().await.unwrap().unwrap();
+        assert!(told(in_flight, 1) && !told(&answered, lists));
+        let refused = send(Method::GET, Body::empty()).await;
+        assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+        if reads_all {
+            while let Some(part) = body.next().await {
+                part.unwrap();
+            }
+        }
+        drop(body);
+        assert!(told(in_flight, 0) && told(&answered, lists));
+    }
+}
+
+#[tokio::test]
 async fn lists_that_are_too_large_come_in_parts() {
     let router = limited(Limits { list_bytes: 2_000, ..Limits::default() });
     let call = async |method: Method, path: String, body: Option<Value>| {

@@ -164,9 +164,11 @@ pub(super) fn check_options(call: &Call) -> Result<(), ApiError> {
     let query = &call.query;
     let version_match = query.get("resourceVersionMatch");
     let is_watch = call.verb == Verb::Watch;
+    // Whatever is done with what they select.
+    let kind = Verb::List.options();
     let known: &[&str] = if is_watch { &["NotOlderThan"] } else { &["Exact", "NotOlderThan"] };
     if let Some(other) = version_match.filter(|value| !known.contains(value)) {
-        return Err(call.unsupported("resourceVersionMatch", other, known));
+        return Err(ApiError::unsupported_option(kind, "resourceVersionMatch", other, known));
     }
     let streams = query.flag("sendInitialEvents").is_some();
     let version = query.get("resourceVersion");
@@ -185,7 +187,6 @@ pub(super) fn check_options(call: &Call) -> Result<(), ApiError> {
     } else {
         return Ok(());
     };
-    let kind = Verb::List.options();
     Err(ApiError::invalid_option(
         kind,
         "FieldValueForbidden",
