@@ -28,7 +28,7 @@ use super::{call::Target, network::json, node::Node};
 /// another one. A leader is heard every 225 ms at least, so that a call of its may be lost; and
 /// nobody agrees before [`LEASE`] is over.
 const PATIENCE_MS: (u64, u64) = (450, 600);
-/// The same for a voter that was only just started, and may be one of many.
+/// The same for a voter that was only just started, and may be one of many, until it hears of one.
 const FIRST_PATIENCE_MS: (u64, u64) = (150, 300);
 /// Who heard of a leader within this time wants no other one; openraft gives no vote then either.
 const LEASE: Duration = Duration::from_millis(super::ELECTION_MS.1);
@@ -170,7 +170,13 @@ impl Node {
 /// Stands for election whenever it is time, until Raft stops.
 pub(super) async fn keep(node: Arc<Node>) {
     let mut patience = between(FIRST_PATIENCE_MS);
+    let mut is_new = true;
+    let started = node.ear.known().heard;
     while node.metrics().borrow().running_state.is_ok() {
+        if is_new && (node.leads() || node.ear.known().heard > started) {
+            is_new = false;
+            patience = between(PATIENCE_MS);
+        }
         if node.leads() {
             if node.is_followed() {
                 node.ear.heard();
@@ -197,6 +203,7 @@ pub(super) async fn keep(node: Arc<Node>) {
             return;
         }
         election_over(&node).await;
+        is_new = false;
         patience = between(PATIENCE_MS);
     }
 }
