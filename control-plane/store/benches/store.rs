@@ -92,7 +92,7 @@ fn front(store: Store) -> axum::Router {
 async fn open(dir: impl AsRef<Path>, node_id: u64, address: SocketAddr, begin: Begin) -> Store {
     let dir = dir.as_ref().to_owned();
     let config = RaftConfig { dir, node_id, name: String::new(), address: address.to_string() };
-    let peering = Peering { client: reqwest::Client::new(), scheme: "http".to_owned(), begin };
+    let peering = Peering { client: reqwest::Client::new(), tls: None, begin };
     Store::raft_with_peers(config, peering).await.unwrap()
 }
 
