@@ -142,7 +142,13 @@ impl Disk {
             let path = dir.join("store.mark");
             DiskError::Mark { path, source }
         })?;
-        Ok(Self { path, node_id: 0, database: RwLock::new(Some(database)), mark: Mutex::new(mark), committed: AtomicU64::new(0) })
+        Ok(Self {
+            path,
+            node_id: 0,
+            database: RwLock::new(Some(database)),
+            mark: Mutex::new(mark),
+            committed: AtomicU64::new(0),
+        })
     }
 
     /// The node to which the file of `dir` belongs, if there is one.
