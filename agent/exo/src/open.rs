@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::Path};
 
 use anyhow::anyhow;
 use exo_store::{Begin, DiskError, OpenError, Peering, RaftConfig, Store};
-use exo_trust::reqwest_client;
+use exo_trust::{client_config, reqwest_client};
 
 use crate::{
     config::{Config, Etcd},
@@ -28,7 +28,8 @@ pub(crate) async fn raft(
     let name = config.node_name.clone();
     let config = RaftConfig { dir: dir.clone(), node_id, name, address: api.to_string() };
     let client = reqwest_client(&data.tls())?;
-    let peering = Peering { client, scheme: "https".to_owned(), begin };
+    let tls = Some(client_config(&data.tls())?.into());
+    let peering = Peering { client, tls, begin };
     let store = Store::raft_with_peers(config, peering).await;
     Ok((store.map_err(|error| unopened(&dir, error))?, node_id))
 }

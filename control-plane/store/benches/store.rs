@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::serve::ListenerExt as _;
+use axum::{http::StatusCode, routing::post, serve::ListenerExt as _};
 use exo_store::{Begin, ListQuery, Peering, RaftConfig, Store, raft_routes};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -76,13 +76,23 @@ async fn serve(node: &Value) {
         open(node["dir"].as_str().unwrap(), node["id"].as_u64().unwrap(), address, begin).await;
     let listener = tokio::net::TcpListener::bind(address).await.unwrap();
     let listener = listener.tap_io(|stream| stream.set_nodelay(true).unwrap());
-    axum::serve(listener, raft_routes(&store)).await.unwrap();
+    axum::serve(listener, raft_routes(&store).merge(front(store))).await.unwrap();
+}
+
+/// What a client of the leader meets: the store as `exo`'s API server uses it, behind HTTP.
+fn front(store: Store) -> axum::Router {
+    let txn = async move |body: axum::body::Bytes| {
+        let Ok(txn) = serde_json::from_slice(&body) else { return StatusCode::BAD_REQUEST };
+        let outcome = if store.is_leader() { store.txn(txn).await.ok() } else { None };
+        outcome.map_or(StatusCode::SERVICE_UNAVAILABLE, |_| StatusCode::OK)
+    };
+    axum::Router::new().route("/txn", post(txn))
 }
 
 async fn open(dir: impl AsRef<Path>, node_id: u64, address: SocketAddr, begin: Begin) -> Store {
     let dir = dir.as_ref().to_owned();
     let config = RaftConfig { dir, node_id, name: String::new(), address: address.to_string() };
-    let peering = Peering { client: reqwest::Client::new(), scheme: "http".to_owned(), begin };
+    let peering = Peering { client: reqwest::Client::new(), tls: None, begin };
     Store::raft_with_peers(config, peering).await.unwrap()
 }
 
@@ -179,8 +189,9 @@ async fn call(client: &reqwest::Client, to: &Node, call: &str, body: &Value) -> 
 
 async fn put(client: &reqwest::Client, node: &Node, key: &str) -> bool {
     let put = json!({"put": {"key": key, "value": "x".repeat(256)}});
-    let order = json!([{"txn": {"compare": [], "ops": [put]}}]);
-    call(client, node, "write", &order).await.is_some()
+    let txn = json!({"compare": [], "ops": [put]});
+    let request = client.post(format!("http://{}/txn", node.address)).body(txn.to_string());
+    request.send().await.is_ok_and(|answer| answer.status() == StatusCode::OK)
 }
 
 trait Writer: Send + Sync + 'static {

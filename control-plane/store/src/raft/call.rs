@@ -3,11 +3,15 @@
 //! Owns: paths, headers, limits and the client's side. Never: what a call means, or who may make
 //! it; the server in front of [`raft_routes`](crate::raft_routes) sees to that.
 
-use std::{error::Error, fmt::Write as _, time::Duration};
+use std::{error::Error, fmt::Write as _, sync::Arc, time::Duration};
 
+use axum::http::{Request, StatusCode, header};
 use bytes::Bytes;
-use reqwest::StatusCode;
+use http_body_util::Full;
 use serde::de::DeserializeOwned;
+use tokio_rustls::rustls::ClientConfig;
+
+use super::line::Line;
 
 /// Below this path are all calls.
 pub(super) const BASE: &str = "/exo/v1/raft/";
@@ -32,8 +36,9 @@ pub enum Begin {
 pub struct Peering {
     /// Proves who this node is, and checks who answers.
     pub client: reqwest::Client,
-    /// `https`; `http` where something else protects the connection.
-    pub scheme: String,
+    /// The same for connections that are not that client's; `None` where something else protects
+    /// them: both then speak plain HTTP.
+    pub tls: Option<Arc<ClientConfig>>,
     pub begin: Begin,
 }
 
@@ -42,7 +47,13 @@ pub struct Peering {
 pub(super) struct Caller {
     own_id: u64,
     /// `None` for a store that is alone for good.
-    way: Option<(reqwest::Client, String)>,
+    way: Option<Way>,
+}
+
+#[derive(Clone)]
+struct Way {
+    client: reqwest::Client,
+    tls: Option<Arc<ClientConfig>>,
 }
 
 /// Whom to call.
@@ -65,7 +76,41 @@ pub(super) enum CallError {
 
 impl Caller {
     pub(super) fn new(own_id: u64, peering: Option<&Peering>) -> Self {
-        Self { own_id, way: peering.map(|p| (p.client.clone(), p.scheme.clone())) }
+        let way = |p: &Peering| Way { client: p.client.clone(), tls: p.tls.clone() };
+        Self { own_id, way: peering.map(way) }
+    }
+
+    fn way(&self, to: &Target) -> Result<&Way, CallError> {
+        let Target { id, address } = to;
+        self.way.as_ref().ok_or_else(|| {
+            CallError::NotDone(format!(
+                "no way to node {id} at {address}: this store runs as a single voter"
+            ))
+        })
+    }
+
+    /// The same as [`post`](Self::post) by a connection of the caller's own, for a call that may be
+    /// carried out twice.
+    pub(super) async fn post_by<A: DeserializeOwned>(
+        &self,
+        line: &mut Line,
+        to: &Target,
+        call: &str,
+        body: Vec<u8>,
+        limit: Duration,
+    ) -> Result<A, CallError> {
+        let tls = self.way(to)?.tls.as_ref();
+        let request = Request::post(format!("{BASE}{call}"))
+            .header(header::HOST, &to.address)
+            .header(SOURCE, self.own_id)
+            .header(TARGET, to.id)
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|error| CallError::NotDone(error.to_string()))?;
+        let (status, body) = line.exchange(to, tls, request, limit).await?;
+        if status != StatusCode::OK {
+            return Err(refusal(to, status, &body));
+        }
+        serde_json::from_slice(&body).map_err(|error| unreadable(to, &error))
     }
 
     /// Posts a body and reads the JSON that comes back.
@@ -77,11 +122,8 @@ impl Caller {
         limit: Duration,
     ) -> Result<A, CallError> {
         let Target { id, address } = to;
-        let Some((client, scheme)) = &self.way else {
-            return Err(CallError::NotDone(format!(
-                "no way to node {id} at {address}: this store runs as a single voter"
-            )));
-        };
+        let Way { client, tls } = self.way(to)?;
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let sent = client
             .post(format!("{scheme}://{address}{BASE}{call}"))
             .header(SOURCE, self.own_id)
@@ -96,14 +138,16 @@ impl Caller {
         })?;
         let status = response.status();
         let body = response.bytes().await;
-        let unknown = |error: &dyn Error| {
-            CallError::Unknown(format!("reading node {id}'s answer: {}", chain(error)))
-        };
         if status != StatusCode::OK {
             return Err(refusal(to, status, &body.unwrap_or_default()));
         }
-        serde_json::from_slice(&body.map_err(|e| unknown(&e))?).map_err(|e| unknown(&e))
+        let body = body.map_err(|error| unreadable(to, &error))?;
+        serde_json::from_slice(&body).map_err(|error| unreadable(to, &error))
     }
+}
+
+fn unreadable(to: &Target, error: &dyn Error) -> CallError {
+    CallError::Unknown(format!("reading node {}'s answer: {}", to.id, chain(error)))
 }
 
 fn refusal(to: &Target, status: StatusCode, body: &Bytes) -> CallError {

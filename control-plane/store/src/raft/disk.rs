@@ -12,7 +12,10 @@
 use std::{
     ops::RangeInclusive,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError, RwLock},
+    sync::{
+        Mutex, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use openraft::{Entry, LogId, SnapshotMeta, Vote};
@@ -24,6 +27,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
     MemberNode, TypeConfig,
+    call::chain,
     file::PreparedFile,
     mark::{Mark, MarkFile},
 };
@@ -106,6 +110,9 @@ pub(super) struct Disk {
     /// `None` once closed.
     database: RwLock<Option<Database>>,
     mark: Mutex<MarkFile>,
+    /// The number of the newest entry that is known to be committed, 0 for none: the mark tells it
+    /// with the next write, or after [`note_commits`](Self::note_commits).
+    committed: AtomicU64,
 }
 
 impl Disk {
@@ -135,7 +142,13 @@ impl Disk {
             let path = dir.join("store.mark");
             DiskError::Mark { path, source }
         })?;
-        Ok(Self { path, node_id: 0, database: RwLock::new(Some(database)), mark: Mutex::new(mark) })
+        Ok(Self {
+            path,
+            node_id: 0,
+            database: RwLock::new(Some(database)),
+            mark: Mutex::new(mark),
+            committed: AtomicU64::new(0),
+        })
     }
 
     /// The node to which the file of `dir` belongs, if there is one.
@@ -215,7 +228,13 @@ impl Disk {
         let mut file = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
         let mut mark = file.mark().clone();
         change(&mut mark);
+        self.tell_commits(&mut mark);
         Self::put_mark(&mut file, mark)
+    }
+
+    fn tell_commits(&self, mark: &mut Mark) {
+        let committed = self.committed.load(Ordering::Relaxed);
+        mark.committed = mark.committed.max((committed > 0).then_some(committed));
     }
 
     /// Before what it no longer promises goes: the loss of power may keep either alone.
@@ -267,6 +286,7 @@ impl Disk {
 
     /// Waits for what is under way, and lets go of the file; later calls fail.
     pub(super) fn close(&self) {
+        self.note_commits();
         let mut database = self.database.write().unwrap_or_else(PoisonError::into_inner);
         *database = None;
         let mark = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
@@ -331,14 +351,30 @@ impl Disk {
         self.set_mark(|mark| mark.vote = Some(*vote))
     }
 
-    /// Remembers that the entries up to `index`, which are on disk, are committed. This is not
-    /// flushed: after a loss of power it may be forgotten.
-    pub(super) fn save_committed(&self, index: u64) -> Result<(), DiskError> {
-        self.set_mark(|mark| mark.committed = mark.committed.max(Some(index)))
+    /// The entries up to `index` are committed. Remembers that after the next write here or after
+    /// [`note_commits`](Self::note_commits); not flushed: after a loss of power it may be forgotten.
+    pub(super) fn is_committed(&self, index: u64) {
+        self.committed.fetch_max(index, Ordering::Relaxed);
+    }
+
+    /// Writes down how far the log is committed. Only what a start without the others shows depends
+    /// on this.
+    pub(super) fn note_commits(&self) {
+        if let Err(error) = self.set_mark(|_| ()) {
+            tracing::debug!(error = chain(&error), "not noted how far the log is committed");
+        }
+    }
+
+    /// Whether there are entries here that are not noted as committed yet.
+    pub(super) fn awaits_commits(&self) -> bool {
+        let file = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
+        let mark = file.mark();
+        mark.last.map(|last| last.index) > mark.committed
     }
 
     /// The newest entry here that is known to be committed.
     pub(super) fn committed(&self) -> Result<Option<LogId<u64>>, DiskError> {
+        self.note_commits();
         let committed = self.mark.lock().unwrap_or_else(PoisonError::into_inner).mark().committed;
         let (Some(committed), Some(last)) = (committed, self.last()?) else {
             return Ok(None);

@@ -18,7 +18,7 @@ use std::{
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
-        mpsc,
+        mpsc::{self, RecvTimeoutError},
     },
     time::{Duration, Instant},
 };
@@ -46,6 +46,8 @@ const SHARED_ENTRIES: usize = 1024;
 /// A leader whose disk takes longer reports nothing early any more: openraft then waits for the disk,
 /// heartbeats end, and a node with a disk that works takes over.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+/// A commit is noted with the next entries, or after this time.
+const NOTE_AFTER: Duration = Duration::from_millis(50);
 /// The log is cut by a snapshot after so many bytes, however few its entries.
 const SNAPSHOT_BYTES: u64 = 64 << 20;
 
@@ -67,8 +69,6 @@ enum Job {
         /// `None` when it was reported as done before.
         done: Option<LogFlushed<TypeConfig>>,
     },
-    /// The entries up to here, which were appended before, are committed.
-    Committed(u64),
     Run(DiskWork, oneshot::Sender<Outcome>),
 }
 
@@ -284,7 +284,7 @@ struct Writing {
 impl Writing {
     /// Ends with the last handle of the log.
     fn run(&self, queue: &mpsc::Receiver<Job>) {
-        let mut next = queue.recv().ok();
+        let mut next = self.next(queue);
         while let Some(job) = next.take() {
             match job {
                 // After a hole in the log nothing more is promised: whoever waits sees `done` go.
@@ -296,14 +296,12 @@ impl Writing {
                 Job::Append { entries, done } => {
                     let mut entries = entries;
                     let mut waiting: Vec<_> = done.into_iter().collect();
-                    let mut committed = None;
                     while entries.len() < SHARED_ENTRIES {
                         match queue.try_recv() {
                             Ok(Job::Append { entries: more, done }) => {
                                 entries.extend(more);
                                 waiting.extend(done);
                             }
-                            Ok(Job::Committed(index)) => committed = Some(index),
                             Ok(other) => {
                                 next = Some(other);
                                 break;
@@ -312,23 +310,24 @@ impl Writing {
                         }
                     }
                     self.append(&entries, waiting);
-                    committed.into_iter().for_each(|index| self.committed(index));
                 }
-                Job::Committed(index) => self.committed(index),
             }
             if next.is_none() {
-                next = queue.recv().ok();
+                next = self.next(queue);
             }
         }
     }
 
-    /// Only what a start without the others shows depends on this.
-    fn committed(&self, index: u64) {
-        if self.flushing.failure().is_none()
-            && let Err(error) = self.disk.save_committed(index)
-        {
-            tracing::debug!(error = chain(&error), "not noted how far the log is committed");
+    /// Waits for the next job. Commits that came after the last one are noted meanwhile.
+    fn next(&self, queue: &mpsc::Receiver<Job>) -> Option<Job> {
+        while self.disk.awaits_commits() {
+            match queue.recv_timeout(NOTE_AFTER) {
+                Ok(job) => return Some(job),
+                Err(RecvTimeoutError::Timeout) => self.disk.note_commits(),
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
         }
+        queue.recv().ok()
     }
 
     fn append(&self, entries: &[Entry<TypeConfig>], waiting: Vec<LogFlushed<TypeConfig>>) {
@@ -455,7 +454,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     /// Not waited for: entries are committed whether that is noted or not.
     async fn save_committed(&mut self, committed: Option<LogId<u64>>) -> Result<()> {
         if let Some(committed) = committed {
-            self.send(Job::Committed(committed.index)).map_err(StorageIOError::write_logs)?;
+            self.disk.is_committed(committed.index);
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ mod call;
 mod disk;
 mod election;
 mod file;
+mod line;
 mod log;
 mod machine;
 mod mark;

@@ -27,6 +27,7 @@ use tokio::time::{Instant, timeout};
 use super::{
     MemberNode, TypeConfig,
     call::{CallError, Caller, Target},
+    line::Line,
     log::Flushing,
 };
 
@@ -61,6 +62,8 @@ pub(super) struct Peer {
     telling: Telling,
     silence: Silence,
     target: Target,
+    /// For calls that carry entries, or say how far they are committed.
+    line: Line,
     /// When it last answered a call for entries. openraft has one stream of these for each
     /// follower, and asks its questions by others.
     called: Option<Instant>,
@@ -176,9 +179,16 @@ impl Peer {
         T: DeserializeOwned,
         E: DeserializeOwned + std::error::Error,
     {
-        type Answer<T, E> = std::result::Result<T, RaftError<u64, E>>;
-        let answer: Answer<T, E> =
-            self.caller.post(&self.target, call, body, limit).await.map_err(fault)?;
+        self.answer(self.caller.post(&self.target, call, body, limit).await.map_err(fault)?)
+    }
+
+    fn answer<T, E>(
+        &self,
+        answer: std::result::Result<T, RaftError<u64, E>>,
+    ) -> Result<T, RaftError<u64, E>>
+    where
+        E: std::error::Error,
+    {
         answer.map_err(|error| match error {
             // Not a reason to stop here; the node may be started again.
             RaftError::Fatal(Fatal::Stopped) => Unreachable::new(&Fatal::<u64>::Stopped).into(),
@@ -205,6 +215,7 @@ impl RaftNetworkFactory<TypeConfig> for Peers {
             telling: self.telling.clone(),
             silence: self.silence.clone(),
             target: Target { id, address: node.addr.clone() },
+            line: Line::default(),
             called: None,
         }
     }
@@ -234,7 +245,9 @@ impl RaftNetwork<TypeConfig> for Peer {
             let half = request.entries.len() as u64 / 2;
             return Err(PayloadTooLarge::new_entries_hint(half).into());
         }
-        let answer = self.call("append", body, option.hard_ttl()).await?;
+        let limit = option.hard_ttl();
+        let answer = self.caller.post_by(&mut self.line, &self.target, "append", body, limit).await;
+        let answer = self.answer(answer.map_err(fault)?)?;
         if carries || self.called.is_some() {
             self.called = Some(Instant::now());
         }

@@ -81,7 +81,7 @@ impl Node {
             name: name(self.id),
             address: self.address.to_string(),
         };
-        let peering = Peering { client: client.clone(), scheme: "http".to_owned(), begin };
+        let peering = Peering { client: client.clone(), tls: None, begin };
         let store = Store::raft_with_peers(config, peering).await.unwrap();
         let (blocked, unanswered) = (Arc::clone(&self.blocked), Arc::clone(&self.unanswered));
         let asked = Arc::clone(&self.asked);
