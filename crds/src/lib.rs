@@ -39,6 +39,9 @@ pub use shard::{
 pub const GROUP: &str = "exo.dev";
 /// The one version served.
 pub const VERSION: &str = "v1alpha1";
+/// Extension of a kubeconfig's cluster: `{"servers": ["HOST:PORT", …]}`, the other nodes that serve
+/// the same API.
+pub const KUBECONFIG_SERVERS: &str = "exo.dev/servers";
 /// Finalizer that an agent holds on a Shard until its runner has stopped.
 pub const SHARD_FINALIZER: &str = "exo.dev/runner";
 /// Label on a Shard: the InferenceInstance it belongs to.

@@ -5,6 +5,7 @@
 mod disk;
 mod etcd;
 mod failures;
+mod minority;
 mod operations;
 mod partitions;
 mod resources;

@@ -351,6 +351,12 @@ impl Exo {
 
     /// Starts again on the same data directory and the same ports, by its data: without peers.
     pub fn restart(&mut self) -> anyhow::Result<()> {
+        self.relaunch()?;
+        self.read_banner()
+    }
+
+    /// The same without waiting until it is ready.
+    pub fn relaunch(&mut self) -> anyhow::Result<()> {
         let port = |url: &str| url.rsplit(':').next().map(|p| p.trim_end_matches("/v1").to_owned());
         if !self.endpoints.is_empty() {
             let gateway = port(self.gateway()?).context("the gateway has a port")?;
@@ -367,7 +373,7 @@ impl Exo {
             self.args = args;
         }
         self.child = Self::spawn(&self.name, &self.data_dir, &self.place, &self.log, &self.args)?;
-        self.read_banner()
+        Ok(())
     }
 
     /// Asks it to stop as launchd would and returns its exit status.

@@ -252,6 +252,9 @@ impl RawArgs {
         let Some(hosts) = text.strip_prefix("etcd://") else {
             bail!("--store: `{text}` is not etcd://HOST:PORT[,HOST:PORT…]");
         };
+        if hosts.is_empty() {
+            bail!("--store: `{text}` names no server: write etcd://HOST:PORT[,HOST:PORT…]");
+        }
         if !cfg!(feature = "etcd") {
             bail!(
                 "--store: this exo was built without etcd. Build it with `make build`, or with \
@@ -440,6 +443,7 @@ mod tests {
             (&["--no-control-plane", "--peers", "a"], "`a` is not HOST:PORT"),
             (&["--peers", "a:1,b"], "`b` is not HOST:PORT"),
             (&["--store", "postgres://x"], "is not etcd://HOST:PORT"),
+            (&["--store", "etcd://"], "names no server: write etcd://HOST:PORT"),
             (&["--etcd-user", "anna"], "--store"),
             (&["--name", "Bad_Name"], "--name"),
             (&["--cluster=-x"], "--cluster"),

@@ -7,7 +7,7 @@
 //! raft/           the replicated store
 //! joining         while this node is not yet a member of a cluster's control plane: whom it asks
 //! node            the names under which this node is in its cluster
-//! members         API addresses of the control plane, for a node that runs models only
+//! members         API addresses of the other nodes of the control plane, as last heard
 //! shards/         one folder per shard that runs here
 //! ```
 
@@ -19,14 +19,13 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use base64::{Engine as _, prelude::BASE64_STANDARD};
 use exo_trust::{
-    Authority, GROUP_ADMINS, GROUP_CONTROL_PLANE, GROUP_NODES, Issued, Subject, TlsPaths,
-    certificate_expired, certificate_renewal_due, reqwest_client, write_private,
+    Authority, GROUP_CONTROL_PLANE, GROUP_NODES, Issued, Subject, TlsPaths, certificate_expired,
+    certificate_renewal_due, reqwest_client, write_private,
 };
 use serde_json::json;
 
-use crate::config::Config;
+use crate::{config::Config, kubeconfig};
 
 /// What the name of a node's user begins with, as in Kubernetes.
 pub(crate) const NODE_USER_PREFIX: &str = "system:node:";
@@ -194,13 +193,13 @@ impl DataDir {
             .context("taking over the cluster's certificate authority")
     }
 
-    /// API addresses that a node without a control plane was told, newest last time.
+    /// API addresses of the control plane, as this node heard of them last.
     pub(crate) fn known_members(&self) -> Vec<String> {
         known_members(&self.path)
     }
 
     pub(crate) fn save_members(&self, addresses: &[String]) -> anyhow::Result<()> {
-        Ok(write_private(&self.path.join("members"), addresses.join("\n").as_bytes())?)
+        save_members(&self.path, addresses)
     }
 
     /// Whether this node has joined a cluster before and its certificate is not about to end.
@@ -246,46 +245,14 @@ impl DataDir {
         Ok(authority)
     }
 
-    /// Writes the admin's kubeconfig; see [`write_kubeconfig`].
+    /// Writes the admin's kubeconfig; see [`kubeconfig::write`].
     pub(crate) fn write_kubeconfig(
         &self,
         authority: &Authority,
         api: SocketAddr,
     ) -> anyhow::Result<()> {
-        write_kubeconfig(&self.kubeconfig(), authority, api, now_s())
+        kubeconfig::write(&self.kubeconfig(), authority, api, now_s())
     }
-}
-
-/// Writes the admin's kubeconfig, with a fresh client certificate. Any Kubernetes client can use it.
-pub(crate) fn write_kubeconfig(
-    path: &Path,
-    authority: &Authority,
-    api: SocketAddr,
-    now_s: u64,
-) -> anyhow::Result<()> {
-    let admin = Subject { name: "exo-admin".to_owned(), groups: vec![GROUP_ADMINS.to_owned()] };
-    let issued = authority.issue(&admin, None, now_s)?;
-    let host = match api.ip() {
-        ip if ip.is_unspecified() => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), api.port()),
-        _ => api,
-    };
-    let encode = |text: &str| BASE64_STANDARD.encode(text);
-    let config = json!({
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "exo", "cluster": {
-            "server": format!("https://{host}"),
-            "certificate-authority-data": encode(authority.certificate_pem()),
-        }}],
-        "users": [{"name": "exo-admin", "user": {
-            "client-certificate-data": encode(&issued.certificate_pem),
-            "client-key-data": encode(&issued.key_pem),
-        }}],
-        "contexts": [{"name": "exo", "context": {"cluster": "exo", "user": "exo-admin"}}],
-        "current-context": "exo",
-    });
-    let text = exo_crds::yaml::to_string(&config).context("writing the kubeconfig")?;
-    Ok(write_private(path, text.as_bytes())?)
 }
 
 /// Addresses that a node's certificate names: its own and loopback.
@@ -295,6 +262,11 @@ pub(crate) fn certificate_addresses(own: IpAddr) -> Vec<IpAddr> {
         addresses.push(own);
     }
     addresses
+}
+
+/// As [`DataDir::save_members`], in the data directory at `path`.
+pub(crate) fn save_members(path: &Path, addresses: &[String]) -> anyhow::Result<()> {
+    Ok(write_private(&path.join("members"), addresses.join("\n").as_bytes())?)
 }
 
 /// As [`DataDir::known_members`], of the data directory at `path`.
@@ -386,20 +358,5 @@ mod tests {
         assert_eq!(data.standing(), Standing::Joining(peers));
         data.end_joining().unwrap();
         assert_eq!(data.standing(), Standing::Authority);
-    }
-
-    #[cfg(unix)]
-    #[test]
-    fn the_kubeconfig_is_private_and_names_the_server() {
-        use std::os::unix::fs::PermissionsExt as _;
-        let dir = tempfile::tempdir().unwrap();
-        let data = DataDir::open(dir.path()).unwrap();
-        let authority = data.authority("a", Ipv4Addr::LOCALHOST.into()).unwrap();
-        assert!(data.has_current_identity());
-        data.write_kubeconfig(&authority, "0.0.0.0:8443".parse().unwrap()).unwrap();
-        let mode = fs::metadata(data.kubeconfig()).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-        let text = fs::read_to_string(data.kubeconfig()).unwrap();
-        assert!(text.contains("server: https://127.0.0.1:8443"), "{text}");
     }
 }

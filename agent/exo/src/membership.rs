@@ -4,7 +4,7 @@
 //! Each such Node holds a finalizer, so that its deletion is seen by whoever leads, now or later.
 //! Runs where the store is led.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, path::Path, time::Duration};
 
 use exo_crds::Node;
 use exo_store::{Member, Store};
@@ -17,7 +17,11 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use crate::control;
+use crate::{
+    control,
+    data_dir::{known_members, save_members},
+    kubeconfig,
+};
 
 pub(crate) const FINALIZER: &str = "exo.dev/control-plane-member";
 /// People wait for a deletion.
@@ -112,6 +116,34 @@ async fn act(store: &Store, api: &Api<Node>, node: &Node, step: Step) {
     if let Err(error) = api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await {
         // A conflict, as a rule: the next round sees what was written.
         debug!(node = name, %error, "finalizers can't be written");
+    }
+}
+
+/// Keeps in the data directory, and in the kubeconfig there, who else serves the API. `own` is this
+/// node's address. Never returns: drop the future to stop.
+pub(crate) async fn remember(store: &Store, data: &Path, own: SocketAddr) {
+    let mut ticks = interval(PERIOD);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let own = own.to_string();
+    let mut known = known_members(data);
+    loop {
+        ticks.tick().await;
+        let members = store.members();
+        // A node that is not a member yet knows nobody.
+        if members.is_empty() {
+            continue;
+        }
+        let others: Vec<_> =
+            members.into_iter().map(|m| m.address).filter(|address| *address != own).collect();
+        if others == known {
+            continue;
+        }
+        let saved = save_members(data, &others)
+            .and_then(|()| kubeconfig::set_servers(&data.join("kubeconfig"), &others));
+        match saved {
+            Ok(()) => known = others,
+            Err(error) => warn!("the other API servers can't be written down: {error:#}"),
+        }
     }
 }
 

@@ -1,9 +1,9 @@
 //! Opens the cluster's store: this node's part of it, or the one in etcd.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::Path};
 
-use anyhow::Context as _;
-use exo_store::{Begin, Peering, RaftConfig, Store};
+use anyhow::anyhow;
+use exo_store::{Begin, DiskError, OpenError, Peering, RaftConfig, Store};
 use exo_trust::{client_config, reqwest_client};
 
 use crate::{
@@ -20,22 +20,47 @@ pub(crate) async fn raft(
     api: SocketAddr,
 ) -> anyhow::Result<(Store, u64)> {
     let dir = data.raft();
-    let node_id = exo_store::node_id(&dir).context("opening the store")?;
+    let node_id = exo_store::node_id(&dir).map_err(|error| unopened(&dir, error.into()))?;
     let begin = match start {
         Start::Join(_) => Begin::Join,
         Start::Found | Start::Resume => Begin::Found,
     };
     let name = config.node_name.clone();
-    let config = RaftConfig { dir, node_id, name, address: api.to_string() };
+    let config = RaftConfig { dir: dir.clone(), node_id, name, address: api.to_string() };
     let client = reqwest_client(&data.tls())?;
     let tls = Some(client_config(&data.tls())?.into());
     let peering = Peering { client, tls, begin };
-    let store = Store::raft_with_peers(config, peering).await.context("opening the store")?;
-    Ok((store, node_id))
+    let store = Store::raft_with_peers(config, peering).await;
+    Ok((store.map_err(|error| unopened(&dir, error))?, node_id))
+}
+
+/// Why the store does not open, and where there is one, the cure: nobody should have to look for it.
+fn unopened(dir: &Path, error: OpenError) -> anyhow::Error {
+    let is_damaged = matches!(
+        &error,
+        OpenError::Disk(
+            DiskError::Open { .. }
+                | DiskError::Damaged { .. }
+                | DiskError::Inconsistent { .. }
+                | DiskError::Lost { .. }
+                | DiskError::Mark { .. }
+        )
+    );
+    let error = anyhow::Error::from(error).context("opening the store");
+    match is_damaged {
+        true => anyhow!(
+            "{error:#}\n  If other nodes have the control plane, they have the data: remove {} and \
+             start with --peers HOST:PORT, the address of one of them",
+            dir.display()
+        ),
+        false => error,
+    }
 }
 
 #[cfg(feature = "etcd")]
 pub(crate) async fn etcd(etcd: &Etcd, api: SocketAddr) -> anyhow::Result<Store> {
+    use anyhow::Context as _;
+
     let read = |path: &std::path::PathBuf| {
         std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))
     };
@@ -55,10 +80,29 @@ pub(crate) async fn etcd(etcd: &Etcd, api: SocketAddr) -> anyhow::Result<Store> 
         tls,
         address: api.to_string(),
     };
-    Ok(Store::etcd(config).await?)
+    let endpoints = etcd.endpoints.join(", ");
+    Store::etcd(config).await.with_context(|| format!("--store: using etcd at {endpoints}"))
 }
 
 #[cfg(not(feature = "etcd"))]
 pub(crate) async fn etcd(_etcd: &Etcd, _api: SocketAddr) -> anyhow::Result<Store> {
     anyhow::bail!("this exo was built without etcd")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_store_says_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("store.redb"), vec![7; 8192]).unwrap();
+        let error = exo_store::node_id(dir.path()).unwrap_err();
+        let text = format!("{:#}", unopened(dir.path(), error.into()));
+        let cure = format!("remove {} and start with --peers", dir.path().display());
+        assert!(text.starts_with("opening the store: ") && text.contains(&cure), "{text}");
+        let other = DiskError::OtherNode { path: "x".into(), found: 1, expected: 2 };
+        let text = format!("{:#}", unopened(dir.path(), other.into()));
+        assert!(!text.contains("remove"), "{text}");
+    }
 }

@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
-    data_dir::{certificate_addresses, known_members, now_s, write_kubeconfig},
-    join,
+    data_dir::{certificate_addresses, known_members, now_s},
+    join, kubeconfig,
 };
 
 /// A certificate is due for months before it ends: an hour is often.
@@ -68,9 +68,9 @@ impl Renewal {
         }
         let key = read(&self.tls.key)?;
         let certificate = match &self.issuer {
-            Issuer::Here { pki, address, kubeconfig, api } => {
+            Issuer::Here { pki, address, kubeconfig: file, api } => {
                 let authority = Authority::open_or_create(pki, now_s)?;
-                write_kubeconfig(kubeconfig, &authority, *api, now_s)?;
+                kubeconfig::write(file, &authority, *api, now_s)?;
                 let subject = certificate_subject(&old)?;
                 let addresses = certificate_addresses(*address);
                 authority.renew(&subject, Some(&addresses), &key, now_s)?

@@ -5,33 +5,18 @@
 //! lets answers end, then the agent stops its runners and says so, then the controllers, the store
 //! with its watches, last the API server. Each part has a limit, after which it is dropped.
 
-use std::{future::Future, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{io::ErrorKind, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, anyhow};
-use axum::{
-    Extension, Router,
-    extract::{ConnectInfo, Request},
-    http::{StatusCode, header},
-    middleware::{self, Next},
-    response::{IntoResponse as _, Response},
-    routing::get,
-    serve::ListenerExt as _,
-};
+use anyhow::anyhow;
+use axum::{middleware, serve::ListenerExt as _};
 use exo_agent::AgentConfig;
-use exo_apiserver::{ApiServer, Identity, collect_garbage, in_process};
+use exo_apiserver::{ApiServer, collect_garbage};
 use exo_gateway::Gateway;
 use exo_store::Store;
-use exo_trust::{
-    ClientAuth, GROUP_ADMINS, Peer, ServeLimits, TlsListener, TlsPaths, reqwest_client, serve,
-    server_config,
-};
+use exo_trust::{ClientAuth, ServeLimits, TlsListener, reqwest_client, serve, server_config};
 use kube::Client;
-use prometheus::{Registry, TextEncoder};
-use tokio::{
-    net::{TcpListener, TcpStream},
-    task::JoinHandle,
-    time::timeout,
-};
+use prometheus::Registry;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -40,7 +25,10 @@ use crate::{
     config::{Addresses, Config, Role, StoreChoice, banner},
     control::{self, Start},
     data_dir::DataDir,
-    join, membership, open, print_line,
+    dial::OwnApi,
+    join, membership, metrics, open,
+    part::{Part, failure_of},
+    print_line,
     remote::Servers,
     renew::{Issuer, Renewal, keep_current},
 };
@@ -122,57 +110,27 @@ impl Sockets {
     }
 }
 
-async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address)
-        .await
-        .with_context(|| format!("can't listen on {address}: choose another {flag}"))
-}
-
-/// A part that runs until its token is cancelled.
-struct Part {
-    name: &'static str,
-    stop: CancellationToken,
-    task: JoinHandle<anyhow::Result<()>>,
-}
-
-impl Part {
-    fn start<F>(name: &'static str, make: impl FnOnce(CancellationToken) -> F) -> Self
-    where
-        F: Future<Output = anyhow::Result<()>> + Send + 'static,
-    {
-        let stop = CancellationToken::new();
-        Self { name, task: tokio::spawn(make(stop.clone())), stop }
-    }
-
-    /// Waits for the end, which nobody asked for.
-    async fn failure(&mut self) -> anyhow::Error {
-        match (&mut self.task).await {
-            Ok(Ok(())) => anyhow!("the {} ended", self.name),
-            Ok(Err(error)) => error.context(format!("the {} failed", self.name)),
-            Err(error) => anyhow!("the {} broke off: {error}", self.name),
-        }
-    }
-
-    async fn stop(mut self, limit: Duration) {
-        self.stop.cancel();
-        if self.task.is_finished() {
-            return;
-        }
-        match timeout(limit, &mut self.task).await {
-            Ok(Ok(Ok(()))) => {}
-            Ok(Ok(Err(error))) => warn!(part = self.name, "stopping: {error:#}"),
-            Ok(Err(error)) => warn!(part = self.name, %error, "broke off while stopping"),
-            Err(_) => self.task.abort(),
-        }
-    }
+/// Listens; `flag` says where.
+pub(crate) async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let cure = match error.kind() {
+            ErrorKind::AddrNotAvailable => "--listen: this machine has no such address".to_owned(),
+            ErrorKind::AddrInUse => format!("choose another {flag}"),
+            ErrorKind::PermissionDenied => {
+                format!("choose a {flag} of at least 1024, or start exo with more rights")
+            }
+            _ => format!("choose another {flag} or --listen"),
+        };
+        anyhow::Error::from(error).context(format!("can't listen on {address}: {cure}"))
+    })
 }
 
 /// Everything but the agent.
 struct ControlPlane {
     store: Store,
-    client: Client,
+    own: OwnApi,
     registry: Registry,
-    gateway_socket: TcpListener,
+    gateway: Part,
     gateway_address: SocketAddr,
     api_address: SocketAddr,
     join_address: SocketAddr,
@@ -207,8 +165,7 @@ impl ControlPlane {
         let server = ApiServer::new(store.clone(), &exo_crds::all(), &registry)?
             .with_policy(Arc::new(access::allow));
         let router = exo_apiserver::app(server.clone());
-        let own = Identity { name: "system:exo".to_owned(), groups: vec![GROUP_ADMINS.to_owned()] };
-        let client = Client::new(in_process(router.clone(), own), "default");
+        let own = OwnApi::new(router.clone());
         let kind = control::StoreKind::of(choice);
         let control = control::Host::new(store.clone(), kind, &config.cluster, &authority);
         let host = join::Host {
@@ -216,13 +173,13 @@ impl ControlPlane {
             store: store.clone(),
             cluster: config.cluster.clone(),
             own_name: config.node_name.clone(),
-            client: client.clone(),
+            client: own.client("exo-join"),
         };
-        let app = metrics_route(registry.clone())
+        let app = metrics::route(registry.clone())
             .merge(router)
             .merge(join::routes(host))
             .merge(control::routes(control))
-            .layer(middleware::from_fn(identify));
+            .layer(middleware::from_fn(metrics::identify));
         let tls = server_config(&data.tls(), ClientAuth::Optional)?;
         let listener = TlsListener::new(sockets.api, tls)?;
         let server = Part::start("API server", |stop| async move {
@@ -231,39 +188,20 @@ impl ControlPlane {
             tokio::join!(serving, collecting);
             Ok(())
         });
+        // From now on: as long as the cluster can't be read it tells its clients so.
+        let gateway = start_gateway(config, data, &own, sockets.gateway, &registry)?;
         info!("whoever reaches {join_address} may join this cluster");
         Ok(Self {
             store,
-            client,
+            own,
             registry,
-            gateway_socket: sockets.gateway,
+            gateway,
             gateway_address,
             api_address,
             join_address,
             node_id,
             server,
         })
-    }
-
-    /// Makes this node a member of its cluster, and waits until the store answers.
-    async fn enter(&self, data: &DataDir, start: &Start) -> anyhow::Result<()> {
-        match (start, self.node_id) {
-            (Start::Join(peers), Some(id)) => {
-                let address = self.join_address.to_string();
-                control::become_member(data, peers, (id, &address)).await?;
-            }
-            (Start::Join(_), None) => data.end_joining()?,
-            (Start::Found | Start::Resume, _) => {}
-        }
-        let mut complained = false;
-        while let Err(error) = self.store.current_revision().await {
-            if !complained {
-                warn!(%error, "waiting for a majority of the control plane's nodes");
-            }
-            complained = true;
-            tokio::time::sleep(READY_AGAIN).await;
-        }
-        Ok(())
     }
 
     /// Starts the clients of the API, says so, and keeps everything running.
@@ -274,24 +212,25 @@ impl ControlPlane {
         (start, with_agent): (Start, bool),
         signal: CancellationToken,
     ) -> anyhow::Result<()> {
-        let mut members = start_membership(&self.store, self.node_id, &self.client, data)?;
+        let Self { store, own, registry, mut gateway, mut server, node_id, .. } = self;
+        let (api, join) = (self.api_address, self.join_address);
+        let mut members = start_membership(&store, (node_id, join), &own, data)?;
         // Cancel-safe: joining may be repeated, and waiting for a token or for a task loses nothing.
         let entered = tokio::select! {
             () = signal.cancelled() => Ok(false),
             error = members.failure() => Err(error),
-            entered = self.enter(data, &start) => entered.map(|()| true),
+            error = gateway.failure() => Err(error),
+            entered = enter(&store, (node_id, join), data, &start) => entered.map(|()| true),
         };
-        let Self { store, client, registry, gateway_socket, mut server, .. } = self;
         if !matches!(entered, Ok(true)) {
+            gateway.stop(SERVER_LIMIT).await;
             store.shutdown().await;
             server.stop(SERVER_LIMIT).await;
             return entered.map(|_| ());
         }
-        let mut controllers = start_controllers(client.clone(), &store);
-        let origins = config.allowed_origins.clone();
-        let mut gateway = start_gateway(&client, gateway_socket, &registry, &data.tls(), origins)?;
+        let mut controllers = start_controllers(own.client("exo-controllers"), &store);
         let mut agent = if with_agent {
-            Some(start_agent(config, data, client.clone(), &registry)?)
+            Some(start_agent(config, data, own.client("exo-agent"), &registry)?)
         } else {
             None
         };
@@ -299,15 +238,11 @@ impl ControlPlane {
             pki: data.pki(),
             address: config.address,
             kubeconfig: data.kubeconfig(),
-            api: self.api_address,
+            api,
         };
         let renewal = start_renewal(config, data, issuer);
         let kubeconfig = data.kubeconfig().display().to_string();
-        let addresses = Addresses {
-            gateway: self.gateway_address,
-            api: self.api_address,
-            join: self.join_address,
-        };
+        let addresses = Addresses { gateway: self.gateway_address, api, join };
         print_line(&banner(&addresses, &kubeconfig));
         // Cancel-safe: waiting for a token or for the end of a task loses nothing.
         let failure = tokio::select! {
@@ -332,6 +267,33 @@ impl ControlPlane {
     }
 }
 
+/// Makes this node a member of its cluster, and waits until the store answers. `own`: its id there,
+/// and the address that others are told.
+async fn enter(
+    store: &Store,
+    own: (Option<u64>, SocketAddr),
+    data: &DataDir,
+    start: &Start,
+) -> anyhow::Result<()> {
+    match (start, own) {
+        (Start::Join(peers), (Some(id), address)) => {
+            let address = address.to_string();
+            control::become_member(data, peers, (id, &address)).await?;
+        }
+        (Start::Join(_), (None, _)) => data.end_joining()?,
+        (Start::Found | Start::Resume, _) => {}
+    }
+    let mut complained = false;
+    while let Err(error) = store.current_revision().await {
+        if !complained {
+            warn!(%error, "waiting for a majority of the control plane's nodes");
+        }
+        complained = true;
+        tokio::time::sleep(READY_AGAIN).await;
+    }
+    Ok(())
+}
+
 fn start_renewal(config: &Config, data: &DataDir, issuer: Issuer) -> Part {
     let renewal = Renewal { tls: data.tls(), node_name: config.node_name.clone(), issuer };
     Part::start("certificate renewal", |stop| async move {
@@ -348,14 +310,16 @@ fn start_controllers(client: Client, store: &Store) -> Part {
 }
 
 fn start_gateway(
-    client: &Client,
+    config: &Config,
+    data: &DataDir,
+    own: &OwnApi,
     socket: TcpListener,
     registry: &Registry,
-    tls: &TlsPaths,
-    allowed_origins: Vec<String>,
 ) -> anyhow::Result<Part> {
+    let allowed_origins = config.allowed_origins.clone();
     let limits = exo_gateway::Limits { allowed_origins, ..exo_gateway::Limits::default() };
-    let gateway = Gateway::new(client.clone(), reqwest_client(tls)?, registry, limits)?;
+    let runners = reqwest_client(&data.tls())?;
+    let gateway = Gateway::new(own.client("exo-gateway"), runners, registry, limits)?;
     let app = exo_gateway::app(gateway.clone());
     Ok(Part::start("gateway", |stop| async move {
         // Cancel-safe: `run` keeps nothing between its awaits that is not in the index.
@@ -378,22 +342,15 @@ fn set_nodelay(stream: &mut TcpStream) {
     }
 }
 
-async fn failure_of(part: &mut Option<Part>) -> anyhow::Error {
-    match part {
-        Some(part) => part.failure().await,
-        None => std::future::pending().await,
-    }
-}
-
 /// Members come, vote and go; ends when this node can't go on as one.
 fn start_membership(
     store: &Store,
-    node_id: Option<u64>,
-    client: &Client,
+    (node_id, address): (Option<u64>, SocketAddr),
+    own: &OwnApi,
     data: &DataDir,
 ) -> anyhow::Result<Part> {
-    let (store, client, peers) = (store.clone(), client.clone(), reqwest_client(&data.tls())?);
-    let raft = data.raft();
+    let (store, client, peers) = (store.clone(), own.client("exo"), reqwest_client(&data.tls())?);
+    let (raft, path) = (data.raft(), data.path().to_owned());
     Ok(Part::start("store", |stop| async move {
         let gone = async {
             match node_id {
@@ -405,6 +362,7 @@ fn start_membership(
         tokio::select! {
             () = membership::run(store.clone(), client, stop) => Ok(()),
             () = async { store.keep_voters().await; std::future::pending().await } => Ok(()),
+            () = membership::remember(&store, &path, address) => Ok(()),
             why = store.stopped() => Err(anyhow!(why)),
             () = gone => Err(anyhow!(
                 "this node was taken out of the cluster. To join it again, remove {} and start \
@@ -412,35 +370,6 @@ fn start_membership(
             )),
         }
     }))
-}
-
-/// Turns the connection's certificate into the identity that the API server asks for.
-async fn identify(
-    ConnectInfo(peer): ConnectInfo<Peer>,
-    mut request: Request,
-    next: Next,
-) -> Response {
-    if let Some(subject) = peer.certificate {
-        let identity = Identity { name: subject.name, groups: subject.groups };
-        request.extensions_mut().insert(identity);
-    }
-    next.run(request).await
-}
-
-/// `/metrics` of the API port, for callers with a certificate.
-fn metrics_route(registry: Registry) -> Router {
-    let handler = move |identity: Option<Extension<Identity>>| async move {
-        let refuse = |code, text: String| (code, text).into_response();
-        if identity.is_none() {
-            let needed = "a client certificate is needed".to_owned();
-            return refuse(StatusCode::UNAUTHORIZED, needed);
-        }
-        match TextEncoder::new().encode_to_string(&registry.gather()) {
-            Ok(text) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
-            Err(error) => refuse(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
-        }
-    };
-    Router::new().route("/metrics", get(handler))
 }
 
 fn runner_path() -> anyhow::Result<PathBuf> {
@@ -488,7 +417,7 @@ async fn run_agent_alone(
     };
     data.keep_names(config)?;
     let registry = Registry::new();
-    let mut metrics = serve_metrics(config, data, &registry).await?;
+    let mut metrics = metrics::serve_alone(config, data, &registry).await?;
     // First the one that answered, then what people said, then what was heard of last time.
     let mut addresses = vec![peer.to_owned()];
     for address in peers.iter().cloned().chain(data.known_members()) {
@@ -516,25 +445,4 @@ async fn run_agent_alone(
     renewal.stop(SERVER_LIMIT).await;
     metrics.stop(SERVER_LIMIT).await;
     failure.map_or(Ok(()), Err)
-}
-
-/// `/metrics` of a node without a control plane, on the API port or any free one, for callers with
-/// a certificate of the cluster.
-async fn serve_metrics(
-    config: &Config,
-    data: &DataDir,
-    registry: &Registry,
-) -> anyhow::Result<Part> {
-    let socket = match TcpListener::bind(config.metrics).await {
-        Ok(socket) => socket,
-        // Two nodes on one machine: the other one has the port.
-        Err(_) => bind(SocketAddr::new(config.metrics.ip(), 0), "--api-port").await?,
-    };
-    info!(address = %socket.local_addr()?, "serving /metrics");
-    let listener = TlsListener::new(socket, server_config(&data.tls(), ClientAuth::Required)?)?;
-    let app = metrics_route(registry.clone()).layer(middleware::from_fn(identify));
-    Ok(Part::start("metrics server", |stop| async move {
-        serve(listener, app, ServeLimits::default(), stop.cancelled_owned()).await;
-        Ok(())
-    }))
 }

@@ -68,7 +68,7 @@ impl Call {
             }
         }
         let document = document::from_json(&self.body)
-            .map_err(|error| ApiError::BadRequest(format!("the body is not JSON: {error}")))?;
+            .map_err(|error| unreadable("JSON", &error.to_string()))?;
         Input::of(document)
     }
 
@@ -87,22 +87,45 @@ impl Call {
     }
 
     fn yaml_object(&self) -> Result<Input, ApiError> {
-        let bad =
-            |problem: String| ApiError::BadRequest(format!("the body is not YAML: {problem}"));
-        let text = std::str::from_utf8(&self.body).map_err(|e| bad(e.to_string()))?;
+        let bad = |problem: &str| unreadable("YAML", problem);
+        let text = std::str::from_utf8(&self.body).map_err(|e| bad(&e.to_string()))?;
         let mut documents =
-            exo_crds::yaml::lenient_documents(text).map_err(|e| bad(with_cause(&e)))?;
+            exo_crds::yaml::lenient_documents(text).map_err(|e| bad(&with_cause(&e)))?;
         documents.retain(|document| !document.value.is_null());
         match <[Document; 1]>::try_from(documents) {
             Ok([document]) => Input::of(document),
-            Err(_) => Err(bad("exactly one document is expected".to_owned())),
+            Err(_) => Err(bad("exactly one document is expected")),
         }
     }
+}
+
+/// Says of what is nested too deeply what that means; the parsers' own word for it is their limit's.
+fn unreadable(form: &str, problem: &str) -> ApiError {
+    let problem = problem.replace("recursion limit exceeded", "nested deeper than 128 levels");
+    ApiError::BadRequest(format!("the body can't be read as {form}: {problem}"))
 }
 
 fn with_cause(error: &dyn std::error::Error) -> String {
     match error.source() {
         Some(cause) => format!("{error}: {cause}"),
         None => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nests_too_deeply_is_told_so() {
+        let deep = "[".repeat(1_000);
+        let json = document::from_json(deep.as_bytes()).unwrap_err().to_string();
+        let yaml = exo_crds::yaml::lenient_documents(&deep).unwrap_err();
+        for (form, problem) in [("JSON", json), ("YAML", with_cause(&yaml))] {
+            let text = unreadable(form, &problem).to_string();
+            let start = format!("the body can't be read as {form}: ");
+            assert!(text.starts_with(&start), "{text}");
+            assert!(text.contains("nested deeper than 128 levels"), "{text}");
+        }
     }
 }

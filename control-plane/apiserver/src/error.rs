@@ -99,10 +99,14 @@ pub(crate) enum ApiError {
     ListTooLarge(usize),
     #[error("{0}")]
     Expired(String),
+    /// Nothing was done. Clients are not told to come back soon, here and below: a person must do
+    /// something first, and shall read this at once.
     #[error("{0}")]
     Unavailable(String),
-    /// The store has no room. Unlike `Unavailable` it does not tell clients to come back soon: a
-    /// person must do something first, and shall read this at once.
+    /// It may have been carried out all the same.
+    #[error("{0}")]
+    Timeout(String),
+    /// The store has no room.
     #[error("{0}")]
     Full(String),
     #[error("{0}")]
@@ -216,6 +220,7 @@ impl ApiError {
             Self::TooLarge(_) | Self::ListTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Expired(_) => StatusCode::GONE,
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Timeout(_) => StatusCode::GATEWAY_TIMEOUT,
             Self::Full(_) => StatusCode::INSUFFICIENT_STORAGE,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -229,7 +234,7 @@ impl ApiError {
             Self::Invalid { .. } | Self::Unprocessable { .. } => "Invalid",
             Self::BadRequest(_) => "BadRequest",
             Self::Forbidden { .. } | Self::Terminating { .. } => "Forbidden",
-            Self::FutureVersion { .. } | Self::SlowBody(_) => "Timeout",
+            Self::FutureVersion { .. } | Self::SlowBody(_) | Self::Timeout(_) => "Timeout",
             Self::TooManyRequests(_) => "TooManyRequests",
             Self::Unauthorized => "Unauthorized",
             Self::Denied { .. } => "Forbidden",
@@ -290,9 +295,7 @@ impl ApiError {
                     "reason": "ResourceVersionTooLarge", "message": "Too large resource version",
                 }],
             })),
-            Self::Unavailable(_) | Self::TooManyRequests(_) => {
-                Some(json!({"retryAfterSeconds": RETRY_AFTER_S}))
-            }
+            Self::TooManyRequests(_) => Some(json!({"retryAfterSeconds": RETRY_AFTER_S})),
             _ => None,
         }
     }
@@ -325,10 +328,10 @@ impl From<StoreError> for ApiError {
             StoreError::Read(ReadError::Future { .. }) | StoreError::Invalid(_) => {
                 Self::BadRequest(error.to_string())
             }
-            StoreError::NotLeader { .. }
-            | StoreError::Unknown(_)
-            | StoreError::Unavailable(_)
-            | StoreError::Closed => Self::Unavailable(error.to_string()),
+            StoreError::Unknown(_) => Self::Timeout(error.to_string()),
+            StoreError::NotLeader { .. } | StoreError::Unavailable(_) | StoreError::Closed => {
+                Self::Unavailable(error.to_string())
+            }
         }
     }
 }
@@ -339,10 +342,7 @@ impl IntoResponse for ApiError {
         *response.status_mut() = self.code();
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if matches!(
-            self,
-            Self::Unavailable(_) | Self::TooManyRequests(_) | Self::FutureVersion { .. }
-        ) {
+        if matches!(self, Self::TooManyRequests(_) | Self::FutureVersion { .. }) {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
         }
         response
@@ -352,6 +352,26 @@ impl IntoResponse for ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// kubectl repeats what comes with Retry-After ten times before it shows a word of it.
+    #[test]
+    fn only_flow_control_tells_clients_to_come_back() {
+        let check = |error: ApiError, code: u16, comes_back: bool| {
+            let text = error.to_string();
+            let has_delay = error.status()["details"]["retryAfterSeconds"].is_u64();
+            let response = error.into_response();
+            assert_eq!(response.status().as_u16(), code, "{text}");
+            assert_eq!(response.headers().contains_key(header::RETRY_AFTER), comes_back, "{text}");
+            assert_eq!(has_delay, comes_back, "{text}");
+        };
+        let lost = || "no majority of voters".to_owned();
+        check(StoreError::Unavailable(lost()).into(), 503, false);
+        check(StoreError::NotLeader { leader: None }.into(), 503, false);
+        check(StoreError::Unknown(lost()).into(), 504, false);
+        check(StoreError::Full(lost()).into(), 507, false);
+        check(ApiError::TooManyRequests("too much"), 429, true);
+        check(ApiError::FutureVersion { wanted: 2, current: 1 }, 504, true);
+    }
 
     #[test]
     fn a_refusal_names_object_and_field() {

@@ -39,6 +39,11 @@ pub(crate) async fn check_new(call: &Call) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// Whether this server or another one has done that, as far as is known here.
+pub(crate) fn is_seeded(server: &ApiServer) -> bool {
+    server.store().get_local(&server.namespaces().key(None, DEFAULT)).is_some()
+}
+
 /// `default` and the definitions are there, and as this server has them. Looked after once.
 pub(crate) async fn seed(server: &ApiServer) -> Result<(), ApiError> {
     server

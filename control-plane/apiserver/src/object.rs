@@ -128,3 +128,14 @@ pub(crate) fn encode(object: &Value, convert: impl Fn(&mut Value)) -> Result<Str
     }
     Ok(text)
 }
+
+/// What a label may hold: also the last part of its key, if it is not empty.
+pub(crate) fn is_label_value(value: &str) -> bool {
+    let inner = |c: u8| c.is_ascii_alphanumeric() || b"-_.".contains(&c);
+    let outer = |c: Option<&u8>| c.is_none_or(u8::is_ascii_alphanumeric);
+    let bytes = value.as_bytes();
+    bytes.len() <= 63
+        && bytes.iter().all(|c| inner(*c))
+        && outer(bytes.first())
+        && outer(bytes.last())
+}

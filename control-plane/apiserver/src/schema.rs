@@ -3,8 +3,16 @@
 //! Structural schemas (OpenAPI 3.0 as CRDs write it) are walked by hand for unknown fields and
 //! defaults; the rest is translated to JSON Schema and left to `jsonschema`.
 
-use jsonschema::{Draft, ValidationError, Validator, error::ValidationErrorKind};
-use serde_json::{Map, Number, Value, json};
+mod structural;
+mod words;
+
+use jsonschema::{Draft, Validator};
+use serde_json::{Map, Value, json};
+
+pub(crate) use structural::drop_nulls;
+pub(crate) use words::shown;
+
+use structural::is_whole_number;
 
 use crate::{clock, error::Cause, fields, rules::Rules};
 
@@ -28,8 +36,6 @@ pub(crate) struct Schema {
     rules: Option<Rules>,
 }
 
-/// Fields of the root that every object has.
-const ROOT_FIELDS: [&str; 3] = ["apiVersion", "kind", "metadata"];
 /// More causes than a person reads are cut off.
 const MAX_CAUSES: usize = 32;
 
@@ -61,14 +67,14 @@ impl Schema {
     /// Removes fields that the schema doesn't know and returns their paths.
     pub(crate) fn prune(&self, object: &mut Value) -> Vec<String> {
         let mut unknown = Vec::new();
-        prune(&self.structural, object, "", &mut unknown);
+        structural::prune(&self.structural, object, "", &mut unknown);
         unknown
     }
 
     /// Fills in what is absent and has a default. Where a whole number is wanted, `2.0` becomes `2`:
     /// both are the same to a schema, but not to those who read the object into a type.
     pub(crate) fn default(&self, object: &mut Value) {
-        default(&self.structural, object);
+        structural::default(&self.structural, object);
     }
 
     /// Everything that is wrong, in the order of the fields. Rules are asked about what is otherwise
@@ -78,7 +84,7 @@ impl Schema {
             .validator
             .iter_errors(object)
             .take(MAX_CAUSES)
-            .map(|error| cause(&error))
+            .map(|error| words::cause(&error))
             .collect();
         fields::duplicates(Some(&self.structural), object, "", &mut causes);
         if let (true, Some(rules)) = (causes.is_empty(), &self.rules) {
@@ -117,123 +123,6 @@ fn metadata_schema(structural: &Value) -> Value {
             }},
         },
     }})
-}
-
-/// Removes nulls that the schema doesn't allow: an applied configuration means nothing by them.
-pub(crate) fn drop_nulls(schema: Option<&Value>, value: &mut Value) {
-    match value {
-        Value::Array(items) => {
-            let schema = schema.and_then(|s| s.get("items"));
-            items.iter_mut().for_each(|item| drop_nulls(schema, item));
-        }
-        Value::Object(fields) => fields.retain(|name, value| {
-            let schema = schema.and_then(|s| {
-                s.get("properties").and_then(|p| p.get(name)).or(s.get("additionalProperties"))
-            });
-            drop_nulls(schema, value);
-            let nullable = schema.and_then(|s| s.get("nullable")) == Some(&Value::Bool(true));
-            !value.is_null() || nullable
-        }),
-        _ => {}
-    }
-}
-
-fn keeps_unknown(schema: &Value) -> bool {
-    schema.get("x-kubernetes-preserve-unknown-fields") == Some(&Value::Bool(true))
-}
-
-fn prune(schema: &Value, value: &mut Value, path: &str, unknown: &mut Vec<String>) {
-    match value {
-        Value::Array(items) => {
-            let Some(schema) = schema.get("items") else {
-                return;
-            };
-            for (index, item) in items.iter_mut().enumerate() {
-                prune(schema, item, &format!("{path}[{index}]"), unknown);
-            }
-        }
-        Value::Object(fields) => {
-            let properties = schema.get("properties");
-            let additional = schema.get("additionalProperties");
-            let at_root = path.is_empty();
-            fields.retain(|name, value| {
-                if at_root && ROOT_FIELDS.contains(&name.as_str()) {
-                    return true;
-                }
-                let path = if at_root { name.clone() } else { format!("{path}.{name}") };
-                let known =
-                    properties.and_then(|p| p.get(name)).or(additional.filter(|a| a.is_object()));
-                if let Some(schema) = known {
-                    prune(schema, value, &path, unknown);
-                    return true;
-                }
-                let keep = additional == Some(&Value::Bool(true)) || keeps_unknown(schema);
-                if !keep {
-                    unknown.push(path);
-                }
-                keep
-            });
-        }
-        _ => {}
-    }
-}
-
-fn default(schema: &Value, value: &mut Value) {
-    match value {
-        Value::Number(number) if is_whole_number(schema) => {
-            if let Some(whole) = whole(number) {
-                *number = whole;
-            }
-        }
-        Value::Array(items) => {
-            if let Some(schema) = schema.get("items") {
-                for item in items {
-                    default(schema, item);
-                }
-            }
-        }
-        Value::Object(fields) => {
-            let properties = schema.get("properties").and_then(Value::as_object);
-            for (name, schema) in properties.into_iter().flatten() {
-                let nullable = schema.get("nullable") == Some(&Value::Bool(true));
-                if let Some(preset) = schema.get("default") {
-                    let field = fields.entry(name.clone()).or_insert_with(|| preset.clone());
-                    if field.is_null() && !nullable {
-                        *field = preset.clone();
-                    }
-                }
-                if let Some(field) = fields.get_mut(name) {
-                    default(schema, field);
-                }
-            }
-            if let Some(schema) = schema.get("additionalProperties").filter(|s| s.is_object()) {
-                let known = |name: &String| properties.is_some_and(|p| p.contains_key(name));
-                for (_, field) in fields.iter_mut().filter(|(name, _)| !known(name)) {
-                    default(schema, field);
-                }
-            }
-        }
-        _ => {}
-    }
-}
-
-fn is_whole_number(schema: &Value) -> bool {
-    schema.get("type").and_then(Value::as_str) == Some("integer")
-}
-
-/// First whole number above those of 64 bits, and least one with a sign.
-const BEYOND_U64: f64 = 18_446_744_073_709_551_616.0;
-const LEAST_I64: f64 = -9_223_372_036_854_775_808.0;
-
-/// The same number without a fraction, if it is written with one that is zero.
-fn whole(number: &Number) -> Option<Number> {
-    let float = number.as_f64().filter(|float| number.is_f64() && float.fract() == 0.0)?;
-    // Larger ones fit no type, and are refused for their size.
-    if (0.0..BEYOND_U64).contains(&float) {
-        Some(Number::from(float as u64))
-    } else {
-        (LEAST_I64..0.0).contains(&float).then(|| Number::from(float as i64))
-    }
 }
 
 /// Least and greatest number of a format. Without one it is a number of 64 bits.
@@ -308,142 +197,6 @@ fn allow_null(schema: &mut Map<String, Value>) {
     {
         values.push(Value::Null);
     }
-}
-
-/// As Kubernetes words it.
-fn cause(error: &ValidationError<'_>) -> Cause {
-    let field = dotted(error.instance_path().as_str());
-    let instance = error.instance();
-    match error.kind() {
-        ValidationErrorKind::Required { property } => {
-            let name = property.as_str().unwrap_or_default();
-            Cause {
-                reason: "FieldValueRequired",
-                message: "Required value".to_owned(),
-                field: join(&field, name),
-            }
-        }
-        ValidationErrorKind::Type { .. } => {
-            let expected = expected_types(&error.to_string());
-            let got = shown(instance, true);
-            Cause {
-                reason: "FieldValueTypeInvalid",
-                message: format!("Invalid value: {got}: {field} must be of type {expected}"),
-                field,
-            }
-        }
-        ValidationErrorKind::Enum { options } => {
-            let options = options.as_array().map_or(&[][..], Vec::as_slice);
-            let options: Vec<String> =
-                options.iter().filter(|o| !o.is_null()).map(Value::to_string).collect();
-            Cause {
-                reason: "FieldValueNotSupported",
-                message: format!(
-                    "Unsupported value: {}: supported values: {}",
-                    shown(instance, false),
-                    options.join(", ")
-                ),
-                field,
-            }
-        }
-        kind => beyond_bounds(kind, instance, field)
-            .unwrap_or_else(|field| invalid(instance, field, &error.to_string())),
-    }
-}
-
-fn invalid(instance: &Value, field: String, problem: &str) -> Cause {
-    let message = format!("Invalid value: {}: {problem}", shown(instance, false));
-    Cause { reason: "FieldValueInvalid", message, field }
-}
-
-/// A value that its bounds or its form forbid; the field comes back for any other fault.
-fn beyond_bounds(
-    kind: &ValidationErrorKind,
-    instance: &Value,
-    field: String,
-) -> Result<Cause, String> {
-    let problem = match kind {
-        ValidationErrorKind::MaxLength { limit } => {
-            let message = format!("Too long: may not be more than {limit} characters");
-            return Ok(Cause { reason: "FieldValueTooLong", message, field });
-        }
-        ValidationErrorKind::MaxItems { limit } => {
-            let count = instance.as_array().map_or(0, Vec::len);
-            let message = format!("Too many: {count}: must have at most {limit} items");
-            return Ok(Cause { reason: "FieldValueTooMany", message, field });
-        }
-        ValidationErrorKind::Minimum { limit } => {
-            format!("should be greater than or equal to {}", bound(limit))
-        }
-        ValidationErrorKind::Maximum { limit } => {
-            format!("should be less than or equal to {}", bound(limit))
-        }
-        ValidationErrorKind::ExclusiveMinimum { limit } => {
-            format!("should be greater than {}", bound(limit))
-        }
-        ValidationErrorKind::ExclusiveMaximum { limit } => {
-            format!("should be less than {}", bound(limit))
-        }
-        ValidationErrorKind::MinLength { limit } => {
-            format!("should be at least {limit} chars long")
-        }
-        ValidationErrorKind::MinItems { limit } => format!("should have at least {limit} items"),
-        ValidationErrorKind::Pattern { pattern } => format!("should match '{pattern}'"),
-        ValidationErrorKind::Format { format } => format!("must be of type {format}: {instance}"),
-        _ => return Err(field),
-    };
-    let problem = format!("{field} in body {problem}");
-    Ok(invalid(instance, field, &problem))
-}
-
-/// Definitions write whole numbers as `64.0`.
-fn bound(limit: &Value) -> String {
-    match limit.as_f64() {
-        Some(number) if number.fract() == 0.0 && number.abs() < 1e15 => format!("{number:.0}"),
-        _ => limit.to_string(),
-    }
-}
-
-/// The types at the end of jsonschema's message: `… is not of type "integer"` or `of types "a", "b"`.
-fn expected_types(message: &str) -> String {
-    let types = message.rsplit_once(" of type").map_or(message, |(_, t)| t);
-    let types = types.strip_prefix('s').unwrap_or(types);
-    types.trim().replace('"', "").replace(", null", "").replace("null, ", "")
-}
-
-/// A value within a message: whole if it is short, else its type.
-pub(crate) fn shown(value: &Value, type_only: bool) -> String {
-    let kind = match value {
-        Value::Null => "null",
-        Value::Bool(_) => "\"boolean\"",
-        Value::Number(_) => "\"number\"",
-        Value::String(_) => "\"string\"",
-        Value::Array(_) => "\"array\"",
-        Value::Object(_) => "\"object\"",
-    };
-    match value {
-        Value::Array(_) | Value::Object(_) => kind.to_owned(),
-        _ if type_only => kind.to_owned(),
-        _ => value.to_string(),
-    }
-}
-
-/// `/spec/nodes/0/min` → `spec.nodes[0].min`.
-fn dotted(pointer: &str) -> String {
-    let mut path = String::new();
-    for segment in pointer.split('/').skip(1) {
-        let segment = segment.replace("~1", "/").replace("~0", "~");
-        if !path.is_empty() && segment.bytes().all(|b| b.is_ascii_digit()) {
-            path = format!("{path}[{segment}]");
-        } else {
-            path = join(&path, &segment);
-        }
-    }
-    path
-}
-
-fn join(path: &str, name: &str) -> String {
-    if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
 }
 
 #[cfg(test)]

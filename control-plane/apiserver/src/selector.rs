@@ -43,9 +43,13 @@ impl Selector {
             let known = matches!(rule.field.as_str(), "metadata.name" | "metadata.namespace")
                 || resource.selectable.iter().any(|(f, _)| *f == rule.field);
             if !known {
+                let own = resource.selectable.iter().map(|(field, _)| field.as_str());
+                let supported: Vec<_> =
+                    ["metadata.name", "metadata.namespace"].into_iter().chain(own).collect();
                 return Err(ApiError::BadRequest(format!(
-                    "field label not supported: {}",
-                    rule.field
+                    "field label not supported: {}; supported: {}",
+                    rule.field,
+                    supported.join(", ")
                 )));
             }
         }
@@ -131,19 +135,19 @@ fn split_outside_parentheses(text: &str) -> Vec<&str> {
 fn parse_label_rule(part: &str) -> Option<LabelRule> {
     if let Some(list) = part.strip_suffix(')') {
         let (left, values) = list.split_once('(')?;
-        let values = values.split(',').map(|v| v.trim().to_owned()).collect();
+        let values = values.split(',').map(label_value).collect::<Option<_>>()?;
         let left = left.trim();
         if let Some(name) = left.strip_suffix(" notin") {
             return Some(LabelRule::NotIn(label_name(name)?, values));
         }
         return Some(LabelRule::In(label_name(left.strip_suffix(" in")?)?, values));
     }
-    let one = |value: &str| BTreeSet::from([value.trim().to_owned()]);
+    let one = |value: &str| Some(BTreeSet::from([label_value(value)?]));
     if let Some((name, value)) = part.split_once("!=") {
-        return Some(LabelRule::NotIn(label_name(name)?, one(value)));
+        return Some(LabelRule::NotIn(label_name(name)?, one(value)?));
     }
     if let Some((name, value)) = part.split_once("==").or_else(|| part.split_once('=')) {
-        return Some(LabelRule::In(label_name(name)?, one(value)));
+        return Some(LabelRule::In(label_name(name)?, one(value)?));
     }
     if let Some(name) = part.strip_prefix('!') {
         return Some(LabelRule::Absent(label_name(name)?));
@@ -155,6 +159,12 @@ fn label_name(text: &str) -> Option<String> {
     let text = text.trim();
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
     (!text.is_empty() && text.chars().all(allowed)).then(|| text.to_owned())
+}
+
+/// What no label can have is a slip of the pen: `a=b=c`.
+fn label_value(text: &str) -> Option<String> {
+    let text = text.trim();
+    object::is_label_value(text).then(|| text.to_owned())
 }
 
 fn parse_fields(text: &str) -> Result<Vec<FieldRule>, ApiError> {
@@ -252,5 +262,15 @@ mod tests {
             let result = Selector::parse(Some(labels), Some(fields), &resource);
             assert!(matches!(result, Err(ApiError::BadRequest(_))), "{labels} {fields}");
         }
+        for labels in ["a=b=c", "a==b=c", "a!=b=c", "a=b c", "a in (b=c)", "a=-", "a=é"] {
+            let error = Selector::parse(Some(labels), None, &resource).unwrap_err().to_string();
+            assert_eq!(error, format!("unable to parse label selector: `{labels}`"));
+        }
+        let error = Selector::parse(None, Some("spec.rank=1"), &resource).unwrap_err().to_string();
+        let supported = "supported: metadata.name, metadata.namespace, spec.";
+        assert!(
+            error.contains("not supported: spec.rank;") && error.contains(supported),
+            "{error}"
+        );
     }
 }

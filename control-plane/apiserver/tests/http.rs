@@ -77,6 +77,9 @@ async fn bad_objects_are_refused_and_nothing_is_created() {
     )
     .await;
     check(INSTANCES, instance("Not_A_Name"), 422, &["metadata.name"], "RFC 1123").await;
+    let long = instance(&"a".repeat(254));
+    let why = "metadata.name: Invalid value: must be no more than 253 characters";
+    check(INSTANCES, long, 422, &["metadata.name"], why).await;
     check(INSTANCES, without(a(), "/metadata", "name"), 422, &["metadata.name"], "Required").await;
     check(INSTANCES, node("a"), 400, &[], "InferenceInstance of exo.dev/v1alpha1 is expected")
         .await;

@@ -5,6 +5,7 @@ mod complete;
 mod cordon;
 mod delete;
 mod describe;
+mod diff;
 mod documents;
 mod edit;
 mod events;
@@ -42,8 +43,12 @@ pub(crate) async fn run(args: Args, out: &mut dyn Write) -> anyhow::Result<()> {
         _ => {}
     }
     let server = Server::connect(&global).await?;
+    if let Some(note) = &server.note {
+        eprintln!("{note}");
+    }
     match command {
         Command::Apply(args) => apply::run(&args, &server, out).await,
+        Command::Diff(args) => diff::run(&args, &server, out).await,
         Command::Get(args) => get::run(&args, &server, out).await,
         Command::Describe(args) => describe::run(&args, &server, out).await,
         Command::Events(args) => events::run(&args, &server, out).await,

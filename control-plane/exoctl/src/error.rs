@@ -16,16 +16,26 @@ impl fmt::Display for Failures {
 
 impl std::error::Error for Failures {}
 
+/// `exoctl diff` found a difference: no failure, but the exit status tells scripts.
+#[derive(Debug, thiserror::Error)]
+#[error("there are differences")]
+pub(crate) struct Differs;
+
 /// Collects failures of a command that goes on with the rest.
 #[derive(Debug, Default)]
 pub(crate) struct Collector(Vec<anyhow::Error>);
 
 impl Collector {
-    /// Keeps an error; one about a closed pipe ends everything at once.
+    /// Keeps an error. One about a closed pipe ends everything at once; so does a server that can't
+    /// find out: it would say the same of all the rest, each time after a while.
     pub(crate) fn note<T>(&mut self, result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
         match result {
             Ok(value) => Ok(Some(value)),
             Err(error) if is_broken_pipe(&error) => Err(error),
+            Err(error) if is_unavailable(&error) => {
+                self.0.push(error);
+                Err(Failures(std::mem::take(&mut self.0)).into())
+            }
             Err(error) => {
                 self.0.push(error);
                 Ok(None)
@@ -165,6 +175,14 @@ mod tests {
         let two = anyhow::anyhow!("cause").context("two");
         collector.note::<()>(Err(two)).unwrap();
         assert_eq!(lines(&collector.finish().unwrap_err()), ["one", "two: cause"]);
+
+        let mut collector = Collector::default();
+        collector.note::<()>(Err(anyhow::anyhow!("one"))).unwrap();
+        let status = json!({"code": 503, "message": "no majority"});
+        let lost = Refused(serde_json::from_value(status).unwrap());
+        let ended = collector.note::<()>(Err(lost.into())).unwrap_err();
+        assert_eq!(lines(&ended), ["one", "no majority"]);
+        assert!(is_unavailable(&ended));
 
         let pipe = io::Error::from(io::ErrorKind::BrokenPipe);
         let noted = Collector::default().note::<()>(Err(pipe.into()));

@@ -16,6 +16,8 @@ pub(crate) struct Kind {
     pub(crate) singular: String,
     pub(crate) namespaced: bool,
     short_names: Vec<String>,
+    /// Words for several kinds together, such as `all`.
+    categories: Vec<String>,
 }
 
 /// All of them.
@@ -71,6 +73,7 @@ impl Kind {
             singular: names.singular.clone().unwrap_or_else(|| names.kind.to_lowercase()),
             namespaced: crd.spec.scope == "Namespaced",
             short_names: names.short_names.clone().unwrap_or_default(),
+            categories: names.categories.clone().unwrap_or_default(),
         }
     }
 
@@ -98,6 +101,7 @@ impl Kind {
             singular,
             namespaced: resource.namespaced,
             short_names: resource.short_names.unwrap_or_default(),
+            categories: resource.categories.unwrap_or_default(),
         })
     }
 
@@ -179,6 +183,12 @@ impl Kinds {
             word: word.to_owned(),
             suggestion: self.suggest(name),
         })
+    }
+
+    /// The kinds of a category; none where it is no such word.
+    pub(crate) fn of_category(&self, word: &str) -> Vec<&Kind> {
+        let word = word.to_lowercase();
+        self.kinds.iter().filter(|kind| kind.categories.contains(&word)).collect()
     }
 
     /// By a document's own `apiVersion` and `kind`.

@@ -25,9 +25,11 @@ use clap::Parser as _;
 
 fn main() -> ExitCode {
     let args = cli::Args::parse();
+    // As of diff itself: 1 is an answer.
+    let trouble = if matches!(args.command, cli::Command::Diff(_)) { 2 } else { 1 };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return fail(&error.into()),
+        Err(error) => return fail(&error.into(), trouble),
     };
     let mut out = BufWriter::new(io::stdout().lock());
     let result = runtime.block_on(commands::run(args, &mut out)).and_then(|()| Ok(out.flush()?));
@@ -35,19 +37,20 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         // `exoctl get … | head` is no failure.
         Err(error) if error::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if error.is::<error::Differs>() => ExitCode::FAILURE,
         Err(error) => {
             // What was printed before the failure still counts.
             let _ = out.flush();
-            fail(&error)
+            fail(&error, trouble)
         }
     }
 }
 
-fn fail(error: &anyhow::Error) -> ExitCode {
+fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
     let mut err = io::stderr().lock();
     for line in error::lines(error) {
         // Nobody is left to tell when stderr is gone.
         let _ = writeln!(err, "error: {line}");
     }
-    ExitCode::FAILURE
+    ExitCode::from(code)
 }

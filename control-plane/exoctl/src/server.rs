@@ -31,6 +31,8 @@ pub(crate) struct Server {
     url: String,
     namespace: Namespace,
     kinds: OnceCell<Kinds>,
+    /// That not the server of the kubeconfig is asked.
+    pub(crate) note: Option<String>,
 }
 
 /// The namespace of what names none itself.
@@ -78,7 +80,7 @@ pub(crate) type Query<'a> = [(&'a str, &'a str)];
 impl Server {
     /// Reads the configuration; asks nothing yet.
     pub(crate) async fn connect(global: &Global) -> anyhow::Result<Self> {
-        let config: Config = config::load(global).await?;
+        let (config, note): (Config, _) = config::load(global).await?;
         let url = config.cluster_url.to_string();
         let namespace = Namespace::new(global, &config.default_namespace);
         let client = Client::try_from(config).context("using the kubeconfig")?;
@@ -87,6 +89,7 @@ impl Server {
             url: url.trim_end_matches('/').to_owned(),
             namespace,
             kinds: OnceCell::new(),
+            note,
         })
     }
 

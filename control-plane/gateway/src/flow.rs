@@ -15,6 +15,7 @@ use crate::{
     Shared,
     balance::Lease,
     error::ApiError,
+    http::unix_time,
     index::{Index, ReplicaId, Served, Target},
     progress::Progress,
     upstream::{Break, Events, Remedy},
@@ -25,6 +26,8 @@ const WITHDRAWN_GRACE: Duration = Duration::from_secs(1);
 /// Pause before the same replica is tried again: first, and at most.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// By so much the controller's clock may be ahead of this one.
+const CLOCKS_DIFFER: Duration = Duration::from_secs(5);
 
 /// One request under way.
 #[derive(Debug)]
@@ -198,7 +201,8 @@ impl Flow {
             if let Some(choice) = self.shared.balance.pick(&targets, &self.failures) {
                 return Ok(choice);
             }
-            if now >= self.deadline {
+            let hopeless = served.targets.is_empty() && is_later(served.not_before, self.deadline);
+            if now >= self.deadline || hopeless {
                 return Err(self.nothing_ready(&served));
             }
             let wake = match served.targets.is_empty() {
@@ -269,6 +273,13 @@ impl Attempt {
             () = withdrawn(&mut self.index, &self.replica) => Err(Break::Withdrawn),
         }
     }
+}
+
+/// Whether that time, in seconds since 1970, is after the deadline. Machines' clocks differ a little.
+fn is_later(time_s: Option<i64>, deadline: Instant) -> bool {
+    let left = deadline.saturating_duration_since(Instant::now()) + CLOCKS_DIFFER;
+    let left_s = i64::try_from(left.as_secs()).unwrap_or(i64::MAX);
+    time_s.is_some_and(|time_s| time_s > unix_time().saturating_add(left_s))
 }
 
 /// Returns a while after the replica was withdrawn; never while it isn't. A machine that lost its

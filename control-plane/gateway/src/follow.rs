@@ -1,6 +1,6 @@
 //! Keeps the index up to date by watching the API server.
 
-use std::fmt::Debug;
+use std::{fmt::Debug, time::Duration};
 
 use exo_crds::{InferenceInstance, Model};
 use futures::{StreamExt as _, pin_mut};
@@ -8,7 +8,8 @@ use kube::{
     Api, Client, Resource,
     runtime::{
         WatchStreamExt as _,
-        watcher::{self, Event, watcher},
+        utils::Backoff,
+        watcher::{self, DefaultBackoff, Event, watcher},
     },
 };
 use serde::de::DeserializeOwned;
@@ -48,7 +49,7 @@ async fn follow_kind<K>(
 ) where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    let events = watcher(api, watcher::Config::default()).default_backoff();
+    let events = watcher(api, watcher::Config::default()).backoff(Soon::default());
     pin_mut!(events);
     // A new list takes effect as a whole: nothing looks deleted while it arrives.
     let mut listed = Vec::new();
@@ -68,9 +69,47 @@ async fn follow_kind<K>(
             Err(error) => {
                 // What is known stays in use; the stream backs off and comes back.
                 tracing::warn!(kind = %K::kind(&()), %error, "watching the API server");
+                let problem = problem(&error);
+                index.send_if_modified(|index| index.failed(problem));
                 continue;
             }
         };
         index.send_modify(|index| change(index, next));
+    }
+}
+
+/// kube's own pauses, but for the long ones: clients wait for what is read here.
+#[derive(Default)]
+struct Soon(DefaultBackoff);
+
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+impl Iterator for Soon {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        self.0.next().map(|pause| pause.min(LONGEST_PAUSE))
+    }
+}
+
+impl Backoff for Soon {
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+}
+
+/// What the API server says, else what is at the bottom of the failure.
+fn problem(error: &watcher::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    loop {
+        match cause.downcast_ref::<kube::Error>() {
+            Some(kube::Error::Api(status)) if !status.message.is_empty() => {
+                return status.message.clone();
+            }
+            Some(_) | None => match cause.source() {
+                Some(source) => cause = source,
+                None => return cause.to_string(),
+            },
+        }
     }
 }

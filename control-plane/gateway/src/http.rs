@@ -126,19 +126,38 @@ fn admit(shared: &Arc<Shared>) -> Result<Admitted, ApiError> {
     Ok(Admitted { shared: Arc::clone(shared), _permit: permit, share: None })
 }
 
-/// Looks a model up; a gateway that just started waits for its first lists before it says no.
+/// Looks a model up.
 async fn find(
     shared: &Shared,
     name: &str,
     arrived: Instant,
 ) -> Result<crate::index::Served, ApiError> {
+    let found = from_index(shared, arrived, |index| index.lookup(name)).await?;
+    found.ok_or_else(|| ApiError::model_not_found(name))
+}
+
+/// Looks into the index. A gateway that just started waits for its first lists before it says
+/// anything, and says so if there are none to be had.
+async fn from_index<T>(
+    shared: &Shared,
+    arrived: Instant,
+    look: impl FnOnce(&Index) -> T,
+) -> Result<T, ApiError> {
     let mut index = shared.index.subscribe();
     let deadline = arrived + shared.limits.ready_wait;
-    let complete = tokio::time::timeout_at(deadline, index.wait_for(Index::is_complete)).await;
-    match complete {
-        Ok(Ok(index)) => index.lookup(name).ok_or_else(|| ApiError::model_not_found(name)),
-        _ => Err(ApiError::unavailable("the control plane can't be reached")),
+    let known = |index: &Index| index.is_complete() || index.problem().is_some();
+    match tokio::time::timeout_at(deadline, index.wait_for(known)).await {
+        Ok(Ok(index)) if index.is_complete() => Ok(look(&index)),
+        Ok(Ok(index)) => Err(unread(&index)),
+        _ => Err(unread(&shared.index.borrow())),
     }
+}
+
+fn unread(index: &Index) -> ApiError {
+    ApiError::unavailable(match index.problem() {
+        Some(problem) => format!("the cluster's state can't be read: {problem}"),
+        None => "the cluster's state has not been read yet".to_owned(),
+    })
 }
 
 async fn whole_answer(
@@ -230,16 +249,17 @@ fn write(writer: &ChunkWriter, pieces: Vec<Piece>, outcome: &Outcome) -> String 
     text
 }
 
-async fn models(State(shared): State<Arc<Shared>>) -> Json<serde_json::Value> {
-    let data: Vec<_> = shared.index.borrow().list().iter().map(listed).collect();
-    Json(json!({"object": "list", "data": data}))
+async fn models(State(shared): State<Arc<Shared>>) -> Result<Json<serde_json::Value>, ApiError> {
+    let list = from_index(&shared, Instant::now(), Index::list).await?;
+    let data: Vec<_> = list.iter().map(listed).collect();
+    Ok(Json(json!({"object": "list", "data": data})))
 }
 
 async fn model(
     State(shared): State<Arc<Shared>>,
     Path(id): Path<String>,
 ) -> Result<Json<serde_json::Value>, ApiError> {
-    let list = shared.index.borrow().list();
+    let list = from_index(&shared, Instant::now(), Index::list).await?;
     list.iter()
         .find(|entry| entry.id == id)
         .map(|entry| Json(listed(entry)))
@@ -251,10 +271,10 @@ fn listed(entry: &crate::index::Listed) -> serde_json::Value {
 }
 
 async fn health(State(shared): State<Arc<Shared>>) -> Response {
-    if shared.index.borrow().is_complete() {
-        Json(json!({"status": "ok"})).into_response()
-    } else {
-        ApiError::unavailable("the control plane has not been read yet").into_response()
+    let index = shared.index.borrow();
+    match index.is_complete() {
+        true => Json(json!({"status": "ok"})).into_response(),
+        false => unread(&index).into_response(),
     }
 }
 
@@ -280,7 +300,7 @@ async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
 }
 
 /// Seconds since 1970.
-fn unix_time() -> i64 {
+pub(crate) fn unix_time() -> i64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .ok()

@@ -40,6 +40,8 @@ pub(crate) struct Served {
     pub(crate) targets: Vec<Target>,
     /// Why nothing is ready, in the instance controller's words.
     pub(crate) waiting_for: Option<String>,
+    /// Where no replica is tried before some time: seconds since 1970.
+    pub(crate) not_before: Option<i64>,
 }
 
 /// An entry of the model list.
@@ -57,6 +59,7 @@ struct Instance {
     created: i64,
     ready: Vec<Target>,
     waiting_for: Option<String>,
+    not_before: Option<i64>,
 }
 
 /// All of it.
@@ -67,12 +70,25 @@ pub(crate) struct Index {
     models: BTreeMap<String, Option<String>>,
     instances_listed: bool,
     models_listed: bool,
+    /// Why the API server could not be read when that was last tried.
+    problem: Option<String>,
 }
 
 impl Index {
     /// Whether both lists have been read once; before that, "unknown" means nothing.
     pub(crate) fn is_complete(&self) -> bool {
         self.instances_listed && self.models_listed
+    }
+
+    /// Why nothing is known yet, once that is clear.
+    pub(crate) fn problem(&self) -> Option<&str> {
+        self.problem.as_deref().filter(|_| !self.is_complete())
+    }
+
+    /// Reading the API server failed; returns whether that is news to those who wait.
+    pub(crate) fn failed(&mut self, problem: String) -> bool {
+        let known = self.problem.replace(problem);
+        !self.is_complete() && known != self.problem
     }
 
     pub(crate) fn apply_instance(&mut self, object: &InferenceInstance) {
@@ -106,6 +122,7 @@ impl Index {
                 created,
                 ready,
                 waiting_for,
+                not_before: not_before(object),
             },
         );
     }
@@ -192,17 +209,37 @@ fn key_of(object: &InferenceInstance) -> InstanceKey {
     InstanceKey { namespace: object.namespace().unwrap_or_default(), name: object.name_any() }
 }
 
+/// When the controller tries the first of the replicas again, if it waits with all of them. What it
+/// said of an older spec does not count.
+fn not_before(object: &InferenceInstance) -> Option<i64> {
+    let status = object.status.as_ref()?;
+    let is_current = status.observed_generation == object.metadata.generation;
+    let tries = status.replicas.iter().map(|replica| match &replica.retry_after {
+        Some(time) if !replica.ready => time.0.as_second(),
+        Some(_) | None => 0,
+    });
+    tries.min().filter(|first| is_current && *first > 0)
+}
+
 fn served<'a>(
     model: &str,
     instances: impl IntoIterator<Item = (&'a InstanceKey, &'a Instance)>,
 ) -> Served {
-    let mut served =
-        Served { model: model.to_owned(), seed: None, targets: Vec::new(), waiting_for: None };
+    let mut served = Served {
+        model: model.to_owned(),
+        seed: None,
+        targets: Vec::new(),
+        waiting_for: None,
+        not_before: None,
+    };
+    let mut first_try = i64::MAX;
     for (_, instance) in instances {
+        first_try = first_try.min(instance.not_before.unwrap_or(0));
         served.seed = served.seed.or(instance.seed);
         served.targets.extend(instance.ready.iter().cloned());
         served.waiting_for = served.waiting_for.or_else(|| instance.waiting_for.clone());
     }
+    served.not_before = Some(first_try).filter(|first| *first > 0);
     served
 }
 
@@ -277,6 +314,28 @@ mod tests {
         let served = index.lookup("chat").unwrap();
         assert_eq!(served.seed, Some(7));
         assert_eq!(served.waiting_for.as_deref(), Some("no node has 19Gi free"));
+    }
+
+    #[test]
+    fn what_is_tried_later_says_when() {
+        let check = |second: Option<&str>, generation: i64, expect: Option<i64>| {
+            let mut object = instance("default", "chat", "m", &[(0, 3, false), (1, 1, false)]);
+            object.metadata.generation = Some(generation);
+            let status = object.status.as_mut().unwrap();
+            status.observed_generation = Some(1);
+            let times = [Some("2026-01-02T03:04:05Z"), second];
+            for (replica, time) in status.replicas.iter_mut().zip(times) {
+                replica.retry_after = time.map(|time| serde_json::from_value(json!(time)).unwrap());
+            }
+            let mut index = Index::default();
+            index.apply_instance(&object);
+            assert_eq!(index.lookup("chat").unwrap().not_before, expect);
+            index.apply_instance(&instance("default", "other", "m", &[(0, 1, false)]));
+            assert_eq!(index.lookup("m").unwrap().not_before, None, "the other may come first");
+        };
+        check(Some("2026-01-02T03:00:00Z"), 1, Some(1_767_322_800));
+        check(None, 1, None);
+        check(Some("2026-01-02T03:00:00Z"), 2, None);
     }
 
     #[test]

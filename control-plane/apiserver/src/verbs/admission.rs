@@ -58,6 +58,9 @@ const SERVER_FIELDS: [&str; 5] =
     ["uid", "creationTimestamp", "generation", "deletionTimestamp", "deletionGracePeriodSeconds"];
 /// Unknown fields and the like that a client is told of at once, as in Kubernetes.
 const MAX_FAULTS_TOLD: usize = 100;
+/// Of a DNS subdomain, and of the label of one.
+const MAX_NAME: usize = 253;
+const MAX_LABEL: usize = 63;
 /// As in Kubernetes: keys and values of all annotations together.
 const MAX_ANNOTATION_BYTES: usize = 256 << 10;
 
@@ -285,7 +288,7 @@ fn metadata_causes(object: &Value, of_namespace: bool) -> Vec<Cause> {
         ));
     }
     for (index, finalizer) in object::finalizers(object).into_iter().enumerate() {
-        if finalizer.is_empty() || finalizer.len() > 253 {
+        if finalizer.is_empty() || finalizer.len() > MAX_NAME {
             let message = format!("Invalid value: {}: must be a name", json!(finalizer));
             causes.push(invalid(&format!("metadata.finalizers[{index}]"), message));
         }
@@ -318,7 +321,14 @@ fn owner_causes(object: &Value, causes: &mut Vec<Cause>) {
 
 fn name_causes(object: &Value, of_namespace: bool, causes: &mut Vec<Cause>) {
     let name = object::name(object);
+    // As Kubernetes words it; of what is too long the characters don't matter.
+    let too_long = |field: &str, limit: usize| {
+        invalid(field, format!("Invalid value: must be no more than {limit} characters"))
+    };
     let label = |field: &str, name: &str| {
+        if name.len() > MAX_LABEL {
+            return too_long(field, MAX_LABEL);
+        }
         invalid(
             field,
             format!(
@@ -337,6 +347,8 @@ fn name_causes(object: &Value, of_namespace: bool, causes: &mut Vec<Cause>) {
         });
     } else if of_namespace && !is_dns_label(name) {
         causes.push(label("metadata.name", name));
+    } else if name.len() > MAX_NAME {
+        causes.push(too_long("metadata.name", MAX_NAME));
     } else if !is_dns_subdomain(name) {
         causes.push(invalid(
             "metadata.name",
@@ -375,7 +387,9 @@ fn string_map_causes(object: &Value, field: &str, causes: &mut Vec<Cause>) {
                  start and end with an alphanumeric character",
             );
         }
-        if let Some(value) = value.as_str().filter(|value| is_label && !is_label_value(value)) {
+        if let Some(value) =
+            value.as_str().filter(|value| is_label && !object::is_label_value(value))
+        {
             refuse(
                 value,
                 "a valid label must be an empty string or at most 63 alphanumeric characters, '-', \
@@ -397,11 +411,11 @@ fn is_dns_subdomain(text: &str) -> bool {
             && !part.starts_with('-')
             && !part.ends_with('-')
     };
-    text.len() <= 253 && text.split('.').all(label)
+    text.len() <= MAX_NAME && text.split('.').all(label)
 }
 
 fn is_dns_label(text: &str) -> bool {
-    text.len() <= 63 && !text.contains('.') && is_dns_subdomain(text)
+    text.len() <= MAX_LABEL && !text.contains('.') && is_dns_subdomain(text)
 }
 
 fn is_label_key(key: &str) -> bool {
@@ -409,17 +423,7 @@ fn is_label_key(key: &str) -> bool {
         Some((prefix, name)) => (Some(prefix), name),
         None => (None, key),
     };
-    prefix.is_none_or(is_dns_subdomain) && !name.is_empty() && is_label_value(name)
-}
-
-fn is_label_value(value: &str) -> bool {
-    let inner = |c: u8| c.is_ascii_alphanumeric() || b"-_.".contains(&c);
-    let outer = |c: Option<&u8>| c.is_none_or(u8::is_ascii_alphanumeric);
-    let bytes = value.as_bytes();
-    bytes.len() <= 63
-        && bytes.iter().all(|c| inner(*c))
-        && outer(bytes.first())
-        && outer(bytes.last())
+    prefix.is_none_or(is_dns_subdomain) && !name.is_empty() && object::is_label_value(name)
 }
 
 #[cfg(test)]

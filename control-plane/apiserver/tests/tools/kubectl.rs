@@ -7,13 +7,22 @@ use std::{
     time::Duration,
 };
 
+use axum::http::Method;
+use serde_json::Value;
 use tempfile::TempDir;
-use tokio::{io::AsyncWriteExt as _, process::Command, time::timeout};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},
+    process::{Child, ChildStdout, Command},
+    time::timeout,
+};
 
 use crate::{
     serve,
     support::{self, Server},
 };
+
+/// Every wait ends as soon as what it waits for is there.
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) struct Kubectl {
     pub(crate) dir: TempDir,
@@ -68,7 +77,7 @@ impl Kubectl {
             .spawn()
             .unwrap();
         child.stdin.take().unwrap().write_all(input.as_bytes()).await.unwrap();
-        let output = timeout(Duration::from_secs(60), child.wait_with_output()).await;
+        let output = timeout(LIMIT, child.wait_with_output()).await;
         output.unwrap_or_else(|_| panic!("kubectl {args} hangs")).unwrap()
     }
 
@@ -104,4 +113,29 @@ impl Kubectl {
         assert!(!output.status.success(), "kubectl {args} succeeds");
         String::from_utf8(output.stderr).unwrap()
     }
+}
+
+/// What a command that goes on prints, line by line. It ends when dropped.
+pub(crate) struct Running {
+    _child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Running {
+    pub(crate) fn start(kubectl: &Kubectl, args: &str) -> Self {
+        let mut child = kubectl.command(args).stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Self { _child: child, lines }
+    }
+
+    pub(crate) async fn line(&mut self) -> String {
+        let line = timeout(LIMIT, self.lines.next_line()).await;
+        line.expect("kubectl prints something").unwrap().expect("kubectl goes on")
+    }
+}
+
+/// Creates an object without kubectl.
+pub(crate) async fn post(server: &Server, path: &str, object: Value) {
+    let (code, body) = server.call(Method::POST, path, Some(object)).await;
+    assert_eq!(code.as_u16(), 201, "{body}");
 }

@@ -1,17 +1,11 @@
 //! What people who know kubectl try on a cluster that they don't know.
 
-use std::{process::Stdio, time::Duration};
-
 use axum::http::Method;
 use exo_apiserver::collect_garbage;
 use serde_json::json;
-use tokio::{
-    io::{AsyncBufReadExt as _, BufReader},
-    time::timeout,
-};
 
 use crate::{
-    kubectl::{Kubectl, start},
+    kubectl::{Kubectl, Running, post, start},
     objects::instance,
     support::{INSTANCES, NODES, SHARDS, Server, node, shard},
 };
@@ -22,11 +16,10 @@ async fn populated() -> Option<(Server, Kubectl)> {
     for (name, team) in [("one", "a"), ("two", "b")] {
         let mut object = crate::support::instance(name);
         object["metadata"]["labels"] = json!({"team": team});
-        let (code, body) = server.call(Method::POST, INSTANCES, Some(object)).await;
-        assert_eq!(code.as_u16(), 201, "{body}");
+        post(&server, INSTANCES, object).await;
     }
-    server.call(Method::POST, SHARDS, Some(shard("one-0-a1-0", "mac", 0))).await;
-    server.call(Method::POST, NODES, Some(node("mac"))).await;
+    post(&server, SHARDS, shard("one-0-a1-0", "mac", 0)).await;
+    post(&server, NODES, node("mac")).await;
     Some((server, kubectl))
 }
 
@@ -84,12 +77,9 @@ async fn watches_name_their_events() {
     let Some((server, kubectl)) = populated().await else {
         return;
     };
-    let mut watch = kubectl.command("get ii -w --output-watch-events --no-headers");
-    let mut watch = watch.stdout(Stdio::piped()).spawn().unwrap();
-    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    let mut watch = Running::start(&kubectl, "get ii -w --output-watch-events --no-headers");
     let mut next = async || {
-        let line = timeout(Duration::from_secs(60), lines.next_line()).await;
-        let line = line.expect("kubectl prints something").unwrap().unwrap();
+        let line = watch.line().await;
         line.split_whitespace().take(2).collect::<Vec<_>>().join(" ")
     };
     assert_eq!(next().await, "ADDED one");
@@ -99,7 +89,6 @@ async fn watches_name_their_events() {
     assert_eq!(next().await, "MODIFIED two");
     server.call(Method::DELETE, &path, None).await;
     assert_eq!(next().await, "DELETED two");
-    watch.kill().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! kubectl as a way to the API itself: raw requests, its proxy, watches of every form, subresources,
 //! whole sets of objects.
 
-use std::{process::Stdio, time::Duration};
+use std::time::Duration;
 
 use axum::http::Method;
 use exo_apiserver::collect_garbage;
@@ -12,43 +12,16 @@ use kube::{
     api::{ListParams, PostParams, WatchEvent, WatchParams},
 };
 use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncBufReadExt as _, BufReader, Lines},
-    process::{Child, ChildStdout},
-    time::{sleep, timeout},
-};
+use tokio::time::{sleep, timeout};
 
 use crate::{
-    kubectl::{Kubectl, start},
+    kubectl::{LIMIT, Running, post, start},
     objects::instance,
     support::{INSTANCES, Server},
 };
 
-const LIMIT: Duration = Duration::from_secs(60);
-
-/// What a command that goes on prints, line by line. It ends when dropped.
-struct Running {
-    _child: Child,
-    lines: Lines<BufReader<ChildStdout>>,
-}
-
-impl Running {
-    fn start(kubectl: &Kubectl, args: &str) -> Self {
-        let mut child = kubectl.command(args).stdout(Stdio::piped()).spawn().unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Self { _child: child, lines }
-    }
-
-    async fn line(&mut self) -> String {
-        let line = timeout(LIMIT, self.lines.next_line()).await;
-        line.expect("kubectl prints something").unwrap().expect("kubectl goes on")
-    }
-}
-
 async fn create(server: &Server, name: &str) {
-    let object = crate::support::instance(name);
-    let (code, body) = server.call(Method::POST, INSTANCES, Some(object)).await;
-    assert_eq!(code.as_u16(), 201, "{body}");
+    post(server, INSTANCES, crate::support::instance(name)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

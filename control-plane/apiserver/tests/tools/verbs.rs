@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio::{process::Command, time::timeout};
 
 use crate::{
-    kubectl::{Kubectl, start},
+    kubectl::{Kubectl, post, start},
     objects::instance,
     support::{INSTANCES, NODES, SHARDS, Server, node, shard},
 };
@@ -136,8 +136,7 @@ fn owned(name: &str, owner: &Value) -> Value {
 async fn with_dependent(server: &Server, kubectl: &Kubectl) {
     kubectl.ok("create -f -", &instance("1")).await;
     let (_, owner) = server.get(&format!("{INSTANCES}/llama")).await;
-    let (code, body) = server.call(Method::POST, SHARDS, Some(owned("one", &owner))).await;
-    assert_eq!(code.as_u16(), 201, "{body}");
+    post(server, SHARDS, owned("one", &owner)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -238,7 +237,7 @@ async fn events_are_listed_and_described() {
         return;
     };
     kubectl.ok("create -f -", &instance("1")).await;
-    server.call(Method::POST, NODES, Some(node("mac"))).await;
+    post(&server, NODES, node("mac")).await;
     let (_, about) = server.get(&format!("{INSTANCES}/llama")).await;
     let event = |name: &str, about: &Value, kind: &str, reason: &str| {
         json!({
@@ -255,12 +254,10 @@ async fn events_are_listed_and_described() {
     };
     let events = "/api/v1/namespaces/default/events";
     let first = event("llama.1", &about, "InferenceInstance", "Unplaceable");
-    let (code, body) = server.call(Method::POST, events, Some(first)).await;
-    assert_eq!(code.as_u16(), 201, "{body}");
+    post(&server, events, first).await;
     let (_, mac) = server.get(&format!("{NODES}/mac")).await;
     let second = event("mac.1", &mac, "Node", "NodeLost");
-    let (code, body) = server.call(Method::POST, events, Some(second)).await;
-    assert_eq!(code.as_u16(), 201, "{body}");
+    post(&server, events, second).await;
 
     let listed = kubectl.ok("get events", "").await;
     let header: Vec<&str> = listed.lines().next().unwrap().split_whitespace().collect();

@@ -45,6 +45,8 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     /// Creates or changes resources so that they are as the files say
     Apply(Apply),
+    /// Shows what apply would change; exit status 1 means that there is something, 2 a failure
+    Diff(Diff),
     /// Lists resources
     Get(Get),
     /// Shows everything about resources, with their events
@@ -103,6 +105,19 @@ pub(crate) struct Apply {
     #[arg(long, value_name = "WHERE")]
     pub(crate) dry_run: Option<DryRun>,
     /// Takes over fields that somebody else has set
+    #[arg(long)]
+    pub(crate) force_conflicts: bool,
+    /// Accepted for those used to kubectl: apply always is server-side
+    #[arg(long, hide = true)]
+    pub(crate) server_side: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Diff {
+    /// YAML or JSON file, folder of such files, or - for stdin
+    #[arg(short = 'f', long = "filename", value_name = "FILE|DIR|-", required = true)]
+    pub(crate) files: Vec<PathBuf>,
+    /// As if apply took over fields that somebody else has set
     #[arg(long)]
     pub(crate) force_conflicts: bool,
     /// Accepted for those used to kubectl: apply always is server-side

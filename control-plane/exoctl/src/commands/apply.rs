@@ -1,10 +1,11 @@
 //! `exoctl apply`: server-side apply. What a file says is set, what an earlier version of it said and
 //! this one doesn't is taken back, and what others have set stays.
 //!
-//! Guarantee: when the server finds a document of the files invalid, none of them is applied. What
-//! is valid the server alone says; only `--dry-run=client` asks the schemas of this exoctl.
+//! Guarantee: when the server finds a document of a file invalid, none of that file is applied; other
+//! files are. What is valid the server alone says; only `--dry-run=client` asks the schemas of this
+//! exoctl.
 
-use std::{io::Write, time::Duration};
+use std::{collections::BTreeSet, io::Write, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
 use serde_json::Value;
@@ -29,12 +30,38 @@ const DRY_RUN: (&str, &str) = ("dryRun", "All");
 
 /// A document ready to be sent.
 #[derive(Debug)]
-struct Planned<'k> {
-    source: String,
-    kind: &'k Kind,
+pub(super) struct Planned<'k> {
+    pub(super) file: String,
+    pub(super) source: String,
+    pub(super) kind: &'k Kind,
     namespace: String,
-    name: String,
-    object: Value,
+    pub(super) name: String,
+    pub(super) object: Value,
+}
+
+/// What went wrong so far, and with which files nothing is done.
+#[derive(Debug, Default)]
+pub(super) struct Faults {
+    failures: Collector,
+    files: BTreeSet<String>,
+}
+
+impl Faults {
+    /// As [`Collector::note`], of a document of that file.
+    pub(super) fn note<T>(
+        &mut self,
+        file: &str,
+        result: anyhow::Result<T>,
+    ) -> anyhow::Result<Option<T>> {
+        if result.is_err() {
+            self.files.insert(file.to_owned());
+        }
+        self.failures.note(result)
+    }
+
+    pub(super) fn finish(self) -> anyhow::Result<()> {
+        self.failures.finish()
+    }
 }
 
 impl<'k> Planned<'k> {
@@ -43,32 +70,35 @@ impl<'k> Planned<'k> {
         Found { kind, namespace: namespace.clone(), name: name.clone() }
     }
 
+    /// A namespace that is yet to be made can't be asked about what will be in it.
+    pub(super) fn is_in_a_coming_namespace(&self, planned: &[Self]) -> bool {
+        planned.iter().any(|p| p.is_namespace() && p.name == self.namespace)
+    }
+
     fn is_namespace(&self) -> bool {
         self.kind.api.kind == "Namespace" && self.kind.api.group.is_empty()
     }
 }
 
 pub(super) async fn run(args: &Apply, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
-    let documents = documents::read(&args.files)?;
-    let kinds = server.kinds().await?;
-    let mut planned = plan(documents, kinds, |object| server.namespace_of(object))?;
+    let mut faults = Faults::default();
+    let mut planned = plan_files(&args.files, server, &mut faults).await?;
     // What is in a namespace needs it to be there.
     planned.sort_by_key(|one| !one.is_namespace());
-    // A single document needs no rehearsal: refused, it leaves nothing behind.
-    if planned.len() > 1 && args.dry_run.is_none() {
-        rehearse(server, &planned, args.force_conflicts).await?;
+    if args.dry_run.is_none() {
+        rehearse(server, &planned, args.force_conflicts, &mut faults).await?;
     }
-    let mut failures = Collector::default();
+    planned.retain(|one| !faults.files.contains(&one.file));
     for one in &planned {
         let done = send(server, one, args.force_conflicts, args.dry_run.is_some()).await;
         let done = done.with_context(|| one.source.clone());
-        if let Some(done) = failures.note(done)? {
+        if let Some(done) = faults.note(&one.file, done)? {
             let suffix = if args.dry_run.is_some() { " (server dry run)" } else { "" };
             writeln!(out, "{} {done}{suffix}", one.kind.named(&one.name))?;
             out.flush()?;
         }
     }
-    failures.finish()?;
+    faults.finish()?;
     if args.wait && args.dry_run.is_none() {
         let deadline = Instant::now() + args.timeout;
         let mut failures = Collector::default();
@@ -87,9 +117,9 @@ pub(super) async fn run(args: &Apply, server: &Server, out: &mut dyn Write) -> a
 pub(super) fn check(args: &Apply, global: &Global, out: &mut dyn Write) -> anyhow::Result<()> {
     let (kinds, schemas) = (Kinds::built_in(), Schemas::built_in());
     let namespace = Namespace::new(global, "default");
-    let documents = documents::read(&args.files)?;
-    let mut failures = Collector::default();
-    for one in plan(documents, &kinds, |object| namespace.of(object))? {
+    let mut faults = Faults::default();
+    let documents = documents::read_each(&args.files, &mut faults.failures)?;
+    for one in plan(documents, &kinds, |object| namespace.of(object), &mut faults)? {
         let Kind { api, .. } = one.kind;
         let problems = schemas.check(&api.api_version, &api.kind, &one.object);
         if problems.is_empty() {
@@ -98,25 +128,49 @@ pub(super) fn check(args: &Apply, global: &Global, out: &mut dyn Write) -> anyho
             let Planned { source, name, .. } = &one;
             let problems = problems.join("; ");
             let invalid = anyhow::anyhow!("{source}: {} `{name}` is invalid: {problems}", api.kind);
-            failures.note::<()>(Err(invalid))?;
+            faults.note::<()>(&one.file, Err(invalid))?;
         }
     }
-    failures.finish()
+    faults.finish()
 }
 
-/// Lets the server check all documents, so that a refusal of the last one finds nothing done.
-async fn rehearse(server: &Server, planned: &[Planned<'_>], force: bool) -> anyhow::Result<()> {
-    let mut failures = Collector::default();
+/// What the files order, but for those with a fault that is seen here.
+pub(super) async fn plan_files<'s>(
+    files: &[PathBuf],
+    server: &'s Server,
+    faults: &mut Faults,
+) -> anyhow::Result<Vec<Planned<'s>>> {
+    let documents = documents::read_each(files, &mut faults.failures)?;
+    // Files that can't be read are told of even if the server can't be reached.
+    let kinds = match server.kinds().await {
+        Ok(kinds) => kinds,
+        Err(_) if documents.is_empty() => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut planned = plan(documents, kinds, |object| server.namespace_of(object), faults)?;
+    planned.retain(|one| !faults.files.contains(&one.file));
+    Ok(planned)
+}
+
+/// Lets the server check the documents, so that a refusal of a file's last one finds nothing done.
+async fn rehearse(
+    server: &Server,
+    planned: &[Planned<'_>],
+    force: bool,
+    faults: &mut Faults,
+) -> anyhow::Result<()> {
     for one in planned {
-        let checked = send(server, one, force, true).await;
-        // A namespace that is yet to be made can't be asked about what will be in it.
-        let coming = planned.iter().any(|p| p.is_namespace() && p.name == one.namespace);
-        if coming && checked.as_ref().is_err_and(is_not_found) {
+        // A single document needs no rehearsal: refused, it leaves nothing behind.
+        if planned.iter().filter(|p| p.file == one.file).count() == 1 {
             continue;
         }
-        failures.note(checked.with_context(|| one.source.clone()))?;
+        let checked = send(server, one, force, true).await;
+        if checked.as_ref().is_err_and(is_not_found) && one.is_in_a_coming_namespace(planned) {
+            continue;
+        }
+        faults.note(&one.file, checked.with_context(|| one.source.clone()))?;
     }
-    failures.finish()
+    Ok(())
 }
 
 /// Finds the kind, namespace and name of every document before any is sent.
@@ -124,13 +178,13 @@ fn plan<'k>(
     documents: Vec<Document>,
     kinds: &'k Kinds,
     namespace_of: impl Fn(&Value) -> anyhow::Result<String>,
+    faults: &mut Faults,
 ) -> anyhow::Result<Vec<Planned<'k>>> {
-    let mut failures = Collector::default();
     let mut planned: Vec<Planned<'_>> = Vec::new();
     for document in documents {
-        let source = document.source.clone();
+        let (file, source) = (document.file.clone(), document.source.clone());
         let one = plan_one(document, kinds, &namespace_of);
-        if let Some(one) = failures.note(one.with_context(|| source))? {
+        if let Some(one) = faults.note(&file, one.with_context(|| source))? {
             let same = |p: &&Planned<'_>| {
                 p.kind == one.kind && p.namespace == one.namespace && p.name == one.name
             };
@@ -141,12 +195,11 @@ fn plan<'k>(
                     one.kind.named(&one.name),
                     first.source
                 );
-                failures.note::<()>(Err(twice))?;
+                faults.note::<()>(&file, Err(twice))?;
             }
             planned.push(one);
         }
     }
-    failures.finish()?;
     Ok(planned)
 }
 
@@ -155,7 +208,7 @@ fn plan_one<'k>(
     kinds: &'k Kinds,
     namespace_of: impl Fn(&Value) -> anyhow::Result<String>,
 ) -> anyhow::Result<Planned<'k>> {
-    let Document { source, mut object } = document;
+    let Document { file, source, mut object } = document;
     if !object.is_object() {
         bail!("the document is not an object");
     }
@@ -179,7 +232,23 @@ fn plan_one<'k>(
     if let Some(object) = object.as_object_mut() {
         object.remove("status");
     }
-    Ok(Planned { source, kind, namespace, name, object })
+    Ok(Planned { file, source, kind, namespace, name, object })
+}
+
+/// Applies a document, or tries to. The server merges into what is there when the request comes.
+pub(super) async fn before_and_after(
+    server: &Server,
+    one: &Planned<'_>,
+    force: bool,
+    dry_run: bool,
+) -> anyhow::Result<(Option<Value>, Value)> {
+    let mut query = vec![STRICT, MANAGER];
+    query.extend(force.then_some(("force", "true")));
+    query.extend(dry_run.then_some(DRY_RUN));
+    let path = one.kind.path(Some(&one.namespace), Some(&one.name));
+    let before = server.get_if_exists(&path).await?;
+    let after = server.patch(&path, APPLY_PATCH, &query, &one.object).await;
+    Ok((before, after.map_err(explain_conflicts)?))
 }
 
 /// Returns what was done, in kubectl's words.
@@ -189,14 +258,8 @@ async fn send(
     force: bool,
     dry_run: bool,
 ) -> anyhow::Result<&'static str> {
-    let mut query = vec![STRICT, MANAGER];
-    query.extend(force.then_some(("force", "true")));
-    query.extend(dry_run.then_some(DRY_RUN));
-    let path = one.kind.path(Some(&one.namespace), Some(&one.name));
-    // Only for the word: the server merges into what is there when the request comes.
-    let before = server.get_if_exists(&path).await?;
-    let after = server.patch(&path, APPLY_PATCH, &query, &one.object).await;
-    let after = after.map_err(explain_conflicts)?;
+    // What was before is only for the word.
+    let (before, after) = before_and_after(server, one, force, dry_run).await?;
     Ok(match before {
         None => "created",
         Some(before) if same(&before, &after, false) => "unchanged",

@@ -9,9 +9,13 @@ use anyhow::{Context as _, bail};
 use exo_crds::yaml;
 use serde_json::Value;
 
+use crate::error::Collector;
+
 /// A document and where it comes from.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Document {
+    /// `instance.yaml`, or `-`.
+    pub(super) file: String,
     /// `instance.yaml`, or `instance.yaml (document 2)`.
     pub(super) source: String,
     pub(super) object: Value,
@@ -21,29 +25,43 @@ const EXTENSIONS: [&str; 3] = ["yaml", "yml", "json"];
 
 /// Reads files, folders (their files by name, not the folders inside) and stdin (`-`).
 pub(super) fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<Document>> {
+    let mut failures = Collector::default();
+    let documents = read_each(paths, &mut failures)?;
+    failures.finish()?;
+    Ok(documents)
+}
+
+/// The same for who goes on with the files that can be read.
+///
+/// # Errors
+/// When there is nothing to do, or to say of a file.
+pub(super) fn read_each(
+    paths: &[PathBuf],
+    failures: &mut Collector,
+) -> anyhow::Result<Vec<Document>> {
     let mut documents = Vec::new();
     for path in paths {
         if path == Path::new("-") {
-            let mut text = String::new();
-            let limit = yaml::MAX_BYTES as u64 + 1;
-            std::io::stdin().take(limit).read_to_string(&mut text).context("reading stdin")?;
-            documents.extend(parse("stdin", &text)?);
+            documents.extend(failures.note(read_stdin())?.unwrap_or_default());
         } else if path.is_dir() {
-            let files = files_in(path)?;
-            if files.is_empty() {
-                bail!("{} holds no .yaml, .yml or .json file", path.display());
-            }
-            for file in files {
-                documents.extend(read_file(&file)?);
+            for file in failures.note(files_in(path))?.unwrap_or_default() {
+                documents.extend(failures.note(read_file(&file))?.unwrap_or_default());
             }
         } else {
-            documents.extend(read_file(path)?);
+            documents.extend(failures.note(read_file(path))?.unwrap_or_default());
         }
     }
-    if documents.is_empty() {
+    if documents.is_empty() && failures.is_empty() {
         bail!("no document to read");
     }
     Ok(documents)
+}
+
+fn read_stdin() -> anyhow::Result<Vec<Document>> {
+    let mut text = String::new();
+    let limit = yaml::MAX_BYTES as u64 + 1;
+    std::io::stdin().take(limit).read_to_string(&mut text).context("reading stdin")?;
+    parse("stdin", &text)
 }
 
 fn files_in(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
@@ -55,6 +73,9 @@ fn files_in(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
         if extension.is_some_and(|e| EXTENSIONS.contains(&e)) && path.is_file() {
             files.push(path);
         }
+    }
+    if files.is_empty() {
+        bail!("{} holds no .yaml, .yml or .json file", folder.display());
     }
     files.sort();
     Ok(files)
@@ -88,11 +109,12 @@ fn parse(name: &str, text: &str) -> anyhow::Result<Vec<Document>> {
                     bail!("{source}: items: must be an array");
                 };
                 documents.extend(items.into_iter().enumerate().map(|(i, object)| Document {
+                    file: name.to_owned(),
                     source: format!("{source} (item {})", i + 1),
                     object,
                 }));
             }
-            object => documents.push(Document { source, object }),
+            object => documents.push(Document { file: name.to_owned(), source, object }),
         }
     }
     Ok(documents)
@@ -103,6 +125,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::error::lines;
 
     #[test]
     fn documents_say_where_they_come_from() {
@@ -141,7 +164,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let missing = dir.path().join("x.yaml");
         for path in [dir.path().to_owned(), missing.clone()] {
-            let error = format!("{:#}", read(std::slice::from_ref(&path)).unwrap_err());
+            let error = lines(&read(std::slice::from_ref(&path)).unwrap_err()).join("\n");
             assert!(error.contains(&path.display().to_string()), "{error}");
         }
         std::fs::write(&missing, "---\n").unwrap();

@@ -7,11 +7,8 @@ use serde_json::Value;
 
 use crate::{
     cli::{Global, Kubeconfig},
-    config,
+    config::{self, NODE_NAME},
 };
-
-/// The name that all nodes' certificates carry, whatever address they are reached at.
-const NODE_NAME: &str = "node.exo.internal";
 
 pub(super) fn run(args: &Kubeconfig, global: &Global, out: &mut dyn Write) -> anyhow::Result<()> {
     let (kubeconfig, from) = config::find(global)?;

@@ -105,11 +105,20 @@ pub(super) async fn read<'s>(
         }
         return Ok(selected);
     }
+    let kinds = server.kinds().await?;
     for word in first.split(',') {
-        selected.push(Selected {
-            kind: server.kinds().await?.find(word)?,
-            names: rest.iter().map(|name| checked(name)).collect::<Result<_, _>>()?,
-        });
+        let found = match kinds.find(word) {
+            Ok(kind) => vec![kind],
+            Err(unknown) => match kinds.of_category(word) {
+                several if several.is_empty() => return Err(unknown.into()),
+                several if rest.is_empty() => several,
+                _ => bail!("`{word}` stands for several kinds: names go with one"),
+            },
+        };
+        for kind in found {
+            let names = rest.iter().map(|name| checked(name)).collect::<Result<_, _>>()?;
+            selected.push(Selected { kind, names });
+        }
     }
     Ok(selected)
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use axum::Router;
 use exo_apiserver::{ApiServer, Identity, app, in_process};
 use exo_crds::generate::{FinishReason, GenerateEvent};
 use exo_gateway::{Gateway, Limits};
@@ -41,10 +42,20 @@ impl Cluster {
     }
 
     pub(crate) async fn start_with(limits: Limits) -> Self {
+        let (cluster, gateway) = Self::launch(limits, |router| router).await;
+        tokio::time::timeout(PATIENCE, gateway.ready()).await.unwrap();
+        cluster
+    }
+
+    /// Waits for nothing; `wrap` goes around the API server.
+    pub(crate) async fn launch(
+        limits: Limits,
+        wrap: impl FnOnce(Router) -> Router,
+    ) -> (Self, Gateway) {
         exo_trust::install_crypto();
         let server = ApiServer::new(Store::memory(), &exo_crds::all(), &Registry::new()).unwrap();
         let identity = Identity { name: "gateway".into(), groups: vec!["system:nodes".into()] };
-        let client = Client::new(in_process(app(server), identity), "default");
+        let client = Client::new(wrap(in_process(app(server), identity)), "default");
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
         let gateway = Gateway::new(client.clone(), http.clone(), &Registry::new(), limits)
             .unwrap()
@@ -57,8 +68,7 @@ impl Cluster {
             tokio::spawn(async move { follower.run().await }),
             tokio::spawn(async move { axum::serve(listener, router).await.unwrap() }),
         ];
-        tokio::time::timeout(PATIENCE, gateway.ready()).await.unwrap();
-        Self { client, http, url, tasks }
+        (Self { client, http, url, tasks }, gateway)
     }
 
     /// Creates an instance named `chat` of the model `tiny`.

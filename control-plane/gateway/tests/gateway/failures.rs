@@ -1,8 +1,20 @@
 //! Clients that leave, runners that break, replicas that come and go.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-use axum::http::StatusCode;
+use axum::{
+    Json, Router,
+    extract::Request,
+    http::StatusCode,
+    middleware::{self, Next},
+    response::IntoResponse as _,
+};
 use exo_crds::generate::{ErrorCode, GenerateEvent};
 use exo_gateway::Limits;
 use serde_json::{Value, json};
@@ -245,4 +257,75 @@ async fn tokens_of_one_model_are_not_continued_by_another() {
     let error = &chunks.last().unwrap()["error"];
     assert_eq!(error["message"], "`chat` serves another model now");
     assert_eq!(*runner.seen.lock().unwrap(), 1);
+}
+
+#[tokio::test]
+async fn what_is_not_tried_in_time_is_refused_at_once() {
+    let cluster = Cluster::start().await;
+    cluster.create_instance().await;
+    let message = "shard chat-0-a1-0: BadWeights: no tensor `x`; next try in 5 min";
+    let retry = |at: &str| {
+        json!({
+            "phase": "Failed", "observedGeneration": 1,
+            "replicas": [{"index": 0, "epoch": 1, "nodes": ["a"], "ready": false,
+                "failures": 1, "retryAfter": at}],
+            "conditions": [{"type": "Ready", "status": "False", "reason": "ShardFailed",
+                "message": message, "lastTransitionTime": "2026-01-02T03:04:05Z"}],
+        })
+    };
+    cluster.set_status(retry("2999-01-02T03:04:05Z")).await;
+    let known = async { while cluster.get("/v1/models/chat").await.status() != 200 {} };
+    tokio::time::timeout(PATIENCE, known).await.unwrap();
+    // Longer than this a request waits for a replica that may come.
+    let answer = tokio::time::timeout(PATIENCE, cluster.ask(&hello(true))).await.unwrap().unwrap();
+    assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+    let error: Value = answer.json().await.unwrap();
+    let said = error["error"]["message"].as_str().unwrap();
+    assert!(said.contains(message), "{said}");
+
+    // What is tried any moment is waited for.
+    let mut runner = Runner::start().await;
+    cluster.set_status(retry("2026-01-02T03:04:05Z")).await;
+    let answer = cluster.ask(&hello(false));
+    cluster.set_ready(&[(0, 2, &runner)]).await;
+    runner.next().await.send_all([start(), token(1, "Hi"), end(1)]).await;
+    assert_eq!(answer.await.unwrap().status(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_gateway_without_a_control_plane_says_why_it_can_not_answer() {
+    const WHY: &str = "no majority of voters: 1 of 3 answers";
+    let down = Arc::new(AtomicBool::new(true));
+    let is_down = Arc::clone(&down);
+    let wrap = move |router: Router| {
+        router.layer(middleware::from_fn(move |request: Request, next: Next| {
+            let is_down = is_down.load(Ordering::Relaxed);
+            async move {
+                if !is_down {
+                    return next.run(request).await;
+                }
+                let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {},
+                    "status": "Failure", "reason": "ServiceUnavailable", "code": 503,
+                    "message": WHY});
+                (StatusCode::SERVICE_UNAVAILABLE, Json(status)).into_response()
+            }
+        }))
+    };
+    let (cluster, gateway) = Cluster::launch(Limits::default(), wrap).await;
+    for path in ["/v1/models", "/v1/models/chat", "/health"] {
+        let answer = tokio::time::timeout(PATIENCE, cluster.get(path)).await.unwrap();
+        assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE, "{path}");
+        let error: Value = answer.json().await.unwrap();
+        assert_eq!(error["error"]["type"], "server_error", "{path}: {error}");
+        let said = error["error"]["message"].as_str().unwrap();
+        assert!(said.contains(WHY) && !said.contains("ApiError"), "{path}: {said}");
+    }
+    let answer = tokio::time::timeout(PATIENCE, cluster.ask(&hello(true))).await.unwrap().unwrap();
+    assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+
+    down.store(false, Ordering::Relaxed);
+    tokio::time::timeout(PATIENCE, gateway.ready()).await.unwrap();
+    assert_eq!(cluster.get("/health").await.status(), StatusCode::OK);
+    let list: Value = cluster.get("/v1/models").await.json().await.unwrap();
+    assert_eq!(list["data"], json!([]));
 }

@@ -86,6 +86,11 @@ impl Ear {
         self.known().heard = Instant::now();
     }
 
+    /// When that was last.
+    pub(super) fn heard_at(&self) -> Instant {
+        self.known().heard
+    }
+
     /// This node stood still for so long: a leader could not be heard in that time.
     fn excuse(&self, pause: Duration, now: Instant) {
         let mut known = self.known();

@@ -15,6 +15,7 @@ mod members;
 mod network;
 mod node;
 mod reads;
+mod roll;
 mod routes;
 #[cfg(test)]
 mod tests;

@@ -29,6 +29,8 @@ use crate::StoreError;
 
 /// An election takes less than a second and a half; who waits longer is told so.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+/// Where no leader was heard for [`PATIENCE`], one may yet come: whoever asks then waits less.
+const PATIENCE_ALONE: Duration = Duration::from_secs(1);
 /// Signs of life are looked for at least this often while there is no leader.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// A leader that no majority answered for this long takes no more writes.
@@ -36,6 +38,9 @@ const QUORUM_LOST: Duration = Duration::from_millis(1_500);
 /// It goes on to call them for so long, then keeps still for as long, and so on: its followers may
 /// hear it all the same, and want no other leader as long as they do. An election fits into this.
 const SILENCE: Duration = Duration::from_millis(1_500);
+
+/// What is said of an order for which there was no leader all the time.
+pub(super) const NO_LEADER: &str = "no leader was found in time";
 
 /// Why an order was not carried out, in the form in which nodes tell each other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -165,6 +170,17 @@ impl Node {
                 None => Place::Nowhere(format!("the leader {id} is not a member")),
             },
             _ => Place::Nowhere("no leader is known".to_owned()),
+        }
+    }
+
+    /// Until when an order that comes now is tried.
+    pub(super) fn deadline(&self) -> Instant {
+        let now = Instant::now();
+        match self.place() {
+            Place::Here => now + PATIENCE,
+            Place::There(_) | Place::Nowhere(_) => {
+                (self.ear.heard_at() + PATIENCE).clamp(now + PATIENCE_ALONE, now + PATIENCE)
+            }
         }
     }
 

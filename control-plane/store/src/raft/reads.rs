@@ -11,7 +11,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::node::{Node, PATIENCE, Place, Refusal};
+use super::node::{NO_LEADER, Node, Place, Refusal};
 use crate::StoreError;
 
 /// Reads that wait for their question; further ones wait for their place.
@@ -53,15 +53,15 @@ impl Reads {
 }
 
 async fn catch_up(node: &Node) -> Result<(), Refusal> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = node.deadline();
     loop {
         let asked = match node.place() {
             Place::Here => read_index(node).await,
-            Place::There(leader) => node
-                .caller
-                .post(&leader, "read-index", Vec::new(), PATIENCE)
-                .await
-                .unwrap_or_else(|error| Err(error.into())),
+            Place::There(leader) => {
+                let limit = deadline.saturating_duration_since(Instant::now());
+                let answer = node.caller.post(&leader, "read-index", Vec::new(), limit).await;
+                answer.unwrap_or_else(|error| Err(error.into()))
+            }
             Place::Nowhere(why) => Err(Refusal::Unavailable(why)),
         };
         match asked {
@@ -74,13 +74,14 @@ async fn catch_up(node: &Node) -> Result<(), Refusal> {
             // A question changes nothing, so that it may be repeated in any case.
             Err(refusal) => {
                 if !node.news(deadline).await {
-                    return Err(Refusal::Unavailable(match refusal {
-                        Refusal::NotLeader { .. } => "no leader was found in time".to_owned(),
+                    let found = match refusal {
+                        Refusal::NotLeader { .. } => NO_LEADER.to_owned(),
                         Refusal::Unavailable(text)
                         | Refusal::Invalid(text)
                         | Refusal::Full(text)
                         | Refusal::Unknown(text) => text,
-                    }));
+                    };
+                    return Err(Refusal::Unavailable(node.explain(found).await));
                 }
             }
         }

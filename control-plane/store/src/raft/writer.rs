@@ -20,7 +20,7 @@ use super::{
     Request, Response, TypeConfig,
     call::Target,
     network::json,
-    node::{Node, PATIENCE, Place, Refusal},
+    node::{NO_LEADER, Node, PATIENCE, Place, Refusal},
 };
 use crate::{
     StoreError,
@@ -144,7 +144,7 @@ impl Batch {
 
     /// Sees the batch through, with as many tries as are safe and fit into the time.
     async fn finish(mut self, node: &Node, mut begun: Option<Proposal>) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = node.deadline();
         while !self.waiting.is_empty() {
             let answer = match (begun.take(), node.place()) {
                 // What is answered here is applied here.
@@ -166,7 +166,7 @@ impl Batch {
                 Err(refusal) => {
                     let again = refusal.is_definite() && node.news(deadline).await;
                     if !again {
-                        return self.refuse(&refusal);
+                        return self.refuse(&explained(node, refusal).await);
                     }
                 }
             }
@@ -216,6 +216,16 @@ impl Batch {
             let outcomes = outcomes.by_ref().take(order.commands).collect();
             let _ = order.reply.send(Ok(Written { index, outcomes }));
         }
+    }
+}
+
+/// The same refusal, with what a person can do about it.
+async fn explained(node: &Node, refusal: Refusal) -> Refusal {
+    match refusal {
+        Refusal::NotLeader { .. } => Refusal::Unavailable(node.explain(NO_LEADER.to_owned()).await),
+        Refusal::Unavailable(text) => Refusal::Unavailable(node.explain(text).await),
+        Refusal::Unknown(text) => Refusal::Unknown(node.explain(text).await),
+        Refusal::Invalid(_) | Refusal::Full(_) => refusal,
     }
 }
 

@@ -1,0 +1,75 @@
+//! `exoctl diff`: what `exoctl apply` of the same files would change, as the server says.
+
+use std::{fs, io::Write, process::Command};
+
+use anyhow::{Context as _, bail};
+use serde_json::Value;
+
+use super::apply::{self, Faults, Planned};
+use crate::{
+    cli::Diff,
+    error::{Differs, is_not_found},
+    server::Server,
+};
+
+/// Fields of the metadata that change with every write, or say nothing to people.
+const BOOKKEEPING: [&str; 5] =
+    ["managedFields", "resourceVersion", "generation", "uid", "creationTimestamp"];
+
+/// # Errors
+/// [`Differs`] when there is a difference, which is printed.
+pub(super) async fn run(args: &Diff, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
+    let mut faults = Faults::default();
+    let planned = apply::plan_files(&args.files, server, &mut faults).await?;
+    let mut differs = false;
+    for one in &planned {
+        let change = match apply::before_and_after(server, one, args.force_conflicts, true).await {
+            Err(error) if is_not_found(&error) && one.is_in_a_coming_namespace(&planned) => {
+                Ok((None, one.object.clone()))
+            }
+            change => change,
+        };
+        let text = change.and_then(|(before, after)| difference(one, before, after));
+        if let Some(text) = faults.note(&one.file, text.with_context(|| one.source.clone()))? {
+            differs |= !text.is_empty();
+            out.write_all(&text)?;
+            out.flush()?;
+        }
+    }
+    faults.finish()?;
+    if differs { Err(Differs.into()) } else { Ok(()) }
+}
+
+/// What `diff` says of an object before and after; nothing when it stays as it is.
+fn difference(one: &Planned<'_>, before: Option<Value>, after: Value) -> anyhow::Result<Vec<u8>> {
+    let before = before.map(readable).transpose()?.unwrap_or_default();
+    let after = readable(after)?;
+    if before == after {
+        return Ok(Vec::new());
+    }
+    let folder = tempfile::Builder::new().prefix("exoctl-diff-").tempdir()?;
+    let mut command = Command::new("diff");
+    command.arg("-u");
+    for label in ["live", "merged"] {
+        command.args(["-L", &format!("{label}/{}", one.kind.named(&one.name))]);
+    }
+    for (name, text) in [("live", before), ("merged", after)] {
+        let path = folder.path().join(name);
+        fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+        command.arg(path);
+    }
+    let output = command.output().context("starting `diff`, which compares the texts")?;
+    match output.status.code() {
+        Some(0 | 1) => Ok(output.stdout),
+        _ => bail!("`diff` failed: {}", String::from_utf8_lossy(&output.stderr).trim()),
+    }
+}
+
+fn readable(mut object: Value) -> anyhow::Result<String> {
+    if let Some(metadata) = object["metadata"].as_object_mut() {
+        metadata.retain(|field, _| !BOOKKEEPING.contains(&field.as_str()));
+    }
+    // In which order the fields came says nothing.
+    object.sort_all_objects();
+    Ok(exo_crds::yaml::to_string(&object)?)
+}
