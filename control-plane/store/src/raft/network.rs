@@ -179,21 +179,21 @@ impl Peer {
         T: DeserializeOwned,
         E: DeserializeOwned + std::error::Error,
     {
-        self.answer(self.caller.post(&self.target, call, body, limit).await.map_err(fault)?)
+        type Answer<T, E> = std::result::Result<T, RaftError<u64, E>>;
+        let answer: Answer<T, E> =
+            self.caller.post(&self.target, call, body, limit).await.map_err(fault)?;
+        answer.map_err(|error| self.refused(error))
     }
 
-    fn answer<T, E>(
+    fn refused<E: std::error::Error>(
         &self,
-        answer: std::result::Result<T, RaftError<u64, E>>,
-    ) -> Result<T, RaftError<u64, E>>
-    where
-        E: std::error::Error,
-    {
-        answer.map_err(|error| match error {
+        error: RaftError<u64, E>,
+    ) -> RPCError<u64, MemberNode, RaftError<u64, E>> {
+        match error {
             // Not a reason to stop here; the node may be started again.
             RaftError::Fatal(Fatal::Stopped) => Unreachable::new(&Fatal::<u64>::Stopped).into(),
             error => RemoteError::new(self.target.id, error).into(),
-        })
+        }
     }
 }
 
@@ -246,8 +246,12 @@ impl RaftNetwork<TypeConfig> for Peer {
             return Err(PayloadTooLarge::new_entries_hint(half).into());
         }
         let limit = option.hard_ttl();
-        let answer = self.caller.post_by(&mut self.line, &self.target, "append", body, limit).await;
-        let answer = self.answer(answer.map_err(fault)?)?;
+        let answer: std::result::Result<_, RaftError<u64>> = self
+            .caller
+            .post_by(&mut self.line, &self.target, "append", body, limit)
+            .await
+            .map_err(fault)?;
+        let answer = answer.map_err(|error| self.refused(error))?;
         if carries || self.called.is_some() {
             self.called = Some(Instant::now());
         }
