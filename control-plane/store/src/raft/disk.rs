@@ -301,6 +301,9 @@ impl Disk {
         change: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
     ) -> Result<(), DiskError> {
         self.access(|database| {
+            // While somebody reads what was there before, redb leaves the pages that this commit
+            // frees to the next one, instead of making a second commit for them after each.
+            let _before = database.begin_read()?;
             let mut txn = database.begin_write()?;
             txn.set_durability(Durability::Immediate)?;
             change(&txn)?;
