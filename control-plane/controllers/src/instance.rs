@@ -172,7 +172,10 @@ async fn act(
         }
         let created = match action {
             Do::Create(shard) => Some(shard),
-            Do::SetRendezvous { .. } | Do::Delete { .. } | Do::Release { .. } => None,
+            Do::SetRendezvous { .. }
+            | Do::Adopt { .. }
+            | Do::Delete { .. }
+            | Do::Release { .. } => None,
         };
         if created.is_some_and(|shard| refused.contains(&shard.spec.replica)) {
             // Its epoch is over before it began.

@@ -72,6 +72,17 @@ pub(crate) async fn carry_out(
                 .await
                 .map_err(|e| WriteError::new(format!("setting the rendezvous of {name}"), e))?;
         }
+        Action::Adopt { name, owners, resource_version } => {
+            let api: Api<Shard> = Api::namespaced(client.clone(), namespace);
+            tracing::info!(shard = name, "adopting shard");
+            let patch = json!({"metadata": {
+                "ownerReferences": owners,
+                "resourceVersion": resource_version,
+            }});
+            api.patch(name, &PatchParams::default(), &Patch::Merge(patch))
+                .await
+                .map_err(|e| WriteError::new(format!("adopting shard {name}"), e))?;
+        }
         Action::Delete { namespace, name } => {
             let api: Api<Shard> = Api::namespaced(client.clone(), namespace);
             tracing::info!(shard = name, "deleting shard");

@@ -17,7 +17,7 @@ use axum::{
     middleware::{self, Next},
     response::IntoResponse as _,
 };
-use exo_apiserver::{ApiServer, Identity, app, in_process};
+use exo_apiserver::{ApiServer, Identity, app, collect_garbage, in_process};
 use exo_crds::{
     InferenceInstance, InstancePhase, MemoryStatus, Model, Node, NodeAddress, NodeStatus, Quantity,
     Shard, TransportKind, condition, set_condition,
@@ -26,7 +26,7 @@ use exo_store::Store;
 use k8s_openapi::{api::core::v1::Event, apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use kube::{
     Api, Client, ResourceExt as _,
-    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, PropagationPolicy},
 };
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
@@ -53,9 +53,10 @@ impl Cluster {
         let server = ApiServer::new(Store::memory(), &exo_crds::all(), &registry).unwrap();
         let identity =
             Identity { name: "test".to_owned(), groups: vec!["system:masters".to_owned()] };
+        let shutdown = CancellationToken::new();
+        tokio::spawn(collect_garbage(server.clone(), shutdown.clone().cancelled_owned()));
         let client = Client::new(wrap(in_process(app(server), identity)), "default");
         let (leadership, receiver) = watch::channel(leads);
-        let shutdown = CancellationToken::new();
         let running = exo_controllers::run(client.clone(), receiver, shutdown.clone());
         Self { client, leadership, shutdown, controllers: tokio::spawn(running) }
     }
@@ -129,6 +130,10 @@ impl Cluster {
             }),
         )
         .await;
+        self.instance().await;
+    }
+
+    async fn instance(&self) {
         self.create(
             self.instances(),
             json!({
@@ -279,6 +284,40 @@ async fn an_instance_lives_through_failure_and_change() {
     cluster.shutdown.cancel();
     let cluster = Arc::into_inner(cluster).unwrap();
     tokio::time::timeout(DEADLINE, cluster.controllers).await.unwrap().unwrap().unwrap();
+}
+
+/// `exoctl delete instance chat --cascade=orphan`, and later an instance of that name again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_that_were_left_running_are_adopted() {
+    let cluster = Arc::new(Cluster::start(true));
+    cluster.node("a").await;
+    cluster.node("b").await;
+    cluster.model_and_instance().await;
+    cluster.ready_epoch(1).await;
+    let list = async || cluster.shards().list(&ListParams::default()).await.unwrap().items;
+    let uids = |shards: &[Shard]| shards.iter().map(|s| s.uid().unwrap()).collect::<Vec<_>>();
+    let before = uids(&list().await);
+    let orphan = DeleteParams {
+        propagation_policy: Some(PropagationPolicy::Orphan),
+        ..DeleteParams::default()
+    };
+    cluster.instances().delete("chat", &orphan).await.unwrap();
+    let gone = |cluster: Arc<Cluster>| async move {
+        cluster.instances().get_opt("chat").await.unwrap().is_none().then_some(())
+    };
+    cluster.until("the instance's end", gone, &cluster).await;
+    assert_eq!(uids(&list().await), before);
+
+    cluster.instance().await;
+    let instance = cluster.ready_epoch(1).await;
+    let adopted = |cluster: Arc<Cluster>| async move {
+        let shards = cluster.shards().list(&ListParams::default()).await.unwrap();
+        let owned = shards.iter().all(|shard| shard.owner_references().len() == 1);
+        owned.then_some(shards.items)
+    };
+    let shards = cluster.until("adoption", adopted, &cluster).await;
+    assert_eq!(uids(&shards), before, "they ran on");
+    assert!(shards.iter().all(|s| s.owner_references()[0].uid == instance.uid().unwrap()));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -53,6 +53,8 @@ async fn follow_kind<K>(
     pin_mut!(events);
     // A new list takes effect as a whole: nothing looks deleted while it arrives.
     let mut listed = Vec::new();
+    // The last problem in the log, until there is none.
+    let mut told: Option<String> = None;
     while let Some(event) = events.next().await {
         let next = match event {
             Ok(Event::Init) => {
@@ -68,12 +70,19 @@ async fn follow_kind<K>(
             Ok(Event::Delete(object)) => Change::Delete(object),
             Err(error) => {
                 // What is known stays in use; the stream backs off and comes back.
-                tracing::warn!(kind = %K::kind(&()), %error, "watching the API server");
                 let problem = problem(&error);
+                let kind = K::kind(&());
+                if told.as_deref() == Some(&problem) {
+                    tracing::debug!(%kind, problem, "still can't watch the API server");
+                } else {
+                    tracing::warn!(%kind, problem, "can't watch the API server");
+                    told = Some(problem.clone());
+                }
                 index.send_if_modified(|index| index.failed(problem));
                 continue;
             }
         };
+        told = None;
         index.send_modify(|index| change(index, next));
     }
 }

@@ -9,7 +9,7 @@ use exo_crds::{
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
-use super::{Observed, name_of};
+use super::{Action, Observed, is_deleting, name_of};
 use crate::Placement;
 
 /// Longest value of a label, as Kubernetes allows it.
@@ -93,6 +93,25 @@ fn owner(instance: &InferenceInstance) -> OwnerReference {
     }
 }
 
+/// Whether nobody looks after a shard.
+fn is_orphan(shard: &Shard) -> bool {
+    let mut owners = shard.metadata.owner_references.iter().flatten();
+    !is_deleting(shard) && !owners.any(|owner| owner.controller == Some(true))
+}
+
+/// What makes the orphans among these shards the instance's own.
+pub(super) fn adopt(instance: &InferenceInstance, shards: &[&Shard]) -> Vec<Action> {
+    let adopted = |shard: &&Shard| Action::Adopt {
+        name: shard.metadata.name.clone().unwrap_or_default(),
+        owners: {
+            let others = shard.metadata.owner_references.iter().flatten();
+            others.cloned().chain([owner(instance)]).collect()
+        },
+        resource_version: shard.metadata.resource_version.clone(),
+    };
+    shards.iter().filter(|shard| is_orphan(shard)).map(adopted).collect()
+}
+
 fn shard_model(model: &Model) -> ShardModel {
     ShardModel {
         name: model.metadata.name.clone().unwrap_or_default(),
@@ -123,7 +142,8 @@ pub(super) fn outdated(observed: &Observed<'_>, shards: &[&Shard]) -> bool {
     let nodes = &wanted.nodes;
     let foreign = |shard: &Shard| {
         let owners = shard.metadata.owner_references.iter().flatten();
-        !owners.into_iter().any(|owner| Some(&owner.uid) == instance.metadata.uid.as_ref())
+        let is_own = |owner: &OwnerReference| Some(&owner.uid) == instance.metadata.uid.as_ref();
+        !is_orphan(shard) && !owners.into_iter().any(is_own)
     };
     let differs = |shard: &Shard| {
         let spec = &shard.spec;
@@ -137,7 +157,8 @@ pub(super) fn outdated(observed: &Observed<'_>, shards: &[&Shard]) -> bool {
             || spec.max_concurrency != wanted.max_concurrency
             || spec.fast_synch != wanted.fast_synch
             || spec.environment != wanted.environment
-            || spec.seed != seed(instance)
+            // Those that were adopted go on with the one that they have.
+            || wanted.seed.is_some_and(|wanted| wanted != spec.seed)
             || nodes.min.is_some_and(|min| spec.world_size < min)
             || nodes.max.is_some_and(|max| spec.world_size > max)
             || !selected(observed, &nodes.selector, &spec.node)

@@ -29,7 +29,10 @@ use exo_crds::{
     InferenceInstance, InferenceInstanceStatus, Model, Node, Rendezvous, ReplicaStatus,
     SHARD_FINALIZER, Shard, ShardPhase, event::Occurrence,
 };
-use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use k8s_openapi::{
+    apimachinery::pkg::apis::meta::v1::{OwnerReference, Time},
+    jiff::Timestamp,
+};
 use serde::Serialize;
 
 use self::verdict::{End, Verdict};
@@ -45,6 +48,8 @@ const HEARSAY_DELAY_S: i64 = 2;
 const PERMANENT_DELAY_S: i64 = 300;
 /// After answering for this long, earlier failures are forgotten.
 const STABLE_S: i64 = 60;
+/// Kubernetes' word for an object whose dependents stay when it goes.
+const ORPHAN_FINALIZER: &str = "orphan";
 /// Reason of the conditions of an instance whose name does not fit into a label.
 const NAME_TOO_LONG: &str = "NameTooLong";
 /// Memory of nodes changes without a trigger of its own.
@@ -81,6 +86,15 @@ pub enum Action {
     SetRendezvous {
         name: String,
         rendezvous: Rendezvous,
+    },
+    /// Makes the instance the owner of a shard that has lost its own: somebody deleted an instance
+    /// of this name and let the shards run.
+    Adopt {
+        name: String,
+        /// All that it has then.
+        owners: Vec<OwnerReference>,
+        /// As of [`Action::Release`].
+        resource_version: Option<String>,
     },
     Delete {
         namespace: String,
@@ -139,6 +153,9 @@ pub fn reconcile(observed: &Observed<'_>) -> Decision {
         .collect();
     let deleting = instance.metadata.deletion_timestamp.is_some();
     let wanted = if deleting { 0 } else { instance.spec.replicas };
+    let finalizers = instance.metadata.finalizers.as_deref().unwrap_or_default();
+    // Whoever deletes it so wants the shards to run on; garbage collection takes it out of them.
+    let leaves_shards = deleting && finalizers.iter().any(|f| f == ORPHAN_FINALIZER);
     let before = instance.status.clone().unwrap_or_default();
     let edited = before.observed_generation != instance.metadata.generation;
 
@@ -156,7 +173,9 @@ pub fn reconcile(observed: &Observed<'_>) -> Decision {
             mine.iter().copied().filter(|shard| shard.spec.replica == index).collect();
         let known = before.replicas.iter().find(|r| r.index == index);
         if index >= wanted {
-            actions.extend(delete(&shards));
+            if !leaves_shards {
+                actions.extend(delete(&shards));
+            }
             retired.push(retire(index, known, &shards));
             continue;
         }
@@ -304,7 +323,9 @@ impl Planner<'_> {
             status.ready_since = None;
             State::Starting(status::progress(shards, &status))
         };
-        Outcome { actions: rendezvous, status, state, requeue_after }
+        let mut actions = build::adopt(self.observed.instance, shards);
+        actions.extend(rendezvous);
+        Outcome { actions, status, state, requeue_after }
     }
 
     /// A shard has failed: its peers stop now, the failed ones when it is time to try again. While

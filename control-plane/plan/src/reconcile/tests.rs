@@ -84,6 +84,9 @@ impl World {
             Action::SetRendezvous { name, rendezvous } => {
                 self.shard(&name).spec.rendezvous = Some(rendezvous);
             }
+            Action::Adopt { name, owners, .. } => {
+                self.shard(&name).metadata.owner_references = Some(owners);
+            }
             Action::Delete { name, .. } => {
                 let now = whole_seconds(self.now);
                 self.shard(&name).metadata.deletion_timestamp = Some(now);
@@ -420,6 +423,45 @@ fn changes_of_the_spec_start_a_new_epoch() {
     check(|w| w.instance.spec.sharding = exo_crds::Sharding::Pipeline, false);
     check(|w| w.models.get_mut("tiny").unwrap().spec.source.path = Some("other".to_owned()), true);
     check(|w| w.instance.metadata.uid = Some("another".to_owned()), true);
+}
+
+#[test]
+fn shards_whose_owner_left_them_are_adopted() {
+    let left = || {
+        let mut world = World::new(&["a", "b"], 2);
+        world.until_ready();
+        world.instance.metadata.deletion_timestamp = Some(whole_seconds(world.now));
+        world.instance.metadata.finalizers = Some(vec!["orphan".to_owned()]);
+        assert_eq!(world.decide().actions, [], "they are to run on");
+        for shard in &mut world.shards {
+            shard.metadata.owner_references = None;
+        }
+        world.instance.metadata.deletion_timestamp = None;
+        world.instance.metadata.finalizers = None;
+        world.instance.metadata.uid = Some("another".to_owned());
+        world.instance.status = None;
+        world
+    };
+    let mut world = left();
+    let adopted = |action: &Action| matches!(action, Action::Adopt { .. });
+    assert_eq!(world.decide().actions.iter().filter(|a| adopted(a)).count(), 2);
+    world.settle();
+    assert_eq!(world.names(), ["chat-0-a1-0", "chat-0-a1-1"]);
+    assert_eq!(world.status().phase, Some(InstancePhase::Ready));
+    for shard in &world.shards {
+        let owners = shard.metadata.owner_references.as_deref().unwrap();
+        assert_eq!(owners.iter().map(|o| o.uid.as_str()).collect::<Vec<_>>(), ["another"]);
+    }
+    assert_eq!(world.decide().actions, []);
+
+    let mut world = left();
+    world.instance.spec.context_length = Some(512);
+    world.settle();
+    assert_eq!(world.names(), ["-chat-0-a1-0", "-chat-0-a1-1"], "they are not what is wanted");
+    let mut world = left();
+    world.shards.pop();
+    world.settle();
+    assert_eq!(world.names(), ["-chat-0-a1-0"], "a part of a copy is none");
 }
 
 #[test]
