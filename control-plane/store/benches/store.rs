@@ -139,7 +139,16 @@ struct Node {
 
 impl Exo {
     async fn start() -> Self {
-        let voter = |id| (id, Voter::start(id, free_address(), TempDir::new_in(".").unwrap()));
+        let voter = |id| {
+            (
+                id,
+                Voter::start(
+                    id,
+                    free_address(),
+                    TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap(),
+                ),
+            )
+        };
         let exo = Self { voters: (1..=3).map(voter).collect(), client: reqwest::Client::new() };
         // The others keep a writer waiting for as long as they know of no leader.
         let first = exo.nodes().swap_remove(0);
@@ -359,7 +368,7 @@ mod etcd {
         let cluster = names.collect::<Vec<_>>().join(",");
         let mut members = Members(Vec::new());
         for i in 0..3 {
-            let dir = TempDir::new_in(".").unwrap();
+            let dir = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
             let (peer, client) = (format!("http://{}", peers[i]), format!("http://{}", clients[i]));
             let process = Command::new("etcd")
                 .args(["--name", &format!("m{i}"), "--initial-cluster", &cluster])

@@ -12,10 +12,7 @@
 use std::{
     ops::RangeInclusive,
     path::{Path, PathBuf},
-    sync::{
-        Mutex, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Mutex, PoisonError, RwLock},
 };
 
 use openraft::{Entry, LogId, SnapshotMeta, Vote};
@@ -27,7 +24,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
     MemberNode, TypeConfig,
-    call::chain,
+    commits::Commits,
     file::PreparedFile,
     mark::{Mark, MarkFile},
 };
@@ -109,10 +106,8 @@ pub(super) struct Disk {
     node_id: u64,
     /// `None` once closed.
     database: RwLock<Option<Database>>,
-    mark: Mutex<MarkFile>,
-    /// The number of the newest entry that is known to be committed, 0 for none: the mark tells it
-    /// with the next write, or after [`note_commits`](Self::note_commits).
-    committed: AtomicU64,
+    pub(super) mark: Mutex<MarkFile>,
+    pub(super) commits: Commits,
 }
 
 impl Disk {
@@ -147,7 +142,7 @@ impl Disk {
             node_id: 0,
             database: RwLock::new(Some(database)),
             mark: Mutex::new(mark),
-            committed: AtomicU64::new(0),
+            commits: Commits::default(),
         })
     }
 
@@ -205,7 +200,9 @@ impl Disk {
             Mark { vote: self.vote()?, last: last.max(self.purged()?), snapshot, committed: None };
         let mut file = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
         let mark = file.mark();
-        let found = Mark { committed: mark.committed, ..found };
+        // A mark of before may name an entry that was not here yet.
+        let committed = mark.committed.min(found.last.map(|last| last.index));
+        let found = Mark { committed, ..found };
         let what = if found.vote < mark.vote {
             "a vote"
         } else if found.snapshot < mark.snapshot {
@@ -224,17 +221,12 @@ impl Disk {
         file.write(mark).map_err(|source| DiskError::Mark { path, source })
     }
 
-    fn set_mark(&self, change: impl FnOnce(&mut Mark)) -> Result<(), DiskError> {
+    pub(super) fn set_mark(&self, change: impl FnOnce(&mut Mark)) -> Result<(), DiskError> {
         let mut file = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
         let mut mark = file.mark().clone();
         change(&mut mark);
-        self.tell_commits(&mut mark);
+        self.commits.tell(&mut mark);
         Self::put_mark(&mut file, mark)
-    }
-
-    fn tell_commits(&self, mark: &mut Mark) {
-        let committed = self.committed.load(Ordering::Relaxed);
-        mark.committed = mark.committed.max((committed > 0).then_some(committed));
     }
 
     /// Before what it no longer promises goes: the loss of power may keep either alone.
@@ -301,9 +293,6 @@ impl Disk {
         change: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
     ) -> Result<(), DiskError> {
         self.access(|database| {
-            // While somebody reads what was there before, redb leaves the pages that this commit
-            // frees to the next one, instead of making a second commit for them after each.
-            let _before = database.begin_read()?;
             let mut txn = database.begin_write()?;
             txn.set_durability(Durability::Immediate)?;
             change(&txn)?;
@@ -354,38 +343,6 @@ impl Disk {
         self.set_mark(|mark| mark.vote = Some(*vote))
     }
 
-    /// The entries up to `index` are committed. Remembers that after the next write here or after
-    /// [`note_commits`](Self::note_commits); not flushed: after a loss of power it may be forgotten.
-    pub(super) fn is_committed(&self, index: u64) {
-        self.committed.fetch_max(index, Ordering::Relaxed);
-    }
-
-    /// Writes down how far the log is committed. Only what a start without the others shows depends
-    /// on this.
-    pub(super) fn note_commits(&self) {
-        if let Err(error) = self.set_mark(|_| ()) {
-            tracing::debug!(error = chain(&error), "not noted how far the log is committed");
-        }
-    }
-
-    /// Whether there are entries here that are not noted as committed yet.
-    pub(super) fn awaits_commits(&self) -> bool {
-        let file = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
-        let mark = file.mark();
-        mark.last.map(|last| last.index) > mark.committed
-    }
-
-    /// The newest entry here that is known to be committed.
-    pub(super) fn committed(&self) -> Result<Option<LogId<u64>>, DiskError> {
-        self.note_commits();
-        let committed = self.mark.lock().unwrap_or_else(PoisonError::into_inner).mark().committed;
-        let (Some(committed), Some(last)) = (committed, self.last()?) else {
-            return Ok(None);
-        };
-        let index = committed.min(last.log_id.index);
-        Ok(self.entries(index..=index)?.first().map(|entry| entry.log_id))
-    }
-
     pub(super) fn purged(&self) -> Result<Option<LogId<u64>>, DiskError> {
         self.meta("purged")
     }
@@ -425,6 +382,9 @@ impl Disk {
     /// Adds entries in one transaction; returns their bytes.
     pub(super) fn append(&self, entries: &[Entry<TypeConfig>]) -> Result<u64, DiskError> {
         let mut bytes = 0;
+        // While somebody reads what was there before, redb leaves the pages that a commit frees to
+        // the next one, instead of making a second commit for them after each.
+        let before = self.access(|database| Ok(database.begin_read()?))?;
         self.write(|txn| {
             let mut table = txn.open_table(LOG)?;
             for entry in entries {
@@ -434,6 +394,7 @@ impl Disk {
             }
             Ok(())
         })?;
+        drop(before);
         if let Some(last) = entries.last() {
             self.set_mark(|mark| mark.last = Some(last.log_id))?;
         }

@@ -176,9 +176,9 @@ impl Node {
 pub(super) async fn keep(node: Arc<Node>) {
     let mut patience = between(FIRST_PATIENCE_MS);
     let mut is_new = true;
-    let started = node.ear.known().heard;
+    let started = node.ear.heard_at();
     while node.metrics().borrow().running_state.is_ok() {
-        if is_new && (node.leads() || node.ear.known().heard > started) {
+        if is_new && (node.leads() || node.ear.heard_at() > started) {
             is_new = false;
             patience = between(PATIENCE_MS);
         }

@@ -4,16 +4,28 @@
 //! For a task that makes one call after the other, where no harm is done by a call that is carried
 //! out twice. Owns the connection; what travels on it is [`call`](super::call)'s.
 
-use std::{future::Future as _, io, pin::Pin, sync::Arc, task::Poll, time::Duration};
+use std::{
+    error::Error,
+    future::Future as _,
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::Poll,
+    time::Duration,
+};
 
 use axum::http::{Request, StatusCode};
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full};
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
+    task::JoinSet,
     time::timeout,
 };
 use tokio_rustls::{
@@ -23,20 +35,31 @@ use tokio_rustls::{
 
 use super::call::{CallError, Target, chain};
 
+/// A machine on the LAN answers sooner or not at all.
+const OPEN_LIMIT: Duration = Duration::from_secs(3);
+/// Longer answers are refused: none of these calls has one.
+const ANSWER_BYTES: usize = 1 << 20;
+
 trait Wire: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin> Wire for T {}
 
 type Driver = http1::Connection<TokioIo<Box<dyn Wire>>, Full<Bytes>>;
 
-/// The way to one node; connected when it is first used, and anew after every fault.
+/// The way to one node; opened when it is first used, and anew after every fault.
 #[derive(Default)]
-pub(super) struct Line(Option<Connection>);
+pub(super) struct Line {
+    open: Option<Connection>,
+    /// One that is being opened, for as long as that takes: calls may have less time. Not more than
+    /// one.
+    opening: JoinSet<io::Result<Connection>>,
+}
 
 impl Line {
     /// Sends a request, and receives the whole answer.
     ///
     /// # Errors
-    /// [`CallError::NotDone`] when the node can't be reached, otherwise [`CallError::Unknown`].
+    /// [`CallError::NotDone`] when the node was not reached, by a connection that was open until then
+    /// or by another one; otherwise [`CallError::Unknown`].
     pub(super) async fn exchange(
         &mut self,
         to: &Target,
@@ -44,32 +67,49 @@ impl Line {
         request: Request<Full<Bytes>>,
         limit: Duration,
     ) -> Result<(StatusCode, Bytes), CallError> {
-        let Target { id, address } = to;
-        let text = |error: &dyn std::error::Error| {
-            format!("calling node {id} at {address}: {}", chain(error))
-        };
-        let exchange = async {
-            // Taken out: a call that is given up leaves no connection behind on which its answer
-            // may still come.
-            if let Some(mut connection) = self.0.take() {
-                // The other side may have closed it since.
-                if let Ok(answer) = connection.exchange(request.clone()).await {
-                    self.0 = connection.if_open();
-                    return Ok(answer);
+        let is_sent = AtomicBool::new(false);
+        let outcome = timeout(limit, self.exchange_anew(to, tls, request, &is_sent)).await;
+        outcome
+            .unwrap_or_else(|_| Err(format!("no answer in {} ms", limit.as_millis()).into()))
+            .map_err(|error| {
+                let text = format!("calling node {} at {}: {}", to.id, to.address, chain(&*error));
+                if is_sent.load(Ordering::Relaxed) {
+                    CallError::Unknown(text)
+                } else {
+                    CallError::NotDone(text)
                 }
+            })
+    }
+
+    async fn exchange_anew(
+        &mut self,
+        to: &Target,
+        tls: Option<&Arc<ClientConfig>>,
+        request: Request<Full<Bytes>>,
+        is_sent: &AtomicBool,
+    ) -> Exchanged {
+        // Taken out: a call that is given up leaves no connection behind on which its answer may
+        // still come.
+        if let Some(mut connection) = self.open.take() {
+            // The other side may have closed it since.
+            if let Ok(answer) = connection.exchange(request.clone(), is_sent).await {
+                self.open = connection.if_open();
+                return Ok(answer);
             }
-            let opened = Connection::open(address, tls).await;
-            let mut connection = opened.map_err(|error| CallError::NotDone(text(&error)))?;
-            let answer = connection.exchange(request).await;
-            let answer = answer.map_err(|error| CallError::Unknown(text(&error)))?;
-            self.0 = connection.if_open();
-            Ok(answer)
-        };
-        let late =
-            || format!("calling node {id} at {address}: no answer in {} ms", limit.as_millis());
-        timeout(limit, exchange).await.unwrap_or_else(|_| Err(CallError::Unknown(late())))
+            is_sent.store(false, Ordering::Relaxed);
+        }
+        if self.opening.is_empty() {
+            self.opening.spawn(Connection::open(to.address.clone(), tls.cloned()));
+        }
+        let opened = self.opening.join_next().await.ok_or("nothing is being opened")?;
+        let mut connection = opened??;
+        let answer = connection.exchange(request, is_sent).await?;
+        self.open = connection.if_open();
+        Ok(answer)
     }
 }
+
+type Exchanged = Result<(StatusCode, Bytes), Box<dyn Error + Send + Sync>>;
 
 struct Connection {
     sender: http1::SendRequest<Full<Bytes>>,
@@ -78,36 +118,39 @@ struct Connection {
 }
 
 impl Connection {
-    async fn open(address: &str, tls: Option<&Arc<ClientConfig>>) -> io::Result<Self> {
-        let tcp = TcpStream::connect(address).await?;
-        tcp.set_nodelay(true)?;
-        let wire: Box<dyn Wire> = match tls {
-            Some(config) => {
-                let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
-                let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-                let name = ServerName::try_from(host).map_err(io::Error::other)?;
-                Box::new(TlsConnector::from(Arc::clone(config)).connect(name, tcp).await?)
-            }
-            None => Box::new(tcp),
+    async fn open(address: String, tls: Option<Arc<ClientConfig>>) -> io::Result<Self> {
+        let opening = async {
+            let tcp = TcpStream::connect(&address).await?;
+            tcp.set_nodelay(true)?;
+            let wire: Box<dyn Wire> = match tls {
+                Some(config) => {
+                    let host = address.rsplit_once(':').map_or(&*address, |(host, _)| host);
+                    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+                    let name = ServerName::try_from(host).map_err(io::Error::other)?;
+                    Box::new(TlsConnector::from(config).connect(name, tcp).await?)
+                }
+                None => Box::new(tcp),
+            };
+            let (sender, driver) =
+                http1::handshake(TokioIo::new(wire)).await.map_err(io::Error::other)?;
+            Ok(Self { sender, driver: Some(Box::pin(driver)) })
         };
-        let (sender, driver) =
-            http1::handshake(TokioIo::new(wire)).await.map_err(io::Error::other)?;
-        Ok(Self { sender, driver: Some(Box::pin(driver)) })
+        timeout(OPEN_LIMIT, opening).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
     fn if_open(self) -> Option<Self> {
         self.driver.is_some().then_some(self)
     }
 
-    async fn exchange(
-        &mut self,
-        request: Request<Full<Bytes>>,
-    ) -> Result<(StatusCode, Bytes), hyper::Error> {
+    async fn exchange(&mut self, request: Request<Full<Bytes>>, is_sent: &AtomicBool) -> Exchanged {
         let Self { sender, driver } = self;
         let mut exchange = std::pin::pin!(async {
+            sender.ready().await?;
+            is_sent.store(true, Ordering::Relaxed);
             let response = sender.send_request(request).await?;
             let status = response.status();
-            Ok((status, response.into_body().collect().await?.to_bytes()))
+            let body = Limited::new(response.into_body(), ANSWER_BYTES).collect().await?;
+            Ok((status, body.to_bytes()))
         });
         std::future::poll_fn(|context| {
             // First what there is to send; then whatever arrived, or the end.
@@ -128,10 +171,7 @@ mod tests {
     use std::{
         collections::BTreeSet,
         net::SocketAddr,
-        sync::{
-            Mutex,
-            atomic::{AtomicU64, Ordering},
-        },
+        sync::{Mutex, atomic::AtomicU64},
     };
 
     use axum::{Router, extract::ConnectInfo, routing::post};
@@ -141,7 +181,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(10);
 
-    /// Answers with what it was sent; to the first `late` not in the time that the test gives.
+    /// Answers with what it was sent; but the first `late` not in the time that the test gives.
     struct Echo {
         address: SocketAddr,
         /// The far ends of all connections that brought a call.
@@ -220,6 +260,64 @@ mod tests {
         assert!(matches!(&error, CallError::NotDone(text) if text.contains("node 7")), "{error}");
         let _echo = Echo::start(&address.to_string()).await;
         assert_eq!(ask(&mut line, address, "c", LIMIT).await.unwrap(), "c");
+    }
+
+    #[tokio::test]
+    async fn a_call_that_ends_before_there_is_a_connection_was_not_sent() {
+        // Nobody takes what is connected there, so that a handshake does not end.
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let tls = Some(Arc::new(exo_trust::client_config(&member(dir.path(), "a")).unwrap()));
+        let to = Target { id: 7, address: address.to_string() };
+        let mut line = Line::default();
+        for _ in 0..3 {
+            let request = Request::post("/echo").body(Full::default()).unwrap();
+            let short = Duration::from_millis(20);
+            let error = line.exchange(&to, tls.as_ref(), request, short).await.unwrap_err();
+            assert!(matches!(&error, CallError::NotDone(_)), "{error}");
+        }
+        listener.accept().await.unwrap();
+        let second = timeout(Duration::from_millis(100), listener.accept()).await;
+        assert!(second.is_err(), "the calls share one attempt");
+    }
+
+    /// A member of a cluster of its own.
+    fn member(dir: &std::path::Path, name: &str) -> exo_trust::TlsPaths {
+        let dir = dir.join(name);
+        std::fs::create_dir_all(&dir).unwrap();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        let authority =
+            exo_trust::Authority::open_or_create(&dir.join("pki"), now.as_secs()).unwrap();
+        let groups = vec![exo_trust::GROUP_NODES.to_owned()];
+        let subject = exo_trust::Subject { name: name.to_owned(), groups };
+        let issued = authority.issue(&subject, Some(&[]), now.as_secs()).unwrap();
+        let paths = exo_trust::TlsPaths::in_dir(&dir);
+        exo_trust::write_private(&paths.ca, authority.certificate_pem().as_bytes()).unwrap();
+        exo_trust::write_private(&paths.cert, issued.certificate_pem.as_bytes()).unwrap();
+        exo_trust::write_private(&paths.key, issued.key_pem.as_bytes()).unwrap();
+        paths
+    }
+
+    #[tokio::test]
+    async fn whoever_is_no_member_gets_no_call() {
+        let dir = tempfile::tempdir().unwrap();
+        let (own, other) = (member(dir.path(), "a"), member(dir.path(), "b"));
+        let app = || Router::new().route("/echo", post(|body: String| async move { body }));
+        let mut answers = Vec::new();
+        for server in [&own, &other] {
+            let config = exo_trust::server_config(server, exo_trust::ClientAuth::Required).unwrap();
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let listener = exo_trust::TlsListener::new(listener, config).unwrap();
+            tokio::spawn(async move { axum::serve(listener, app()).await });
+            let tls = Arc::new(exo_trust::client_config(&own).unwrap());
+            let to = Target { id: 7, address: address.to_string() };
+            let request = Request::post("/echo").header("host", "a").body("x".into()).unwrap();
+            answers.push(Line::default().exchange(&to, Some(&tls), request, LIMIT).await);
+        }
+        assert_eq!(answers[0].as_ref().unwrap(), &(StatusCode::OK, Bytes::from("x")));
+        assert!(matches!(answers[1], Err(CallError::NotDone(_))), "{:?}", answers[1]);
     }
 
     #[tokio::test]

@@ -28,12 +28,13 @@ use openraft::{
     StorageIOError, Vote,
     storage::{LogFlushed, RaftLogStorage},
 };
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::{Notify, oneshot};
 
 use super::{
     TypeConfig,
     call::chain,
     disk::{Disk, DiskError},
+    flushing::Flushing,
     node::Proposals,
 };
 use crate::command::Command;
@@ -43,11 +44,9 @@ const TAIL_ENTRIES: usize = 256;
 const TAIL_BYTES: usize = 16 << 20;
 /// Appends of so many entries share a transaction.
 const SHARED_ENTRIES: usize = 1024;
-/// A leader whose disk takes longer reports nothing early any more: openraft then waits for the disk,
-/// heartbeats end, and a node with a disk that works takes over.
-const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 /// A commit is noted with the next entries, or after this time.
 const NOTE_AFTER: Duration = Duration::from_millis(50);
+const NOTE_AT_LEAST: Duration = Duration::from_secs(2);
 /// The log is cut by a snapshot after so many bytes, however few its entries.
 const SNAPSHOT_BYTES: u64 = 64 << 20;
 
@@ -74,88 +73,6 @@ enum Job {
 
 type DiskWork = Box<dyn FnOnce(&Disk) -> Result<(), DiskError> + Send>;
 type Outcome = Result<(), DiskError>;
-
-/// How far the log is on disk, where it may have been reported as done before it was.
-#[derive(Clone, Debug)]
-pub(super) struct Flushing(Arc<watch::Sender<Progress>>);
-
-#[derive(Clone, Debug, Default)]
-struct Progress {
-    /// Up to here it may have been reported before it was so; 0 for never.
-    early: u64,
-    /// The newest entry on disk.
-    flushed: Option<LogId<u64>>,
-    /// Since when entries that were reported early wait for the disk.
-    waiting: Option<Instant>,
-    failed: Option<String>,
-}
-
-impl Progress {
-    fn has(&self, index: u64) -> bool {
-        index > self.early || self.flushed.is_some_and(|flushed| index <= flushed.index)
-    }
-}
-
-impl Flushing {
-    fn new(flushed: Option<LogId<u64>>) -> Self {
-        Self(Arc::new(watch::Sender::new(Progress { flushed, ..Progress::default() })))
-    }
-
-    fn change(&self, change: impl FnOnce(&mut Progress)) {
-        self.0.send_modify(change);
-    }
-
-    /// Why nothing more is written.
-    pub(super) fn failure(&self) -> Option<String> {
-        self.0.borrow().failed.clone()
-    }
-
-    /// Takes note that the entries up to `index` are reported as done.
-    fn reported(&self, index: u64, now: Instant) {
-        self.change(|progress| {
-            progress.early = progress.early.max(index);
-            progress.waiting.get_or_insert(now);
-        });
-    }
-
-    fn flushed(&self, last: Option<LogId<u64>>, now: Instant) {
-        self.change(|progress| {
-            progress.flushed = last;
-            let is_done = last.is_some_and(|last| last.index >= progress.early);
-            progress.waiting = progress.waiting.and((!is_done).then_some(now));
-        });
-    }
-
-    /// Whether the disk hangs: nothing of what was reported early got there for too long.
-    fn is_overdue(&self, now: Instant) -> bool {
-        let waiting = self.0.borrow().waiting;
-        waiting.is_some_and(|since| now.saturating_duration_since(since) > FLUSH_LIMIT)
-    }
-
-    /// Waits until the entry at `index` is on disk.
-    pub(super) async fn reached(&self, index: u64) -> io::Result<()> {
-        let mut progress = self.0.subscribe();
-        // The sender lives in `self`.
-        let now = progress.wait_for(|p| p.failed.is_some() || p.has(index)).await;
-        match now.map_err(io::Error::other)?.failed.clone() {
-            Some(failed) => Err(io::Error::other(failed)),
-            None => Ok(()),
-        }
-    }
-
-    /// Waits until this leader has proposed an entry after this one.
-    pub(super) async fn proposed_after(&self, index: u64) {
-        let mut progress = self.0.subscribe();
-        // The sender lives in `self`.
-        let _ = progress.wait_for(|p| p.early > index).await;
-    }
-
-    /// The same entry if it is on disk, or the newest one that is.
-    pub(super) fn at_most(&self, id: LogId<u64>) -> Option<LogId<u64>> {
-        let progress = self.0.borrow();
-        if progress.has(id.index) { Some(id) } else { progress.flushed.min(Some(id)) }
-    }
-}
 
 /// How much was appended since the last sign that it is enough.
 #[derive(Default)]
@@ -318,14 +235,17 @@ impl Writing {
         }
     }
 
-    /// Waits for the next job. Commits that came after the last one are noted meanwhile.
+    /// Waits for the next job. Commits that came after the last one are noted meanwhile; without a
+    /// majority they may be long in coming.
     fn next(&self, queue: &mpsc::Receiver<Job>) -> Option<Job> {
-        while self.disk.awaits_commits() {
-            match queue.recv_timeout(NOTE_AFTER) {
+        let mut wait = NOTE_AFTER;
+        while self.flushing.failure().is_none() && self.disk.awaits_commits() {
+            match queue.recv_timeout(wait) {
                 Ok(job) => return Some(job),
                 Err(RecvTimeoutError::Timeout) => self.disk.note_commits(),
                 Err(RecvTimeoutError::Disconnected) => return None,
             }
+            wait = NOTE_AT_LEAST.min(wait * 2);
         }
         queue.recv().ok()
     }
@@ -346,7 +266,7 @@ impl Writing {
                 for done in waiting {
                     done.log_io_completed(Err(io::Error::other(failed.clone())));
                 }
-                self.flushing.change(|progress| progress.failed = Some(failed));
+                self.flushing.failed(failed);
             }
         }
     }
@@ -371,7 +291,7 @@ impl Tail {
         self.entries.insert(entry.log_id.index, entry);
         while (self.entries.len() > TAIL_ENTRIES || self.bytes > TAIL_BYTES)
             && let Some(first) = self.entries.first_entry()
-            && flushing.0.borrow().flushed.is_some_and(|flushed| *first.key() <= flushed.index)
+            && flushing.is_flushed(*first.key())
         {
             self.bytes -= size(&first.remove());
         }
@@ -506,10 +426,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             tail.keep(..log_id.index);
             tail.last = last.map(|entry| entry.log_id).or(tail.purged);
             let last = tail.last;
-            self.flushing.change(|progress| {
-                progress.early = progress.early.min(log_id.index.saturating_sub(1));
-                progress.flushed = last;
-            });
+            self.flushing.cut(log_id.index, last);
         });
         Ok(())
     }
@@ -534,48 +451,6 @@ mod tests {
 
     fn id(index: u64) -> LogId<u64> {
         LogId::new(CommittedLeaderId::new(1, 1), index)
-    }
-
-    #[tokio::test]
-    async fn only_what_was_reported_early_is_waited_for() {
-        let flushing = Flushing::new(Some(id(3)));
-        for index in [1, 3, 4, 99] {
-            flushing.reached(index).await.unwrap();
-            assert_eq!(flushing.at_most(id(index)), Some(id(index)));
-        }
-        flushing.change(|progress| progress.early = 5);
-        flushing.reached(3).await.unwrap();
-        flushing.reached(6).await.unwrap();
-        assert_eq!(flushing.at_most(id(4)), Some(id(3)), "followers are told of what is on disk");
-        let waiting = tokio::spawn({
-            let flushing = flushing.clone();
-            async move { flushing.reached(5).await }
-        });
-        flushing.change(|progress| progress.flushed = Some(id(4)));
-        tokio::task::yield_now().await;
-        assert!(!waiting.is_finished());
-        flushing.change(|progress| progress.flushed = Some(id(5)));
-        waiting.await.unwrap().unwrap();
-
-        flushing.change(|progress| progress.failed = Some("no room".to_owned()));
-        assert!(flushing.reached(6).await.unwrap_err().to_string().contains("no room"));
-    }
-
-    #[test]
-    fn a_disk_that_hangs_is_waited_for_again() {
-        let flushing = Flushing::new(Some(id(3)));
-        let begin = Instant::now();
-        let late = |seconds| begin + Duration::from_secs(seconds);
-        assert!(!flushing.is_overdue(late(100)), "nothing waits");
-        flushing.reported(4, begin);
-        flushing.reported(5, late(1));
-        assert!(!flushing.is_overdue(late(1)));
-        assert!(flushing.is_overdue(late(2)), "the oldest counts");
-        flushing.flushed(Some(id(4)), late(2));
-        assert!(!flushing.is_overdue(late(3)), "the disk goes on");
-        assert!(flushing.is_overdue(late(4)));
-        flushing.flushed(Some(id(5)), late(4));
-        assert!(!flushing.is_overdue(late(100)));
     }
 
     #[test]

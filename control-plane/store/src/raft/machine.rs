@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use super::{
     MemberNode, Request, Response, SnapshotData, TypeConfig,
     disk::{Disk, DiskError, Meta},
-    log::Flushing,
+    flushing::Flushing,
 };
 use crate::{
     command,

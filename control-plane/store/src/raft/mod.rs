@@ -4,9 +4,11 @@
 //! may call; connections are made by the client and accepted by the server that it is given.
 
 mod call;
+mod commits;
 mod disk;
 mod election;
 mod file;
+mod flushing;
 mod line;
 mod log;
 mod machine;

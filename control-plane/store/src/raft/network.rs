@@ -27,8 +27,8 @@ use tokio::time::{Instant, timeout};
 use super::{
     MemberNode, TypeConfig,
     call::{CallError, Caller, Target},
+    flushing::Flushing,
     line::Line,
-    log::Flushing,
 };
 
 /// A body of appends ends about here; longer ones are cut in two. openraft waits for the answer for
@@ -62,7 +62,8 @@ pub(super) struct Peer {
     telling: Telling,
     silence: Silence,
     target: Target,
-    /// For calls that carry entries, or say how far they are committed.
+    /// For the stream of calls that carry entries or say how far they are committed. Questions are
+    /// asked by a peer that is made for each: those go by the connections that all share.
     line: Line,
     /// When it last answered a call for entries. openraft has one stream of these for each
     /// follower, and asks its questions by others.
@@ -246,15 +247,16 @@ impl RaftNetwork<TypeConfig> for Peer {
             return Err(PayloadTooLarge::new_entries_hint(half).into());
         }
         let limit = option.hard_ttl();
+        if !carries && self.called.is_none() {
+            return self.call("append", body, limit).await;
+        }
         let answer: std::result::Result<_, RaftError<u64>> = self
             .caller
             .post_by(&mut self.line, &self.target, "append", body, limit)
             .await
             .map_err(fault)?;
         let answer = answer.map_err(|error| self.refused(error))?;
-        if carries || self.called.is_some() {
-            self.called = Some(Instant::now());
-        }
+        self.called = Some(Instant::now());
         Ok(answer)
     }
 
