@@ -8,10 +8,11 @@ use super::attention::{Attention, AttentionArgs};
 use super::common::Common;
 use super::deepseek_v3;
 use super::mlp::FeedForward;
+use super::single::{Parts, Steps};
 use super::{Args, LayerModules, Part, layer_path};
-use crate::batch::{LayerCache, Pass};
+use crate::batch::{LayerCache, Pass, Place};
 use crate::loader::{Home, Kind, Module, Split, Weights};
-use crate::mlx::{add, rms_norm};
+use crate::mlx::{Traced, add, rms_norm};
 use crate::nn::{Embedding, Linear, last};
 use crate::tensor::Team;
 
@@ -62,6 +63,8 @@ struct Block {
     post_attention_layernorm: Array,
     eps: f32,
     team: Team,
+    /// For one position of a single sequence, where that has kernels of its own.
+    step: Option<Traced>,
 }
 
 impl Block {
@@ -70,6 +73,7 @@ impl Block {
         layer: usize,
         weights: &mut Weights,
         team: &Team,
+        steps: &Steps,
     ) -> Result<Self, Exception> {
         let (path, common) = (layer_path(layer), &args.common);
         let [input_layernorm, post_attention_layernorm] =
@@ -84,7 +88,32 @@ impl Block {
         };
         let feed_forward = args.feed_forward[layer].build(&path, weights)?;
         let (eps, team) = (common.eps, team.clone());
-        Ok(Self { self_attn, feed_forward, input_layernorm, post_attention_layernorm, eps, team })
+        let step = match (&self_attn, feed_forward.dense()) {
+            (SelfAttention::Grouped(attention), Some((gate_up_proj, down_proj)))
+                if team.is_alone() =>
+            {
+                let (input_norm, post_norm) = (&input_layernorm, &post_attention_layernorm);
+                let parts = |attention| Parts {
+                    input_norm,
+                    attention,
+                    post_norm,
+                    gate_up_proj,
+                    down_proj,
+                    eps,
+                };
+                attention.single().map(|attention| steps.layer(parts(attention))).transpose()?
+            }
+            (SelfAttention::Grouped(_) | SelfAttention::Latent(_), _) => None,
+        };
+        Ok(Self {
+            self_attn,
+            feed_forward,
+            input_layernorm,
+            post_attention_layernorm,
+            eps,
+            team,
+            step: step.flatten(),
+        })
     }
 
     /// `x` `[1, positions, width]` to the last `wanted` positions; the cache gets all.
@@ -94,6 +123,12 @@ impl Block {
         wanted: i32,
         cache: &mut LayerCache<'_>,
     ) -> Result<Array, Exception> {
+        let is_single = x.dim(1) == 1 && x.dtype() == self.input_layernorm.dtype();
+        if let Some(step) = self.step.as_ref().filter(|_| is_single)
+            && let Some(Place { position, keys, values }) = cache.next_place(x.dtype())
+        {
+            return step.apply([x, position, keys, values]);
+        }
         let normed = rms_norm(x, Some(&self.input_layernorm), self.eps)?;
         let attended = match &self.self_attn {
             SelfAttention::Grouped(attention) => attention.forward(&normed, wanted, cache)?,
@@ -130,8 +165,10 @@ impl Model {
         let common = &args.common;
         let embeds = part.owns(if common.tied { Home::Ends } else { Home::First });
         let embed_tokens = embeds.then(|| weights.embedding("model.embed_tokens"));
-        let layers: Result<Vec<Block>, Exception> =
-            part.layers.clone().map(|i| Block::build(args, i, &mut weights, team)).collect();
+        let steps = Steps::new()?;
+        let layers: Result<Vec<Block>, Exception> = (part.layers.clone())
+            .map(|i| Block::build(args, i, &mut weights, team, &steps))
+            .collect();
         let layers = layers?;
         let head = part.last.then(|| {
             let tied = common.tied;
