@@ -469,7 +469,6 @@ impl Part<'_> {
 mod tests {
     use std::collections::BTreeMap;
 
-    use mlx_rs::Dtype;
     use mlx_rs::ops::zeros_dtype;
     use mlx_rs::transforms::eval;
 
@@ -497,6 +496,25 @@ mod tests {
     fn layout(all: &Segments) -> Vec<Vec<(RowId, i32)>> {
         let of = |s: &Segment| s.members.iter().map(|m| (m.row, m.padding)).collect();
         all.list.iter().map(of).collect()
+    }
+
+    #[test]
+    fn only_a_sequence_that_is_fed_alone_has_a_place() {
+        let mut all = segments(&[(1, 10), (2, 40)]);
+        let one = BTreeSet::from([1]);
+        let mut pass = all.pass(&one, 1).unwrap();
+        for layer in 0..2 {
+            let mut cache = pass.layer(layer);
+            let place = cache.next_place(Dtype::Float32).unwrap();
+            assert_eq!(place.position.as_slice::<i32>(), [10]);
+            assert_eq!(place.keys.shape(), [1, 1, 256, 1]);
+            assert_eq!(cache.parts[0].cache.len(), 11);
+        }
+        let both = BTreeSet::from([1, 2]);
+        all.gather(&both).unwrap();
+        let mut pass = all.pass(&both, 1).unwrap();
+        assert!(pass.layer(0).next_place(Dtype::Float32).is_none());
+        assert_eq!(pass.layer(0).parts[0].cache.len(), 40);
     }
 
     #[test]

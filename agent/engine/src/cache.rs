@@ -257,6 +257,21 @@ mod tests {
     }
 
     #[test]
+    fn places_are_counted_while_there_are_any() {
+        let mut cache = KvCache::default();
+        assert!(cache.next_place(Dtype::Float32).is_none(), "no buffers yet");
+        cache.extend(&positions(0, 255), &positions(0, 255)).unwrap();
+        assert!(cache.next_place(Dtype::Bfloat16).is_none(), "of another type");
+        assert_eq!(cache.len(), 255);
+        let (keys, values) = cache.next_place(Dtype::Float32).unwrap();
+        assert_eq!((keys.shape(), values.shape()), (&[1, 2, 256, 1][..], &[1, 2, 256, 1][..]));
+        assert_eq!(cache.len(), 256);
+        assert!(cache.next_place(Dtype::Float32).is_none(), "full");
+        cache.truncate(1);
+        assert!(cache.next_place(Dtype::Float32).is_some());
+    }
+
+    #[test]
     fn rows_join_and_part_with_their_last_positions_side_by_side() {
         let (mut long, mut short) = (KvCache::default(), KvCache::default());
         long.extend(&positions(10, 3), &positions(0, 3)).unwrap();

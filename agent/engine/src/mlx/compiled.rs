@@ -26,7 +26,9 @@ pub(crate) fn gated(gate: &Array, up: &Array) -> Result<Array, Exception> {
 fn gated_on_gpu() -> Option<Traced> {
     let device = Device::try_default().and_then(|device| device.get_type());
     match device {
-        Ok(DeviceType::Gpu) => Traced::new(Shapes::Any, |inputs| gated_steps(&inputs[0], &inputs[1])),
+        Ok(DeviceType::Gpu) => {
+            Traced::new(Shapes::Any, |inputs| gated_steps(&inputs[0], &inputs[1]))
+        }
         Ok(DeviceType::Cpu) | Err(_) => None,
     }
 }
@@ -162,7 +164,8 @@ mod tests {
     fn what_is_traced_is_called_with_what_it_is_given() {
         // Nothing that could be fused: on a CPU that would need a compiler.
         let ten = Array::from_slice(&[10.0_f32], &[1, 1]);
-        let sum = Traced::new(Shapes::Same, move |inputs| matmul(&inputs[0], &inputs[1])?.add(&ten));
+        let sum =
+            Traced::new(Shapes::Same, move |inputs| matmul(&inputs[0], &inputs[1])?.add(&ten));
         let sum = sum.unwrap();
         for (a, b, expect) in [
             (vec![1.0_f32, 2.0], vec![3.0, 4.0], 21.0),

@@ -12,7 +12,7 @@ use super::compiled::item;
 use super::ops::stream;
 use super::take_error;
 
-/// Threads of a block, four warps: small enough that few blocks do not leave much of a GPU idle.
+/// Threads of a block. Four warps, as the source says, too: small enough that few blocks do not leave much of a GPU idle.
 const PRODUCT_THREADS: i32 = 128;
 const ATTEND_THREADS: i32 = 256;
 
@@ -165,35 +165,33 @@ fn item_bytes(dtype: Dtype) -> Option<i32> {
     }
 }
 
-/// Products of one position's features, `[1, 1, columns]`, with matrices `[rows, columns]`, contiguous, of one type.
+/// Products of one position's features, `[1, 1, columns]`, with matrices `[rows, columns]`, contiguous, all of one type.
 pub(crate) struct Products {
-    project: Kernel,
-    project_gated: Kernel,
-    project_onto: Kernel,
+    kernel: Kernel,
+    /// What is added to the mean square of a norm's input.
+    eps: f32,
+}
+
+/// What becomes of a product. The kernel is told by how many axes its second input has, which costs no array: these
+/// numbers.
+#[derive(Clone, Copy)]
+enum Product {
+    Plain = 1,
+    Gated = 2,
+    Onto = 3,
 }
 
 impl Products {
-    pub(crate) fn new() -> Result<Self, Exception> {
-        let source = include_str!("cuda/products.cuh");
-        let normed = [c"x", c"norm", c"weight"];
-        let kernel = |name, inputs: &[&CStr], body| Kernel::new(name, inputs, &[c"out"], source, body);
-        Ok(Self {
-            project: kernel(
-                c"exo_project",
-                &normed,
-                c"project<ROWS, COLUMNS>(x, norm, weight, __int_as_float(EPS), out);",
-            )?,
-            project_gated: kernel(
-                c"exo_project_gated",
-                &normed,
-                c"project_gated<ROWS, COLUMNS>(x, norm, weight, __int_as_float(EPS), out);",
-            )?,
-            project_onto: kernel(
-                c"exo_project_onto",
-                &[c"x", c"weight", c"residual"],
-                c"project_onto<ROWS, COLUMNS>(x, weight, residual, out);",
-            )?,
-        })
+    pub(crate) fn new(eps: f32) -> Result<Self, Exception> {
+        let kernel = Kernel::new(
+            c"exo_product",
+            &[c"x", c"other", c"weight"],
+            &[c"out"],
+            include_str!("cuda/products.cuh"),
+            c"run_product(other_ndim, x, other, weight, weight_shape[0], weight_shape[1], \
+            __int_as_float(EPS), out);",
+        )?;
+        Ok(Self { kernel, eps })
     }
 
     /// Whether they can be had with this matrix.
@@ -207,23 +205,20 @@ impl Products {
         &self,
         x: &Array,
         norm: &Array,
-        eps: f32,
         weight: &Array,
     ) -> Result<Array, Exception> {
-        let rows = weight.dim(0);
-        run(&self.project, &[x, norm, weight], weight, rows, Some(eps))
+        self.run(Product::Plain, [x, norm, weight])
     }
 
-    /// `silu(gate) · up` of `x` after RMS norm; `weight` has the rows of the gate, then those of `up`.
+    /// `silu(gate) · up` of `x` after RMS norm; `weight` has the rows of the gate, then those of `up`. `norm` is
+    /// `[1, columns]` here.
     pub(crate) fn project_gated(
         &self,
         x: &Array,
         norm: &Array,
-        eps: f32,
         weight: &Array,
     ) -> Result<Array, Exception> {
-        let rows = weight.dim(0) / 2;
-        run(&self.project_gated, &[x, norm, weight], weight, rows, Some(eps))
+        self.run(Product::Gated, [x, norm, weight])
     }
 
     /// Added to `residual`.
@@ -233,30 +228,27 @@ impl Products {
         x: &Array,
         weight: &Array,
     ) -> Result<Array, Exception> {
-        let rows = weight.dim(0);
-        run(&self.project_onto, &[x, weight, residual], weight, rows, None)
+        self.run(Product::Onto, [x, residual, weight])
     }
-}
 
-/// One of [`Products`] that has `rows` results.
-fn run(
-    kernel: &Kernel,
-    inputs: &[&Array],
-    weight: &Array,
-    rows: i32,
-    eps: Option<f32>,
-) -> Result<Array, Exception> {
-    let mut constants = vec![(c"ROWS", rows), (c"COLUMNS", weight.dim(1))];
-    constants.extend(eps.map(|eps| (c"EPS", bits(eps))));
-    let per_block = PRODUCT_THREADS / 32;
-    let launch = Launch {
-        dtype: weight.dtype(),
-        constants: &constants,
-        outputs: &[(&[1, 1, rows], weight.dtype())],
-        blocks: [(rows + per_block - 1) / per_block, 1],
-        threads: PRODUCT_THREADS,
-    };
-    kernel.launch(inputs, &launch)
+    fn run(&self, product: Product, [x, other, weight]: [&Array; 3]) -> Result<Array, Exception> {
+        let rows = match product {
+            Product::Plain | Product::Onto => weight.dim(0),
+            Product::Gated => weight.dim(0) / 2,
+        };
+        if other.ndim() != product as usize {
+            return Err(Exception::custom(format!("a product with {} axes", other.ndim())));
+        }
+        let per_block = PRODUCT_THREADS / 32;
+        let launch = Launch {
+            dtype: weight.dtype(),
+            constants: &[(c"EPS", bits(self.eps))],
+            outputs: &[(&[1, 1, rows], weight.dtype())],
+            blocks: [(rows + per_block - 1) / per_block, 1],
+            threads: PRODUCT_THREADS,
+        };
+        self.kernel.launch(&[x, other, weight], &launch)
+    }
 }
 
 /// A float as a constant, which MLX has none of.
@@ -291,7 +283,11 @@ pub(crate) struct Attend {
 
 impl Attend {
     /// None if the kernel can't do it.
-    pub(crate) fn new(heads: Heads, periods: Array, dtype: Dtype) -> Result<Option<Self>, Exception> {
+    pub(crate) fn new(
+        heads: Heads,
+        periods: Array,
+        dtype: Dtype,
+    ) -> Result<Option<Self>, Exception> {
         if !heads.fit(dtype) {
             return Ok(None);
         }
@@ -369,8 +365,14 @@ mod tests {
 
     #[test]
     fn heads_that_a_block_can_not_serve_are_refused() {
-        let heads =
-            |count, kv_count, dim| Heads { count, kv_count, dim, pairs: false, turns: 1.0, scale: 1.0 };
+        let heads = |count, kv_count, dim| Heads {
+            count,
+            kv_count,
+            dim,
+            pairs: false,
+            turns: 1.0,
+            scale: 1.0,
+        };
         for (heads, dtype, fit) in [
             (heads(32, 8, 128), Dtype::Bfloat16, true),
             (heads(32, 8, 64), Dtype::Float32, true),

@@ -138,7 +138,12 @@ impl Attention {
             scale: (self.head_dim as f32).powf(-0.5),
         };
         let qkv_proj = self.qkv_proj.whole().filter(|_| is_plain)?;
-        Some(SingleAttention { qkv_proj, heads, periods: self.rope.periods(), o_proj: &self.o_proj })
+        Some(SingleAttention {
+            qkv_proj,
+            heads,
+            periods: self.rope.periods(),
+            o_proj: &self.o_proj,
+        })
     }
 
     /// `x` `[1, positions, width]` to outputs of the last `wanted` positions; keys and values are kept of all. Where

@@ -1,8 +1,11 @@
 //! The frame that all architectures share: embedding, layers of attention and feed-forward with a norm before each,
 //! final norm and output projection.
 
-use mlx_rs::Array;
+use std::collections::BTreeSet;
+
 use mlx_rs::error::Exception;
+use mlx_rs::transforms::eval;
+use mlx_rs::{Array, Dtype};
 
 use super::attention::{Attention, AttentionArgs};
 use super::common::Common;
@@ -10,11 +13,17 @@ use super::deepseek_v3;
 use super::mlp::FeedForward;
 use super::single::{Parts, Steps};
 use super::{Args, LayerModules, Part, layer_path};
-use crate::batch::{LayerCache, Pass, Place};
+use crate::batch::{LayerCache, Pass, Place, Segments};
 use crate::loader::{Home, Kind, Module, Split, Weights};
 use crate::mlx::{Traced, add, rms_norm};
 use crate::nn::{Embedding, Linear, last};
 use crate::tensor::Team;
+
+/// Positions on which a step is tried, those before them, and how far it may be off, as part of the largest number:
+/// many times what rounding to 16 bit does.
+const TRIED: i32 = 2;
+const TRIED_BEHIND: i32 = 5;
+const TRIED_OFF_MAX: f32 = 0.05;
 
 const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
 
@@ -73,7 +82,6 @@ impl Block {
         layer: usize,
         weights: &mut Weights,
         team: &Team,
-        steps: &Steps,
     ) -> Result<Self, Exception> {
         let (path, common) = (layer_path(layer), &args.common);
         let [input_layernorm, post_attention_layernorm] =
@@ -88,23 +96,6 @@ impl Block {
         };
         let feed_forward = args.feed_forward[layer].build(&path, weights)?;
         let (eps, team) = (common.eps, team.clone());
-        let step = match (&self_attn, feed_forward.dense()) {
-            (SelfAttention::Grouped(attention), Some((gate_up_proj, down_proj)))
-                if team.is_alone() =>
-            {
-                let (input_norm, post_norm) = (&input_layernorm, &post_attention_layernorm);
-                let parts = |attention| Parts {
-                    input_norm,
-                    attention,
-                    post_norm,
-                    gate_up_proj,
-                    down_proj,
-                    eps,
-                };
-                attention.single().map(|attention| steps.layer(parts(attention))).transpose()?
-            }
-            (SelfAttention::Grouped(_) | SelfAttention::Latent(_), _) => None,
-        };
         Ok(Self {
             self_attn,
             feed_forward,
@@ -112,8 +103,72 @@ impl Block {
             post_attention_layernorm,
             eps,
             team,
-            step: step.flatten(),
+            step: None,
         })
+    }
+
+    /// What does one position of a single sequence in few kernels, if that can be.
+    fn make_step(&self, steps: &Steps) -> Result<Option<Traced>, Exception> {
+        let (SelfAttention::Grouped(attention), Some((gate_up_proj, down_proj))) =
+            (&self.self_attn, self.feed_forward.dense())
+        else {
+            return Ok(None);
+        };
+        let Some(attention) = attention.single().filter(|_| self.team.is_alone()) else {
+            return Ok(None);
+        };
+        steps.layer(Parts {
+            input_norm: &self.input_layernorm,
+            attention,
+            post_norm: &self.post_attention_layernorm,
+            gate_up_proj,
+            down_proj,
+            eps: self.eps,
+        })
+    }
+
+    /// Whether `step` gives what the layer's operations do, but for rounding: on some positions behind others, so that
+    /// rotation and caches count.
+    fn agrees(&self, step: &Traced) -> Result<bool, Exception> {
+        let width = self.input_layernorm.dim(0);
+        let hidden = |first: i32, positions: i32| {
+            let count = positions * width;
+            let values: Vec<f32> = (0..count).map(|i| ((first + i) as f32 * 0.7).sin()).collect();
+            Array::from_slice(&values, &[1, positions, width])
+                .as_dtype(self.input_layernorm.dtype())
+        };
+        let row = BTreeSet::from([0]);
+        let mut caches = [Segments::default(), Segments::default()];
+        for segments in &mut caches {
+            segments.open(0, 1);
+            let x = hidden(0, TRIED_BEHIND)?;
+            self.forward(&x, TRIED_BEHIND, &mut segments.pass(&row, TRIED_BEHIND)?.layer(0))?
+                .eval()?;
+        }
+        let [by_operations, by_step] = &mut caches;
+        for number in 1..=TRIED {
+            let x = hidden(1000 * number, 1)?;
+            let expected = self.forward(&x, 1, &mut by_operations.pass(&row, 1)?.layer(0))?;
+            let mut pass = by_step.pass(&row, 1)?;
+            let mut cache = pass.layer(0);
+            let Some(Place { position, keys, values }) = cache.next_place(x.dtype()) else {
+                return Ok(false);
+            };
+            let found = step.apply([&x, position, keys, values])?;
+            let [expected, found] = [expected, found].map(|x| x.as_dtype(Dtype::Float32));
+            let (expected, found) = (expected?, found?);
+            let off = found.subtract(&expected)?.abs()?.max(None)?;
+            let size = expected.abs()?.max(None)?;
+            // Kernels that can't be compiled fail here.
+            eval([&off, &size])?;
+            let (off, size) = (off.item_exact::<f32>(), size.item_exact::<f32>());
+            // Not so where one is not a number.
+            let agrees = off <= size * TRIED_OFF_MAX;
+            if !agrees {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// `x` `[1, positions, width]` to the last `wanted` positions; the cache gets all.
@@ -138,6 +193,20 @@ impl Block {
         let normed = rms_norm(&x, Some(&self.post_attention_layernorm), self.eps)?;
         add(&x, &self.feed_forward.forward(&normed, &self.team)?)
     }
+}
+
+/// Gives all layers their steps if the first one's does here what it should: kernels are compiled on the machine, and
+/// for GPUs that nobody has tried.
+fn give_steps(layers: &mut [Block], steps: &Steps) -> Result<(), Exception> {
+    let Some(first) = layers.first() else { return Ok(()) };
+    match first.make_step(steps)? {
+        Some(step) if first.agrees(&step).unwrap_or(false) => {}
+        Some(_) | None => return Ok(()),
+    }
+    for layer in layers {
+        layer.step = layer.make_step(steps)?;
+    }
+    Ok(())
 }
 
 enum Head {
@@ -165,11 +234,12 @@ impl Model {
         let common = &args.common;
         let embeds = part.owns(if common.tied { Home::Ends } else { Home::First });
         let embed_tokens = embeds.then(|| weights.embedding("model.embed_tokens"));
-        let steps = Steps::new()?;
-        let layers: Result<Vec<Block>, Exception> = (part.layers.clone())
-            .map(|i| Block::build(args, i, &mut weights, team, &steps))
-            .collect();
-        let layers = layers?;
+        let layers: Result<Vec<Block>, Exception> =
+            part.layers.clone().map(|i| Block::build(args, i, &mut weights, team)).collect();
+        let mut layers = layers?;
+        if let Some(steps) = Steps::new(common.eps)? {
+            give_steps(&mut layers, &steps)?;
+        }
         let head = part.last.then(|| {
             let tied = common.tied;
             let head = if tied { Head::Tied } else { Head::Own(weights.linear("lm_head")) };

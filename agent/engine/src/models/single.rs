@@ -10,7 +10,7 @@ use mlx_rs::{Array, Dtype};
 
 use super::attention::SingleAttention;
 use crate::mlx::kernels::{self, Attend, Products};
-use crate::mlx::{Shapes, Traced, add, gated, rms_norm};
+use crate::mlx::{Shapes, Traced, add, gated, reshape, rms_norm};
 use crate::nn::{Joint, Linear};
 
 /// The parts of a layer. Its attention is what [`Attend`] does.
@@ -25,19 +25,18 @@ pub(super) struct Parts<'a> {
 }
 
 /// How the layers of a model make their steps.
-pub(super) struct Steps(Option<Rc<Products>>);
+pub(super) struct Steps(Rc<Products>);
 
 impl Steps {
-    /// Layers have none where there is no GPU for the kernels.
-    pub(super) fn new() -> Result<Self, Exception> {
-        let products = if kernels::can_run() { Some(Rc::new(Products::new()?)) } else { None };
-        Ok(Self(products))
+    /// None where there is no GPU for the kernels. `eps` is that of the norms.
+    pub(super) fn new(eps: f32) -> Result<Option<Self>, Exception> {
+        let products = || Products::new(eps).map(|products| Self(Rc::new(products)));
+        kernels::can_run().then(products).transpose()
     }
 
     /// The layer's step, if it can be made: a function of hidden states `[1, 1, width]`, their position `[1]` (int32)
     /// and the buffers of keys and values, as [`Attend::run`] takes them, to hidden states.
     pub(super) fn layer(&self, parts: Parts<'_>) -> Result<Option<Traced>, Exception> {
-        let Some(products) = &self.0 else { return Ok(None) };
         let dtype = parts.input_norm.dtype();
         let SingleAttention { qkv_proj, heads, periods, o_proj } = parts.attention;
         let Some(attend) = Attend::new(heads, periods, dtype)? else { return Ok(None) };
@@ -47,13 +46,10 @@ impl Steps {
             attend,
             o_proj: Projection::new(o_proj, dtype),
             post_norm: parts.post_norm.clone(),
-            gate_up_proj: match parts.gate_up_proj.whole().map(|linear| kernel_weight(linear, dtype)) {
-                Some(Some(weight)) => Gated::Kernel(weight),
-                Some(None) | None => Gated::Operations(parts.gate_up_proj.clone()),
-            },
+            gate_up_proj: Gated::new(parts.gate_up_proj, parts.post_norm)?,
             down_proj: Projection::new(parts.down_proj, dtype),
             eps: parts.eps,
-            products: products.clone(),
+            products: self.0.clone(),
         };
         // What is still to be computed would be part of every step.
         eval(step.constants())?;
@@ -78,11 +74,32 @@ impl Projection {
             None => Self::Operations(linear.clone()),
         }
     }
+
+    fn kernel(&self) -> Option<&Array> {
+        match self {
+            Self::Kernel(weight) => Some(weight),
+            Self::Operations(_) => None,
+        }
+    }
 }
 
 enum Gated {
-    Kernel(Array),
+    /// The norm is `[1, width]`.
+    Kernel {
+        norm: Array,
+        weight: Array,
+    },
     Operations(Joint),
+}
+
+impl Gated {
+    fn new(joint: &Joint, norm: &Array) -> Result<Self, Exception> {
+        let weight = joint.whole().and_then(|linear| kernel_weight(linear, norm.dtype()));
+        Ok(match weight {
+            Some(weight) => Self::Kernel { norm: reshape(norm, &[1, norm.dim(0)])?, weight },
+            None => Self::Operations(joint.clone()),
+        })
+    }
 }
 
 struct Step {
@@ -99,16 +116,16 @@ struct Step {
 
 impl Step {
     fn constants(&self) -> impl Iterator<Item = &Array> {
-        let kernel = |projection| match projection {
-            &Projection::Kernel(ref weight) => Some(weight),
-            Projection::Operations(_) => None,
-        };
         let gate_up = match &self.gate_up_proj {
-            Gated::Kernel(weight) => Some(weight),
-            Gated::Operations(_) => None,
+            Gated::Kernel { norm, weight } => vec![norm, weight],
+            Gated::Operations(_) => Vec::new(),
         };
         let projections = [&self.qkv_proj, &self.o_proj, &self.down_proj];
-        projections.into_iter().filter_map(kernel).chain(gate_up).chain(self.attend.constants())
+        projections
+            .into_iter()
+            .filter_map(Projection::kernel)
+            .chain(gate_up)
+            .chain(self.attend.constants())
     }
 
     fn run(&self, inputs: &[Array]) -> Result<Array, Exception> {
@@ -116,9 +133,7 @@ impl Step {
             return Err(Exception::custom(format!("a step of {} inputs", inputs.len())));
         };
         let projected = match &self.qkv_proj {
-            Projection::Kernel(weight) => {
-                self.products.project(x, &self.input_norm, self.eps, weight)?
-            }
+            Projection::Kernel(weight) => self.products.project(x, &self.input_norm, weight)?,
             Projection::Operations(linear) => {
                 linear.forward(&rms_norm(x, Some(&self.input_norm), self.eps)?)?
             }
@@ -126,9 +141,7 @@ impl Step {
         let attended = self.attend.run(&projected, [keys, values], position)?;
         let x = self.onto(x, &attended, &self.o_proj)?;
         let inner = match &self.gate_up_proj {
-            Gated::Kernel(weight) => {
-                self.products.project_gated(&x, &self.post_norm, self.eps, weight)?
-            }
+            Gated::Kernel { norm, weight } => self.products.project_gated(&x, norm, weight)?,
             Gated::Operations(joint) => {
                 let normed = rms_norm(&x, Some(&self.post_norm), self.eps)?;
                 let [gate, up] = joint.forward(&normed)?;

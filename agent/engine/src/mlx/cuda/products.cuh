@@ -45,15 +45,17 @@ __device__ inline float summed(float x) {
   return x;
 }
 
+// Groups that a lane has on their way, of one chunk for each of so many rows.
+constexpr int COMING = 8;
+
 // Sums over the columns that a lane has seen.
-template <int ROWS, bool NORMED>
+template <typename T, int ROWS, bool NORMED>
 struct Sums {
   // `x * norm * row`, or `x * row` where there is no norm, for each row.
   float rows[ROWS] = {};
   // `x * x`, if there is a norm.
   float squares = 0;
 
-  template <typename T>
   __device__ void add(const T* x, const T* norm, const Chunk<T> (&weights)[ROWS], int index) {
     const Chunk<T> values = chunk(x, index);
     Chunk<T> factors = values;
@@ -74,20 +76,18 @@ struct Sums {
     }
   }
 
-  // Over the columns of all lanes, which all have the result. Each lane has `AHEAD` groups of chunks on their way to
-  // places of its own.
-  template <int COLUMNS, typename T>
-  __device__ void take(const T* x, const T* norm, const T* const (&matrix)[ROWS]) {
-    constexpr int CHUNKS = COLUMNS / Chunk<T>::SIZE;
-    constexpr int AHEAD = 8 / ROWS;
-    static_assert(COLUMNS % Chunk<T>::SIZE == 0, "rows begin at 16 bytes");
-    __shared__ Chunk<T> coming[AHEAD][ROWS][THREADS];
-    const int lane = threadIdx.x % 32;
+  // Over the columns of all lanes, which all have the result. What was asked for comes to places of the lane's own.
+  __device__ void take(
+      Chunk<T> (&coming)[COMING][THREADS], const T* x, const T* norm,
+      const T* const (&matrix)[ROWS], int columns) {
+    constexpr int AHEAD = COMING / ROWS;
+    const int chunks = columns / Chunk<T>::SIZE, lane = threadIdx.x % 32;
     const auto ask = [&](int turn) {
       const int index = lane + 32 * turn;
-      if (index < CHUNKS) {
+      if (index < chunks) {
+#pragma unroll
         for (int row = 0; row < ROWS; ++row) {
-          ask_for(&coming[turn % AHEAD][row][threadIdx.x], matrix[row], index);
+          ask_for(&coming[turn % AHEAD * ROWS + row][threadIdx.x], matrix[row], index);
         }
       }
       end_group();
@@ -95,18 +95,24 @@ struct Sums {
     for (int turn = 0; turn < AHEAD; ++turn) {
       ask(turn);
     }
-#pragma unroll 4
-    for (int turn = 0; turn < (CHUNKS + 31) / 32; ++turn) {
-      const int index = lane + 32 * turn;
-      wait_for_groups<AHEAD - 1>();
-      if (index < CHUNKS) {
-        Chunk<T> weights[ROWS];
-        for (int row = 0; row < ROWS; ++row) {
-          weights[row] = coming[turn % AHEAD][row][threadIdx.x];
-        }
-        add(x, norm, weights, index);
+    const auto take_in = [&](int turn) {
+      Chunk<T> weights[ROWS];
+#pragma unroll
+      for (int row = 0; row < ROWS; ++row) {
+        weights[row] = coming[turn % AHEAD * ROWS + row][threadIdx.x];
       }
+      add(x, norm, weights, lane + 32 * turn);
+    };
+    const int full = chunks / 32;
+#pragma unroll 4
+    for (int turn = 0; turn < full; ++turn) {
+      wait_for_groups<AHEAD - 1>();
+      take_in(turn);
       ask(turn + AHEAD);
+    }
+    wait_for_groups<0>();
+    if (lane + 32 * full < chunks) {
+      take_in(full);
     }
     for (int row = 0; row < ROWS; ++row) {
       rows[row] = summed(rows[row]);
@@ -117,58 +123,50 @@ struct Sums {
   }
 };
 
-__device__ inline int warp_of_grid() {
-  return (blockIdx.x * blockDim.x + threadIdx.x) / 32;
-}
+// What is made of `x` and `weight`; `other` is a norm or what is added.
+constexpr int PROJECT = 1, PROJECT_GATED = 2, PROJECT_ONTO = 3;
 
-// `out[row]` = product of the normalized `x` with `weight[row]`.
-template <int ROWS, int COLUMNS, typename T>
-__device__ void project(const T* x, const T* norm, const T* weight, float eps, T* out) {
-  const int row = warp_of_grid();
-  if (row >= ROWS) {
+// All in one kernel, so that it is compiled once. With `row` below `count`, the rows of `weight`:
+// PROJECT: `out[row]` = product of the normalized `x` with `weight[row]`.
+// PROJECT_GATED, with `count` half as many: `out[row]` = silu(gate) * up, those with `weight[row]` and
+// `weight[row + count]`.
+// PROJECT_ONTO: `out[row]` = `other[row]` + product of `x` with `weight[row]`.
+template <typename T>
+__device__ void run_product(
+    int kind, const T* x, const T* other, const T* weight, int rows, int columns, float eps, T* out) {
+  __shared__ Chunk<T> coming[COMING][THREADS];
+  const int row = (blockIdx.x * THREADS + threadIdx.x) / 32;
+  const int count = kind == PROJECT_GATED ? rows / 2 : rows;
+  if (row >= count) {
     return;
   }
-  const T* const rows[1] = {weight + static_cast<size_t>(row) * COLUMNS};
-  Sums<1, true> sums;
-  sums.template take<COLUMNS>(x, norm, rows);
-  if (threadIdx.x % 32 == 0) {
-    out[row] = static_cast<T>(sums.rows[0] * rsqrtf(sums.squares / COLUMNS + eps));
-  }
-}
-
-// `out[row]` = silu(gate) * up, the products of the normalized `x` with `weight[row]` and `weight[row + ROWS]`.
-template <int ROWS, int COLUMNS, typename T>
-__device__ void project_gated(const T* x, const T* norm, const T* weight, float eps, T* out) {
-  const int row = warp_of_grid();
-  if (row >= ROWS) {
-    return;
-  }
-  const T* const rows[2] = {
-      weight + static_cast<size_t>(row) * COLUMNS,
-      weight + (static_cast<size_t>(row) + ROWS) * COLUMNS};
-  Sums<2, true> sums;
-  sums.template take<COLUMNS>(x, norm, rows);
-  if (threadIdx.x % 32 == 0) {
-    const float scale = rsqrtf(sums.squares / COLUMNS + eps);
+  const bool writes = threadIdx.x % 32 == 0;
+  const T* const first = weight + static_cast<size_t>(row) * columns;
+  if (kind == PROJECT_GATED) {
+    const T* const both[2] = {first, first + static_cast<size_t>(count) * columns};
+    Sums<T, 2, true> sums;
+    sums.take(coming, x, other, both, columns);
+    const float scale = rsqrtf(sums.squares / columns + eps);
     // As they would be between two operations.
     const float gate = static_cast<float>(static_cast<T>(sums.rows[0] * scale));
     const float up = static_cast<float>(static_cast<T>(sums.rows[1] * scale));
-    out[row] = static_cast<T>(gate / (1 + expf(-gate)) * up);
-  }
-}
-
-// `out[row]` = `residual[row]` + product of `x` with `weight[row]`.
-template <int ROWS, int COLUMNS, typename T>
-__device__ void project_onto(const T* x, const T* weight, const T* residual, T* out) {
-  const int row = warp_of_grid();
-  if (row >= ROWS) {
-    return;
-  }
-  const T* const rows[1] = {weight + static_cast<size_t>(row) * COLUMNS};
-  Sums<1, false> sums;
-  sums.template take<COLUMNS>(x, x, rows);
-  if (threadIdx.x % 32 == 0) {
-    const float product = static_cast<float>(static_cast<T>(sums.rows[0]));
-    out[row] = static_cast<T>(static_cast<float>(residual[row]) + product);
+    if (writes) {
+      out[row] = static_cast<T>(gate / (1 + expf(-gate)) * up);
+    }
+  } else if (kind == PROJECT) {
+    const T* const one[1] = {first};
+    Sums<T, 1, true> sums;
+    sums.take(coming, x, other, one, columns);
+    if (writes) {
+      out[row] = static_cast<T>(sums.rows[0] * rsqrtf(sums.squares / columns + eps));
+    }
+  } else if (kind == PROJECT_ONTO) {
+    const T* const one[1] = {first};
+    Sums<T, 1, false> sums;
+    sums.take(coming, x, x, one, columns);
+    if (writes) {
+      const float product = static_cast<float>(static_cast<T>(sums.rows[0]));
+      out[row] = static_cast<T>(static_cast<float>(other[row]) + product);
+    }
   }
 }
