@@ -19,10 +19,12 @@ use crate::mlx::{Traced, add, rms_norm};
 use crate::nn::{Embedding, Linear, last};
 use crate::tensor::Team;
 
-/// Positions on which a step is tried, those before them, and how far it may be off, as part of the largest number:
-/// many times what rounding to 16 bit does.
+/// Positions on which a step is tried, and those before them.
 const TRIED: i32 = 2;
 const TRIED_BEHIND: i32 = 5;
+/// How far it may be off: as part of the largest number, a few times what rounding to 16 bit does, and as part of what
+/// the layer changes.
+const TRIED_ROUNDING: f32 = 0.02;
 const TRIED_OFF_MAX: f32 = 0.05;
 
 const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
@@ -155,15 +157,14 @@ impl Block {
                 return Ok(false);
             };
             let found = step.apply([&x, position, keys, values])?;
-            let [expected, found] = [expected, found].map(|x| x.as_dtype(Dtype::Float32));
-            let (expected, found) = (expected?, found?);
-            let off = found.subtract(&expected)?.abs()?.max(None)?;
-            let size = expected.abs()?.max(None)?;
+            let largest = |x: &Array| x.as_dtype(Dtype::Float32)?.abs()?.max(None);
+            let off = largest(&found.subtract(&expected)?)?;
+            let (size, change) = (largest(&expected)?, largest(&expected.subtract(&x)?)?);
             // Kernels that can't be compiled fail here.
-            eval([&off, &size])?;
-            let (off, size) = (off.item_exact::<f32>(), size.item_exact::<f32>());
+            eval([&off, &size, &change])?;
+            let [off, size, change] = [off, size, change].map(|x| x.item_exact::<f32>());
             // Not so where one is not a number.
-            let agrees = off <= size * TRIED_OFF_MAX;
+            let agrees = off <= size * TRIED_ROUNDING + change * TRIED_OFF_MAX;
             if !agrees {
                 return Ok(false);
             }
