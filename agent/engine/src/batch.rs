@@ -5,12 +5,13 @@
 //! Outside attention a pass of several sequences looks like one sequence: hidden states are `[1, rows, features]`, one
 //! position per row.
 
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
 
-use mlx_rs::Array;
 use mlx_rs::error::Exception;
 use mlx_rs::fast::ScaledDotProductAttentionMask as Mask;
 use mlx_rs::ops::{arange, concatenate, select};
+use mlx_rs::{Array, Dtype};
 
 use crate::cache::{COPY_BYTES_MAX, Copies, KvCache, Rows, capacity};
 use crate::mlx::slice;
@@ -310,6 +311,8 @@ pub(crate) struct Pass<'a> {
     rows: i32,
     /// Of the first position that is fed; several are only fed to a single row.
     offset: Offset,
+    /// The same as `[1]`, int32, once it was asked for.
+    position: OnceCell<Array>,
 }
 
 impl<'a> Pass<'a> {
@@ -328,7 +331,7 @@ impl<'a> Pass<'a> {
             true => Offset::All(first),
             false => Offset::ByRow(Array::from_slice(&offsets, &[rows])),
         };
-        Ok(Self { segments, views, rows, offset })
+        Ok(Self { segments, views, rows, offset, position: OnceCell::new() })
     }
 
     /// Layers that the caches are for.
@@ -340,7 +343,8 @@ impl<'a> Pass<'a> {
     pub(crate) fn layer(&mut self, layer: usize) -> LayerCache<'_> {
         let segments = self.segments.iter_mut().zip(&self.views);
         let parts = segments.map(|(s, view)| Part { cache: &mut s.caches[layer], view });
-        LayerCache { parts: parts.collect(), rows: self.rows, offset: &self.offset }
+        let (offset, position) = (&self.offset, &self.position);
+        LayerCache { parts: parts.collect(), rows: self.rows, offset, position }
     }
 
     /// The buffers, for evaluation.
@@ -355,9 +359,34 @@ pub(crate) struct LayerCache<'a> {
     parts: Vec<Part<'a>>,
     rows: i32,
     offset: &'a Offset,
+    position: &'a OnceCell<Array>,
+}
+
+/// Where a single fed position is to be put, by whom may write there.
+pub(crate) struct Place<'a> {
+    /// `[1]`, int32.
+    pub(crate) position: &'a Array,
+    /// Buffers `[1, kv_heads, capacity, head_dim]`.
+    pub(crate) keys: &'a Array,
+    pub(crate) values: &'a Array,
 }
 
 impl LayerCache<'_> {
+    /// Counts the next position of the only sequence that is fed as held, for the caller to put it there. None, and
+    /// nothing is counted, if there are several sequences, or no buffers of this type yet.
+    pub(crate) fn next_place(&mut self, dtype: Dtype) -> Option<Place<'_>> {
+        let ([part], &Offset::All(offset)) = (self.parts.as_mut_slice(), self.offset) else {
+            return None;
+        };
+        // Without padding, places and positions are the same.
+        if part.view.rows > 1 || part.view.own.is_some() || part.cache.len() != offset {
+            return None;
+        }
+        let (keys, values) = part.cache.next_place(dtype)?;
+        let position = self.position.get_or_init(|| Array::from_slice(&[offset], &[1]));
+        Some(Place { position, keys, values })
+    }
+
     /// Sequences that are fed.
     pub(crate) fn rows(&self) -> i32 {
         self.rows
@@ -440,7 +469,6 @@ impl Part<'_> {
 mod tests {
     use std::collections::BTreeMap;
 
-    use mlx_rs::Dtype;
     use mlx_rs::ops::zeros_dtype;
     use mlx_rs::transforms::eval;
 
@@ -468,6 +496,25 @@ mod tests {
     fn layout(all: &Segments) -> Vec<Vec<(RowId, i32)>> {
         let of = |s: &Segment| s.members.iter().map(|m| (m.row, m.padding)).collect();
         all.list.iter().map(of).collect()
+    }
+
+    #[test]
+    fn only_a_sequence_that_is_fed_alone_has_a_place() {
+        let mut all = segments(&[(1, 10), (2, 40)]);
+        let one = BTreeSet::from([1]);
+        let mut pass = all.pass(&one, 1).unwrap();
+        for layer in 0..2 {
+            let mut cache = pass.layer(layer);
+            let place = cache.next_place(Dtype::Float32).unwrap();
+            assert_eq!(place.position.as_slice::<i32>(), [10]);
+            assert_eq!(place.keys.shape(), [1, 1, 256, 1]);
+            assert_eq!(cache.parts[0].cache.len(), 11);
+        }
+        let both = BTreeSet::from([1, 2]);
+        all.gather(&both).unwrap();
+        let mut pass = all.pass(&both, 1).unwrap();
+        assert!(pass.layer(0).next_place(Dtype::Float32).is_none());
+        assert_eq!(pass.layer(0).parts[0].cache.len(), 40);
     }
 
     #[test]

@@ -3,11 +3,11 @@
 
 use std::ops::Range;
 
-use mlx_rs::Array;
 use mlx_rs::error::Exception;
 use mlx_rs::memory::set_cache_limit;
 use mlx_rs::ops::zeros_dtype;
 use mlx_rs::transforms::eval;
+use mlx_rs::{Array, Dtype};
 
 use crate::mlx::{slice, slice_update};
 use crate::timing;
@@ -121,6 +121,17 @@ impl KvCache {
         let held = (span(&key_buffer, 0, end)?, span(&value_buffer, 0, end)?);
         self.buffers = Some((key_buffer, value_buffer));
         Ok(held)
+    }
+
+    /// Counts one more position as held, for the caller to put it into the buffers. None if there are none of this type,
+    /// or no room.
+    pub(crate) fn next_place(&mut self, dtype: Dtype) -> Option<(&Array, &Array)> {
+        let (keys, values) = self.buffers.as_ref()?;
+        if self.len >= keys.dim(2) || keys.dtype() != dtype || values.dtype() != dtype {
+            return None;
+        }
+        self.len += 1;
+        Some((keys, values))
     }
 
     /// Forgets the last `count` positions.
@@ -243,6 +254,21 @@ mod tests {
         assert_eq!(keys.shape(), [1, 2, 301, 1]);
         let keys = values(&keys);
         assert_eq!(&keys[298..301], [298.0, 299.0, 777.0]);
+    }
+
+    #[test]
+    fn places_are_counted_while_there_are_any() {
+        let mut cache = KvCache::default();
+        assert!(cache.next_place(Dtype::Float32).is_none(), "no buffers yet");
+        cache.extend(&positions(0, 255), &positions(0, 255)).unwrap();
+        assert!(cache.next_place(Dtype::Bfloat16).is_none(), "of another type");
+        assert_eq!(cache.len(), 255);
+        let (keys, values) = cache.next_place(Dtype::Float32).unwrap();
+        assert_eq!((keys.shape(), values.shape()), (&[1, 2, 256, 1][..], &[1, 2, 256, 1][..]));
+        assert_eq!(cache.len(), 256);
+        assert!(cache.next_place(Dtype::Float32).is_none(), "full");
+        cache.truncate(1);
+        assert!(cache.next_place(Dtype::Float32).is_some());
     }
 
     #[test]

@@ -51,6 +51,7 @@ impl Packing {
 }
 
 /// A weight matrix `[rows, columns]`, or a stack of them, in packed form.
+#[derive(Clone)]
 pub(crate) struct Packed {
     pub(crate) weight: Array,
     pub(crate) scales: Array,
@@ -80,6 +81,7 @@ impl Packed {
     }
 }
 
+#[derive(Clone)]
 enum Matrix {
     /// Transposed once here, so that using it adds no graph node.
     Dense {
@@ -89,6 +91,7 @@ enum Matrix {
 }
 
 /// `x · Wᵀ (+ bias)`.
+#[derive(Clone)]
 pub(crate) struct Linear {
     matrix: Matrix,
     bias: Option<Array>,
@@ -150,6 +153,14 @@ impl Linear {
         Ok(Self { matrix, bias: bias.transpose()? })
     }
 
+    /// The matrix `[rows, columns]` if it is not packed and there is no bias.
+    pub(crate) fn plain(&self) -> Option<Array> {
+        match (&self.matrix, &self.bias) {
+            (Matrix::Dense { transposed }, None) => Some(transposed.t()),
+            (Matrix::Dense { .. }, Some(_)) | (Matrix::Packed(_), _) => None,
+        }
+    }
+
     /// The matrix `[rows, columns]` unpacked, and how it was packed.
     pub(crate) fn unpack(&self) -> Result<(Array, Option<Packing>), Exception> {
         match &self.matrix {
@@ -160,6 +171,7 @@ impl Linear {
 }
 
 /// Projections of the same input. Where their matrices lie one behind the other in one, a single product serves all.
+#[derive(Clone)]
 pub(crate) enum Joint {
     /// `ends` are the rows at which each part ends.
     One {
@@ -178,6 +190,14 @@ impl Joint {
             end
         };
         Self::One { linear, ends: rows.iter().map(next).collect() }
+    }
+
+    /// All of them as one projection, if they are.
+    pub(crate) fn whole(&self) -> Option<&Linear> {
+        match self {
+            Self::One { linear, .. } => Some(linear),
+            Self::Apart(_) => None,
+        }
     }
 
     /// `x` `[batch, positions, columns]` to the result of each of the `N` parts, `[batch, positions, rows]`.
@@ -350,6 +370,19 @@ pub(crate) enum Frequencies {
 }
 
 impl Rope {
+    /// Inverse frequencies, `[dims / 2]`, float32.
+    pub(crate) fn periods(&self) -> Array {
+        match &self.frequencies {
+            Frequencies::Periods(periods) => periods.clone(),
+            Frequencies::Base(base) => {
+                let (base, dims) = (f64::from(*base), self.dims);
+                let period = |i| base.powf(f64::from(2 * i) / f64::from(dims)) as f32;
+                let periods: Vec<f32> = (0..dims / 2).map(period).collect();
+                Array::from_slice(&periods, &[dims / 2])
+            }
+        }
+    }
+
     /// Rotates `x` of shape `[rows, heads, positions, dims]`, whose first position is `offset`.
     pub(crate) fn forward(&self, x: &Array, offset: &Offset) -> Result<Array, Exception> {
         let (base, periods) = match &self.frequencies {

@@ -257,6 +257,8 @@ impl Engine {
         let hidden = self.model.forward(hidden, wanted, &mut pass).map_err(|e| ranks.failure(e))?;
         if !draws {
             let mut arrays: Vec<Array> = pass.arrays().into_iter().cloned().collect();
+            // A single position may have been put into the buffers by what made its hidden state.
+            arrays.extend((positions == count).then(|| hidden.clone()));
             if let Ranks::Pipeline(pipeline) = &ranks
                 && !pipeline.is_last()
             {

@@ -1,11 +1,12 @@
 //! The boundary to MLX's C interface: the only place with `unsafe`. Owns what mlx-rs lacks (process groups, exact
-//! slices, packed matrices, fused functions, reading from anywhere, operations at less cost) and error capture for it; never holds model or sequence state.
+//! slices, packed matrices, fused functions, kernels, reading from anywhere, operations at less cost) and error capture for it; never holds model or sequence state.
 #![allow(unsafe_code)]
 
 mod array;
 mod compiled;
 mod device;
 pub mod distributed;
+pub(crate) mod kernels;
 mod ops;
 mod peers;
 mod quantized;
@@ -13,7 +14,7 @@ mod reader;
 mod self_test;
 
 pub(crate) use array::{slice, slice_update};
-pub(crate) use compiled::gated;
+pub(crate) use compiled::{Shapes, Traced, gated};
 pub(crate) use device::kind as device_kind;
 pub use device::uses_gpu;
 pub(crate) use ops::{Turn, add, attend, matmul, reshape, rms_norm};

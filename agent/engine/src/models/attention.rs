@@ -8,6 +8,7 @@ use super::common::Common;
 use crate::batch::LayerCache;
 use crate::config::ConfigError;
 use crate::loader::{Kind, Split, Weights};
+use crate::mlx::kernels::Heads;
 use crate::mlx::{attend, reshape, rms_norm, slice};
 use crate::nn::{Joint, Linear, Rope};
 use crate::tensor::Team;
@@ -87,6 +88,15 @@ pub(super) struct Attention {
     team: Team,
 }
 
+/// Attention whose queries and keys are not normalized, and whose projections are joint.
+pub(super) struct SingleAttention<'a> {
+    pub(super) qkv_proj: &'a Linear,
+    pub(super) heads: Heads,
+    /// Of the rotation, `[dim / 2]`, float32.
+    pub(super) periods: Array,
+    pub(super) o_proj: &'a Linear,
+}
+
 impl Attention {
     pub(super) fn build(
         args: &AttentionArgs,
@@ -109,6 +119,31 @@ impl Attention {
             eps: common.eps,
             team: team.clone(),
         }
+    }
+
+    /// The projections and what lies between them, if that is what one kernel does.
+    pub(super) fn single(&self) -> Option<SingleAttention<'_>> {
+        let Rope { dims, traditional, scale, magnitude, .. } = self.rope;
+        #[expect(
+            clippy::float_cmp,
+            reason = "1 is set, not computed, where nothing is to be scaled"
+        )]
+        let is_plain = self.norms.is_none() && magnitude == 1.0 && dims == self.head_dim;
+        let heads = Heads {
+            count: self.heads,
+            kv_count: self.kv_heads,
+            dim: self.head_dim,
+            pairs: traditional,
+            turns: scale,
+            scale: (self.head_dim as f32).powf(-0.5),
+        };
+        let qkv_proj = self.qkv_proj.whole().filter(|_| is_plain)?;
+        Some(SingleAttention {
+            qkv_proj,
+            heads,
+            periods: self.rope.periods(),
+            o_proj: &self.o_proj,
+        })
     }
 
     /// `x` `[1, positions, width]` to outputs of the last `wanted` positions; keys and values are kept of all. Where

@@ -1,19 +1,31 @@
 //! The frame that all architectures share: embedding, layers of attention and feed-forward with a norm before each,
 //! final norm and output projection.
 
-use mlx_rs::Array;
+use std::collections::BTreeSet;
+
 use mlx_rs::error::Exception;
+use mlx_rs::transforms::eval;
+use mlx_rs::{Array, Dtype};
 
 use super::attention::{Attention, AttentionArgs};
 use super::common::Common;
 use super::deepseek_v3;
 use super::mlp::FeedForward;
+use super::single::{Parts, Steps};
 use super::{Args, LayerModules, Part, layer_path};
-use crate::batch::{LayerCache, Pass};
+use crate::batch::{LayerCache, Pass, Place, Segments};
 use crate::loader::{Home, Kind, Module, Split, Weights};
-use crate::mlx::{add, rms_norm};
+use crate::mlx::{Traced, add, rms_norm};
 use crate::nn::{Embedding, Linear, last};
 use crate::tensor::Team;
+
+/// Positions on which a step is tried, and those before them.
+const TRIED: i32 = 2;
+const TRIED_BEHIND: i32 = 5;
+/// How far it may be off: as part of the largest number, a few times what rounding to 16 bit does, and as part of what
+/// the layer changes.
+const TRIED_ROUNDING: f32 = 0.02;
+const TRIED_OFF_MAX: f32 = 0.05;
 
 const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
 
@@ -62,6 +74,8 @@ struct Block {
     post_attention_layernorm: Array,
     eps: f32,
     team: Team,
+    /// For one position of a single sequence, where that has kernels of its own.
+    step: Option<Traced>,
 }
 
 impl Block {
@@ -84,7 +98,78 @@ impl Block {
         };
         let feed_forward = args.feed_forward[layer].build(&path, weights)?;
         let (eps, team) = (common.eps, team.clone());
-        Ok(Self { self_attn, feed_forward, input_layernorm, post_attention_layernorm, eps, team })
+        Ok(Self {
+            self_attn,
+            feed_forward,
+            input_layernorm,
+            post_attention_layernorm,
+            eps,
+            team,
+            step: None,
+        })
+    }
+
+    /// What does one position of a single sequence in few kernels, if that can be.
+    fn make_step(&self, steps: &Steps) -> Result<Option<Traced>, Exception> {
+        let (SelfAttention::Grouped(attention), Some((gate_up_proj, down_proj))) =
+            (&self.self_attn, self.feed_forward.dense())
+        else {
+            return Ok(None);
+        };
+        let Some(attention) = attention.single().filter(|_| self.team.is_alone()) else {
+            return Ok(None);
+        };
+        steps.layer(Parts {
+            input_norm: &self.input_layernorm,
+            attention,
+            post_norm: &self.post_attention_layernorm,
+            gate_up_proj,
+            down_proj,
+            eps: self.eps,
+        })
+    }
+
+    /// Whether `step` gives what the layer's operations do, but for rounding: on some positions behind others, so that
+    /// rotation and caches count.
+    fn agrees(&self, step: &Traced) -> Result<bool, Exception> {
+        let width = self.input_layernorm.dim(0);
+        let hidden = |first: i32, positions: i32| {
+            let count = positions * width;
+            let values: Vec<f32> = (0..count).map(|i| ((first + i) as f32 * 0.7).sin()).collect();
+            Array::from_slice(&values, &[1, positions, width])
+                .as_dtype(self.input_layernorm.dtype())
+        };
+        let row = BTreeSet::from([0]);
+        let mut caches = [Segments::default(), Segments::default()];
+        for segments in &mut caches {
+            segments.open(0, 1);
+            let x = hidden(0, TRIED_BEHIND)?;
+            self.forward(&x, TRIED_BEHIND, &mut segments.pass(&row, TRIED_BEHIND)?.layer(0))?
+                .eval()?;
+        }
+        let [by_operations, by_step] = &mut caches;
+        for number in 1..=TRIED {
+            let x = hidden(1000 * number, 1)?;
+            let expected = self.forward(&x, 1, &mut by_operations.pass(&row, 1)?.layer(0))?;
+            let mut pass = by_step.pass(&row, 1)?;
+            let mut cache = pass.layer(0);
+            let Some(Place { position, keys, values }) = cache.next_place(x.dtype()) else {
+                return Ok(false);
+            };
+            let found = step.apply([&x, position, keys, values])?;
+            let largest = |x: &Array| x.as_dtype(Dtype::Float32)?.abs()?.max(None);
+            let off = largest(&found.subtract(&expected)?)?;
+            let (size, change) = (largest(&expected)?, largest(&expected.subtract(&x)?)?);
+            // Kernels that can't be compiled fail here.
+            eval([&off, &size, &change])?;
+            let [off, size, change] = [off, size, change].map(|x| x.item_exact::<f32>());
+            // Not so where one is not a number.
+            let agrees = off <= size * TRIED_ROUNDING + change * TRIED_OFF_MAX;
+            if !agrees {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// `x` `[1, positions, width]` to the last `wanted` positions; the cache gets all.
@@ -94,6 +179,12 @@ impl Block {
         wanted: i32,
         cache: &mut LayerCache<'_>,
     ) -> Result<Array, Exception> {
+        let is_single = x.dim(1) == 1 && x.dtype() == self.input_layernorm.dtype();
+        if let Some(step) = self.step.as_ref().filter(|_| is_single)
+            && let Some(Place { position, keys, values }) = cache.next_place(x.dtype())
+        {
+            return step.apply([x, position, keys, values]);
+        }
         let normed = rms_norm(x, Some(&self.input_layernorm), self.eps)?;
         let attended = match &self.self_attn {
             SelfAttention::Grouped(attention) => attention.forward(&normed, wanted, cache)?,
@@ -103,6 +194,20 @@ impl Block {
         let normed = rms_norm(&x, Some(&self.post_attention_layernorm), self.eps)?;
         add(&x, &self.feed_forward.forward(&normed, &self.team)?)
     }
+}
+
+/// Gives all layers their steps if the first one's does here what it should: kernels are compiled on the machine, and
+/// for GPUs that nobody has tried.
+fn give_steps(layers: &mut [Block], steps: &Steps) -> Result<(), Exception> {
+    let Some(first) = layers.first() else { return Ok(()) };
+    match first.make_step(steps)? {
+        Some(step) if first.agrees(&step).unwrap_or(false) => {}
+        Some(_) | None => return Ok(()),
+    }
+    for layer in layers {
+        layer.step = layer.make_step(steps)?;
+    }
+    Ok(())
 }
 
 enum Head {
@@ -132,7 +237,10 @@ impl Model {
         let embed_tokens = embeds.then(|| weights.embedding("model.embed_tokens"));
         let layers: Result<Vec<Block>, Exception> =
             part.layers.clone().map(|i| Block::build(args, i, &mut weights, team)).collect();
-        let layers = layers?;
+        let mut layers = layers?;
+        if let Some(steps) = Steps::new(common.eps)? {
+            give_steps(&mut layers, &steps)?;
+        }
         let head = part.last.then(|| {
             let tied = common.tied;
             let head = if tied { Head::Tied } else { Head::Own(weights.linear("lm_head")) };

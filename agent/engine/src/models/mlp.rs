@@ -300,6 +300,14 @@ pub(super) enum FeedForward {
 }
 
 impl FeedForward {
+    /// The gate's and up's projection and the one behind them, where all positions have the same.
+    pub(super) fn dense(&self) -> Option<(&Joint, &Linear)> {
+        match self {
+            Self::Dense(mlp) => Some((&mlp.gate_up_proj, &mlp.down_proj)),
+            Self::Mixture(_) => None,
+        }
+    }
+
     pub(super) fn forward(&self, x: &Array, team: &Team) -> Result<Array, Exception> {
         match self {
             Self::Dense(mlp) => mlp.forward(x, team),

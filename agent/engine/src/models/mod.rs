@@ -13,6 +13,7 @@ mod qwen2;
 mod qwen3;
 mod qwen3_moe;
 mod rope;
+mod single;
 
 use std::ops::Range;
 
