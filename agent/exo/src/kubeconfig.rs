@@ -2,9 +2,10 @@
 //! nodes that serve the API, and asks them when this one is down.
 
 use std::{
-    fs,
+    fs, io,
     net::{Ipv4Addr, SocketAddr},
     path::Path,
+    sync::{Mutex, PoisonError},
 };
 
 use anyhow::Context as _;
@@ -14,6 +15,9 @@ use exo_trust::{Authority, GROUP_ADMINS, Subject, write_private};
 use serde_json::{Value, json};
 
 use crate::data_dir::known_members;
+
+/// Held from reading to writing: the certificate and the servers change independently.
+static CHANGING: Mutex<()> = Mutex::new(());
 
 /// Writes it with a fresh client certificate, and with the servers that the data directory around it
 /// knows of.
@@ -44,14 +48,20 @@ pub(crate) fn write(
         "contexts": [{"name": "exo", "context": {"cluster": "exo", "user": "exo-admin"}}],
         "current-context": "exo",
     });
+    let _changing = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
     name_servers(&mut config, &path.parent().map(known_members).unwrap_or_default());
     save(path, &config)
 }
 
-/// Has the file at `path` name these servers (`HOST:PORT`) besides its own.
+/// Has the file at `path` name these servers (`HOST:PORT`) besides its own. One that people have
+/// removed stays away.
 pub(crate) fn set_servers(path: &Path, servers: &[String]) -> anyhow::Result<()> {
     let reading = || format!("reading {}", path.display());
-    let text = fs::read_to_string(path).with_context(reading)?;
+    let _changing = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
+    let text = match fs::read_to_string(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        read => read.with_context(reading)?,
+    };
     let documents = yaml::documents(&text).with_context(reading)?;
     let mut config = documents.into_iter().next().with_context(reading)?;
     name_servers(&mut config, servers);
@@ -115,5 +125,40 @@ mod tests {
         data.save_members(&others).unwrap();
         data.write_kubeconfig(&authority, "0.0.0.0:8443".parse().unwrap()).unwrap();
         assert_eq!(servers(&read()), Some(json!(others)));
+    }
+
+    #[test]
+    fn certificate_and_servers_may_change_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = DataDir::open(dir.path()).unwrap();
+        let authority = data.authority("a", Ipv4Addr::LOCALHOST.into()).unwrap();
+        let api = "127.0.0.1:8443".parse().unwrap();
+        data.write_kubeconfig(&authority, api).unwrap();
+        let read = || -> Value {
+            let text = fs::read_to_string(data.kubeconfig()).unwrap();
+            yaml::documents(&text).unwrap().remove(0)
+        };
+        let certificate = "/users/0/user/client-certificate-data";
+        for round in 0..50 {
+            let others = vec![format!("192.0.2.2:{}", 8000 + round)];
+            data.save_members(&others).unwrap();
+            let before = read();
+            std::thread::scope(|scope| {
+                scope.spawn(|| data.write_kubeconfig(&authority, api).unwrap());
+                scope.spawn(|| set_servers(&data.kubeconfig(), &others).unwrap());
+            });
+            let after = read();
+            let servers = "/clusters/0/cluster/extensions/0/extension/servers";
+            assert_eq!(after.pointer(servers), Some(&json!(others)));
+            assert_ne!(after.pointer(certificate), before.pointer(certificate));
+        }
+    }
+
+    #[test]
+    fn a_kubeconfig_that_was_removed_stays_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kubeconfig");
+        set_servers(&path, &["192.0.2.2:8443".to_owned()]).unwrap();
+        assert!(!path.exists());
     }
 }

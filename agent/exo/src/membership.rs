@@ -125,7 +125,7 @@ pub(crate) async fn remember(store: &Store, data: &Path, own: SocketAddr) {
     let mut ticks = interval(PERIOD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let own = own.to_string();
-    let mut known = known_members(data);
+    let mut notes = Notes::new(data);
     loop {
         ticks.tick().await;
         let members = store.members();
@@ -135,15 +135,46 @@ pub(crate) async fn remember(store: &Store, data: &Path, own: SocketAddr) {
         }
         let others: Vec<_> =
             members.into_iter().map(|m| m.address).filter(|address| *address != own).collect();
-        if others == known {
-            continue;
+        if let Some(problem) = notes.keep(&others) {
+            warn!("the other API servers can't be written down: {problem}");
         }
-        let saved = save_members(data, &others)
-            .and_then(|()| kubeconfig::set_servers(&data.join("kubeconfig"), &others));
-        match saved {
-            Ok(()) => known = others,
-            Err(error) => warn!("the other API servers can't be written down: {error:#}"),
+    }
+}
+
+/// What is written down of the other API servers, and where.
+struct Notes<'d> {
+    data: &'d Path,
+    saved: Vec<String>,
+    in_kubeconfig: Vec<String>,
+    /// The last problem, until there is none.
+    problem: Option<String>,
+}
+
+impl<'d> Notes<'d> {
+    /// The kubeconfig was written from the same file.
+    fn new(data: &'d Path) -> Self {
+        let saved = known_members(data);
+        Self { data, in_kubeconfig: saved.clone(), saved, problem: None }
+    }
+
+    /// Writes what is not there yet. Returns a problem when it is a new one.
+    fn keep(&mut self, others: &[String]) -> Option<String> {
+        let problem = self.write(others).err().map(|error| format!("{error:#}"));
+        let is_known = self.problem == problem;
+        self.problem.clone_from(&problem);
+        problem.filter(|_| !is_known)
+    }
+
+    fn write(&mut self, others: &[String]) -> anyhow::Result<()> {
+        if self.saved != others {
+            save_members(self.data, others)?;
+            self.saved = others.to_vec();
         }
+        if self.in_kubeconfig != others {
+            kubeconfig::set_servers(&self.data.join("kubeconfig"), others)?;
+            self.in_kubeconfig = others.to_vec();
+        }
+        Ok(())
     }
 }
 
@@ -169,6 +200,27 @@ mod tests {
     use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 
     use super::*;
+
+    #[test]
+    fn a_kubeconfig_that_can_not_be_read_is_told_of_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (members, kubeconfig) = (dir.path().join("members"), dir.path().join("kubeconfig"));
+        let others = ["192.0.2.2:8443".to_owned()];
+        let mut notes = Notes::new(dir.path());
+        std::fs::write(&kubeconfig, "clusters: [").unwrap();
+        let problem = notes.keep(&others).unwrap();
+        assert!(problem.contains("kubeconfig"), "{problem}");
+        assert_eq!(known_members(dir.path()), others);
+        // Neither another word, nor another write of what is there.
+        std::fs::remove_file(&members).unwrap();
+        assert_eq!(notes.keep(&others), None);
+        assert!(!members.exists());
+        // Removed, there is nothing to name them in.
+        std::fs::remove_file(&kubeconfig).unwrap();
+        assert_eq!(notes.keep(&others), None);
+        std::fs::write(&kubeconfig, "clusters: [").unwrap();
+        assert!(notes.keep(&["192.0.2.3:8443".to_owned()]).is_some(), "new trouble");
+    }
 
     #[test]
     fn a_member_goes_with_its_node() {

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::Path};
 
 use anyhow::anyhow;
-use exo_store::{Begin, DiskError, OpenError, Peering, RaftConfig, Store};
+use exo_store::{Begin, OpenError, Peering, RaftConfig, Store};
 use exo_trust::{client_config, reqwest_client};
 
 use crate::{
@@ -34,18 +34,10 @@ pub(crate) async fn raft(
     Ok((store.map_err(|error| unopened(&dir, error))?, node_id))
 }
 
-/// Why the store does not open, and where there is one, the cure: nobody should have to look for it.
+/// Why the store does not open, and the cure if it is damaged: nobody should have to look for it. What
+/// only can't be opened now stays, for it may hold all that there is.
 fn unopened(dir: &Path, error: OpenError) -> anyhow::Error {
-    let is_damaged = matches!(
-        &error,
-        OpenError::Disk(
-            DiskError::Open { .. }
-                | DiskError::Damaged { .. }
-                | DiskError::Inconsistent { .. }
-                | DiskError::Lost { .. }
-                | DiskError::Mark { .. }
-        )
-    );
+    let is_damaged = error.is_damage();
     let error = anyhow::Error::from(error).context("opening the store");
     match is_damaged {
         true => anyhow!(
@@ -91,6 +83,10 @@ pub(crate) async fn etcd(_etcd: &Etcd, _api: SocketAddr) -> anyhow::Result<Store
 
 #[cfg(test)]
 mod tests {
+    use std::{io::ErrorKind, path::PathBuf};
+
+    use exo_store::DiskError;
+
     use super::*;
 
     #[test]
@@ -104,5 +100,20 @@ mod tests {
         let other = DiskError::OtherNode { path: "x".into(), found: 1, expected: 2 };
         let text = format!("{:#}", unopened(dir.path(), other.into()));
         assert!(!text.contains("remove"), "{text}");
+    }
+
+    #[test]
+    fn nothing_is_to_be_removed_for_what_is_no_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = |error: DiskError| format!("{:#}", unopened(dir.path(), error.into()));
+        let path = PathBuf::from("store.mark");
+        // As after a start by another user.
+        let denied = DiskError::Mark { path, source: ErrorKind::PermissionDenied.into() };
+        let denied = text(denied);
+        assert!(denied.contains("permission denied") && !denied.contains("remove"), "{denied}");
+        // No file can be opened there, by root either.
+        std::fs::create_dir(dir.path().join("store.redb")).unwrap();
+        let unopened = text(exo_store::node_id(dir.path()).unwrap_err());
+        assert!(!unopened.contains("remove"), "{unopened}");
     }
 }

@@ -75,7 +75,7 @@ impl Servers {
         let mut failure = Failure { servers: self, turn, address: &address, happened: true };
         let answer = timeout(ANSWER_LIMIT, client.send(request)).await;
         failure.happened = match &answer {
-            Ok(Ok(response)) => response.status() == StatusCode::SERVICE_UNAVAILABLE,
+            Ok(Ok(response)) => is_failing(response.status()),
             Ok(Err(_)) | Err(_) => true,
         };
         match answer {
@@ -129,6 +129,11 @@ impl Servers {
     }
 }
 
+/// The server has lost its majority or its way to the leader: before the call, or while it ran.
+fn is_failing(status: StatusCode) -> bool {
+    matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT)
+}
+
 struct Failure<'a> {
     servers: &'a Servers,
     turn: u64,
@@ -147,4 +152,16 @@ impl Drop for Failure<'_> {
 /// A Kubernetes client of one API server, with this node's certificate.
 fn connect(tls: &TlsPaths, address: &str) -> anyhow::Result<Client> {
     dial::kube_client(tls, address).context("--peers")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_server_without_a_majority_is_given_up() {
+        let failing = |code: u16| is_failing(StatusCode::from_u16(code).unwrap());
+        assert!([503, 504].into_iter().all(failing));
+        assert!(![200, 201, 404, 409, 422, 429, 500, 507].into_iter().any(failing));
+    }
 }

@@ -150,7 +150,7 @@ impl EtcdBackend {
             .map_err(|error| write_fault(&error))?;
         let revision = unsigned(answer.header().map_or(0, |h| h.revision()));
         if answer.succeeded() {
-            self.reach(revision).await?;
+            self.reach(revision).await.map_err(committed_unseen)?;
             return Ok(Outcome::Committed { revision });
         }
         let current = answer
@@ -249,6 +249,14 @@ fn write_fault(error: &Error) -> StoreError {
         // Permission denied, resource exhausted, unauthenticated.
         7 | 8 | 16 => StoreError::Unavailable(error.to_string()),
         _ => StoreError::Unknown(error.to_string()),
+    }
+}
+
+/// The write is done, whatever it is that keeps this node from showing it: nobody may repeat it.
+fn committed_unseen(error: StoreError) -> StoreError {
+    match error {
+        StoreError::Unavailable(text) => StoreError::Unknown(text),
+        other => other,
     }
 }
 
@@ -428,5 +436,18 @@ impl Office {
             term: term.unwrap_or(0),
             leader: term.map(|_| self.address.clone()),
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_committed_is_not_offered_for_a_repetition() {
+        let error = StoreError::Unavailable("this node has not seen revision 7 in time".to_owned());
+        assert!(error.is_retryable());
+        let error = committed_unseen(error);
+        assert!(matches!(error, StoreError::Unknown(_)) && !error.is_retryable(), "{error}");
     }
 }

@@ -269,6 +269,7 @@ pub(crate) async fn delete_collection(call: &Call) -> Result<Response, ApiError>
     let dry_run = call.dry_run()? || options.only_tries;
     let (objects, revision) = read::matching(call).await?;
     if !dry_run {
+        let mut changed = false;
         for object in &objects {
             let namespace = object::namespace(object);
             let key = call.resource.key(namespace, object::name(object));
@@ -280,8 +281,9 @@ pub(crate) async fn delete_collection(call: &Call) -> Result<Response, ApiError>
             let store = call.server.store();
             let removed = remove(store, &call.resource, &key, &preconditions, propagation);
             match removed.await {
-                Ok(_) | Err(ApiError::Conflict { .. }) => {}
-                Err(error) => return Err(error),
+                Ok(removed) => changed |= removed.is_some(),
+                Err(ApiError::Conflict { .. }) => {}
+                Err(error) => return Err(halfway(error, changed)),
             }
         }
     }
@@ -292,4 +294,34 @@ pub(crate) async fn delete_collection(call: &Call) -> Result<Response, ApiError>
         body.push(&call.form.item(&call.resource, object, now));
     }
     Ok(body.respond(&metadata))
+}
+
+/// What stopped a deletion of several objects. That nothing was done holds for the last one only.
+fn halfway(error: ApiError, changed: bool) -> ApiError {
+    match error {
+        ApiError::Unavailable(text) | ApiError::Full(text) if changed => {
+            ApiError::Timeout(format!("some of the objects are deleted, others are not: {text}"))
+        }
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::response::IntoResponse as _;
+
+    use super::*;
+
+    #[test]
+    fn a_deletion_that_stops_halfway_does_not_say_that_nothing_was_done() {
+        let check = |error: ApiError, changed: bool, code: u16| {
+            let answer = halfway(error, changed).into_response();
+            assert_eq!(answer.status().as_u16(), code);
+        };
+        check(ApiError::Unavailable("no majority".into()), false, 503);
+        check(ApiError::Unavailable("no majority".into()), true, 504);
+        check(ApiError::Full("no room".into()), false, 507);
+        check(ApiError::Full("no room".into()), true, 504);
+        check(ApiError::UnknownPath, true, 404);
+    }
 }

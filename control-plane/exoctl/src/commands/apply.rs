@@ -5,7 +5,12 @@
 //! files are. What is valid the server alone says; only `--dry-run=client` asks the schemas of this
 //! exoctl.
 
-use std::{collections::BTreeSet, io::Write, path::PathBuf, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::Write,
+    path::PathBuf,
+    time::Duration,
+};
 
 use anyhow::{Context as _, bail};
 use serde_json::Value;
@@ -141,12 +146,11 @@ pub(super) async fn plan_files<'s>(
     faults: &mut Faults,
 ) -> anyhow::Result<Vec<Planned<'s>>> {
     let documents = documents::read_each(files, &mut faults.failures)?;
-    // Files that can't be read are told of even if the server can't be reached.
-    let kinds = match server.kinds().await {
-        Ok(kinds) => kinds,
-        Err(_) if documents.is_empty() => return Ok(Vec::new()),
-        Err(error) => return Err(error),
-    };
+    // There is nothing to ask about: what is wrong with the files is known.
+    if documents.is_empty() {
+        return Ok(Vec::new());
+    }
+    let kinds = server.kinds().await?;
     let mut planned = plan(documents, kinds, |object| server.namespace_of(object), faults)?;
     planned.retain(|one| !faults.files.contains(&one.file));
     Ok(planned)
@@ -159,9 +163,13 @@ async fn rehearse(
     force: bool,
     faults: &mut Faults,
 ) -> anyhow::Result<()> {
+    let mut documents: BTreeMap<&str, usize> = BTreeMap::new();
+    for one in planned {
+        *documents.entry(&one.file).or_default() += 1;
+    }
     for one in planned {
         // A single document needs no rehearsal: refused, it leaves nothing behind.
-        if planned.iter().filter(|p| p.file == one.file).count() == 1 {
+        if documents.get(one.file.as_str()) == Some(&1) {
             continue;
         }
         let checked = send(server, one, force, true).await;

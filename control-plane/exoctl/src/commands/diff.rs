@@ -16,6 +16,12 @@ use crate::{
 const BOOKKEEPING: [&str; 5] =
     ["managedFields", "resourceVersion", "generation", "uid", "creationTimestamp"];
 
+/// Where a Secret has its values.
+const SECRET: [&str; 3] = ["/data", "/stringData", ANNOTATIONS];
+const ANNOTATIONS: &str = "/metadata/annotations";
+/// The object as client-side `kubectl apply` was given it.
+const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
+
 /// # Errors
 /// [`Differs`] when there is a difference, which is printed.
 pub(super) async fn run(args: &Diff, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
@@ -41,7 +47,14 @@ pub(super) async fn run(args: &Diff, server: &Server, out: &mut dyn Write) -> an
 }
 
 /// What `diff` says of an object before and after; nothing when it stays as it is.
-fn difference(one: &Planned<'_>, before: Option<Value>, after: Value) -> anyhow::Result<Vec<u8>> {
+fn difference(
+    one: &Planned<'_>,
+    mut before: Option<Value>,
+    mut after: Value,
+) -> anyhow::Result<Vec<u8>> {
+    if one.kind.api.kind == "Secret" && one.kind.api.group.is_empty() {
+        mask(before.as_mut(), &mut after);
+    }
     let before = before.map(readable).transpose()?.unwrap_or_default();
     let after = readable(after)?;
     if before == after {
@@ -65,6 +78,29 @@ fn difference(one: &Planned<'_>, before: Option<Value>, after: Value) -> anyhow:
     }
 }
 
+/// Hides a Secret's values as kubectl does: what they are is not told, but which of them change is.
+fn mask(before: Option<&mut Value>, after: &mut Value) {
+    let mut none = Value::Null;
+    let before = before.unwrap_or(&mut none);
+    for path in SECRET {
+        let fields = |object: &Value| object.pointer(path).and_then(Value::as_object).cloned();
+        let (old, new) = (fields(before), fields(after));
+        let both = |name: &String| Some((old.as_ref()?.get(name)?, new.as_ref()?.get(name)?));
+        let is_changed = |name: &String| both(name).is_some_and(|(old, new)| old != new);
+        let hide = |object: &mut Value, changed: &str| {
+            let fields = object.pointer_mut(path).and_then(Value::as_object_mut);
+            for (name, value) in fields.into_iter().flatten() {
+                // Other annotations are no secret.
+                if path != ANNOTATIONS || name == LAST_APPLIED {
+                    *value = if is_changed(name) { changed } else { "***" }.into();
+                }
+            }
+        };
+        hide(before, "*** (before)");
+        hide(after, "*** (after)");
+    }
+}
+
 fn readable(mut object: Value) -> anyhow::Result<String> {
     if let Some(metadata) = object["metadata"].as_object_mut() {
         metadata.retain(|field, _| !BOOKKEEPING.contains(&field.as_str()));
@@ -72,4 +108,44 @@ fn readable(mut object: Value) -> anyhow::Result<String> {
     // In which order the fields came says nothing.
     object.sort_all_objects();
     Ok(exo_crds::yaml::to_string(&object)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_secrets_values_are_hidden_and_changes_are_seen() {
+        let mut before = json!({
+            "metadata": {"name": "a", "annotations": {"note": "n", (LAST_APPLIED): "{1}"}},
+            "data": {"same": "czE=", "changed": "YzE=", "gone": "ZzE="},
+        });
+        let mut after = json!({
+            "metadata": {"name": "a", "annotations": {"note": "n", (LAST_APPLIED): "{1}"}},
+            "data": {"same": "czE=", "changed": "YzI=", "new": "bjI="},
+            "stringData": {"plain": "text"},
+        });
+        mask(Some(&mut before), &mut after);
+        let annotations = json!({"note": "n", (LAST_APPLIED): "***"});
+        assert_eq!(
+            before,
+            json!({
+                "metadata": {"name": "a", "annotations": annotations},
+                "data": {"same": "***", "changed": "*** (before)", "gone": "***"},
+            })
+        );
+        assert_eq!(
+            after,
+            json!({
+                "metadata": {"name": "a", "annotations": annotations},
+                "data": {"same": "***", "changed": "*** (after)", "new": "***"},
+                "stringData": {"plain": "***"},
+            })
+        );
+        let mut first = json!({"data": {"new": "bjI="}});
+        mask(None, &mut first);
+        assert_eq!(first, json!({"data": {"new": "***"}}));
+    }
 }

@@ -125,6 +125,38 @@ pub enum OpenError {
     Raft(String),
 }
 
+impl OpenError {
+    /// What is on the disk is not what was written there, so that no later try is better. Files that
+    /// can't be opened or read at this moment may be as good as ever.
+    pub fn is_damage(&self) -> bool {
+        use redb::{DatabaseError, StorageError};
+
+        let Self::Disk(error) = self else { return false };
+        match error {
+            DiskError::Damaged { .. } | DiskError::Inconsistent { .. } | DiskError::Lost { .. } => {
+                true
+            }
+            DiskError::Open { source, .. } => match &**source {
+                DatabaseError::Storage(StorageError::Corrupted(_)) => true,
+                DatabaseError::Storage(StorageError::Io(error)) => is_other_data(error),
+                _ => false,
+            },
+            DiskError::Access { source, .. } => matches!(**source, redb::Error::Corrupted(_)),
+            DiskError::Mark { source, .. } => is_other_data(source),
+            DiskError::Folder { .. }
+            | DiskError::Format { .. }
+            | DiskError::OtherNode { .. }
+            | DiskError::Thread { .. }
+            | DiskError::Closed { .. } => false,
+        }
+    }
+}
+
+/// It was read, and is not what it should be.
+fn is_other_data(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::InvalidData
+}
+
 /// Followers hear from the leader this often; a call to a follower may take as long.
 const HEARTBEAT_MS: u64 = 150;
 /// A follower that heard of its leader within the upper bound votes for no other one; when followers

@@ -175,13 +175,11 @@ impl Node {
 
     /// Until when an order that comes now is tried.
     pub(super) fn deadline(&self) -> Instant {
-        let now = Instant::now();
-        match self.place() {
-            Place::Here => now + PATIENCE,
-            Place::There(_) | Place::Nowhere(_) => {
-                (self.ear.heard_at() + PATIENCE).clamp(now + PATIENCE_ALONE, now + PATIENCE)
-            }
-        }
+        let heard_at = match self.place() {
+            Place::Here => None,
+            Place::There(_) | Place::Nowhere(_) => Some(self.ear.heard_at()),
+        };
+        deadline(Instant::now(), heard_at)
     }
 
     /// Waits until this node leads without a majority, and says so.
@@ -210,6 +208,14 @@ impl Node {
         let mut applied = self.applied.clone();
         let reached = applied.wait_for(|applied| *applied >= index);
         matches!(timeout_at(deadline, reached).await, Ok(Ok(_)))
+    }
+}
+
+/// `heard_at`: when a leader was heard last, where another one than this node is needed.
+fn deadline(now: Instant, heard_at: Option<Instant>) -> Instant {
+    match heard_at {
+        None => now + PATIENCE,
+        Some(heard_at) => (heard_at + PATIENCE).clamp(now + PATIENCE_ALONE, now + PATIENCE),
     }
 }
 
@@ -282,6 +288,17 @@ mod tests {
             [0, 1_499, 1_500, 2_999, 3_000, 4_500].map(at),
             [false, false, true, true, false, true]
         );
+    }
+
+    #[test]
+    fn nobody_waits_long_for_a_leader_that_is_long_gone() {
+        let heard = Instant::now();
+        let seconds = |now: u64| {
+            let now = heard + Duration::from_secs(now);
+            (deadline(now, Some(heard)) - now).as_secs()
+        };
+        assert_eq!([0, 2, 4, 5, 60].map(seconds), [5, 3, 1, 1, 1]);
+        assert_eq!(deadline(heard, None) - heard, PATIENCE);
     }
 
     #[test]

@@ -14,6 +14,9 @@ use super::{call::Target, node::Node};
 /// A node that answers at all does so within this time.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 
+/// How all of those begin that say so.
+const NO_MAJORITY: &str = "no majority of voters";
+
 /// One member as the roll needs it.
 struct Voter {
     target: Target,
@@ -21,9 +24,13 @@ struct Voter {
 }
 
 impl Node {
-    /// Why nothing could be done: that too few voters answer and which ones do not, else `found`.
-    /// Asks all of them at once, until a majority has answered.
+    /// Why nothing could be done: that too few voters answer and which ones do not, and what was
+    /// `found` here. Asks all of them at once, until a majority has answered; nobody where Raft has
+    /// stopped on this node, for that is reason enough.
     pub(super) async fn explain(&self, found: String) -> String {
+        if self.metrics().borrow().running_state.is_err() {
+            return found;
+        }
         let (configs, voters) = self.roll();
         let mut asked = JoinSet::new();
         for voter in voters.iter().filter(|voter| voter.target.id != self.id) {
@@ -50,7 +57,10 @@ impl Node {
                 },
             )
         };
-        lacking(&configs, &answered).map_or(found, |voters| no_majority(voters, &answered, name))
+        match lacking(&configs, &answered) {
+            Some(voters) => with_found(no_majority(voters, &answered, name), &found),
+            None => found,
+        }
     }
 
     /// The sets of voters of which each needs a majority, and all of their voters.
@@ -75,6 +85,14 @@ fn lacking<'c>(
     configs.iter().find(|voters| voters.intersection(answered).count() * 2 <= voters.len())
 }
 
+/// What was found is told too, unless it says no more than that.
+fn with_found(no_majority: String, found: &str) -> String {
+    match found.starts_with(NO_MAJORITY) {
+        true => no_majority,
+        false => format!("{no_majority} ({found})"),
+    }
+}
+
 fn no_majority(
     voters: &BTreeSet<u64>,
     answered: &BTreeSet<u64>,
@@ -83,7 +101,7 @@ fn no_majority(
     let count = voters.intersection(answered).count();
     let silent: Vec<String> = voters.difference(answered).map(|id| name(*id)).collect();
     format!(
-        "no majority of voters: {count} of {} {} (none from {}); start those nodes, or mend the \
+        "{NO_MAJORITY}: {count} of {} {} (none from {}); start those nodes, or mend the \
          network between them",
         voters.len(),
         if count == 1 { "answers" } else { "answer" },
@@ -114,5 +132,19 @@ mod tests {
         check(&[&[1]], &[4], Some(learner));
         let half = "no majority of voters: 2 of 4 answer (none from mac-3, mac-4)";
         check(&[&[1, 2, 3], &[1, 2, 3, 4]], &[1, 2], Some(half));
+    }
+
+    #[test]
+    fn what_was_found_is_told_once() {
+        let text = |found| with_found("no majority of voters: 1 of 3 answers".to_owned(), found);
+        assert_eq!(
+            text("no leader is known"),
+            "no majority of voters: 1 of 3 answers (no leader is known)"
+        );
+        // Its figures would make a new text of the same trouble each time.
+        assert_eq!(
+            text("no majority of voters has answered this leader for 1503 ms"),
+            "no majority of voters: 1 of 3 answers"
+        );
     }
 }

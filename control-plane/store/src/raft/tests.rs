@@ -111,11 +111,12 @@ async fn a_file_that_is_not_ours_is_refused_by_name() {
         let config = RaftConfig { node_id, ..config(dir.path()) };
         async move {
             let Err(error) = Store::raft(config).await else { panic!("opened") };
-            error.to_string()
+            (error.to_string(), error.is_damage())
         }
     };
 
-    assert!(refusal(2).await.contains("belongs to node 1"));
+    let (message, is_damage) = refusal(2).await;
+    assert!(message.contains("belongs to node 1") && !is_damage, "{message}");
 
     {
         let database = redb::Database::open(&file).unwrap();
@@ -124,29 +125,45 @@ async fn a_file_that_is_not_ours_is_refused_by_name() {
         txn.open_table(meta).unwrap().insert("format", b"9".as_slice()).unwrap();
         txn.commit().unwrap();
     }
-    let message = refusal(1).await;
-    assert!(message.contains("store.redb has format 9"), "{message}");
+    let (message, is_damage) = refusal(1).await;
+    assert!(message.contains("store.redb has format 9") && !is_damage, "{message}");
 
     // A bit of the large value flips.
     let mut torn = good.clone();
     let at = torn.windows(64).position(|w| w == [b'x'; 64]).unwrap() + 5_000;
     torn[at] ^= 1;
     fs::write(&file, &torn).unwrap();
-    let message = refusal(1).await;
-    assert!(message.contains("store.redb is damaged"), "{message}");
+    let (message, is_damage) = refusal(1).await;
+    assert!(message.contains("store.redb is damaged") && is_damage, "{message}");
 
     fs::write(&file, &good[..good.len() / 2]).unwrap();
-    let message = refusal(1).await;
-    assert!(message.contains("store.redb"), "{message}");
+    let (message, is_damage) = refusal(1).await;
+    assert!(message.contains("store.redb") && is_damage, "{message}");
 
     fs::write(&file, b"something else, and long enough to be looked at".repeat(200)).unwrap();
-    let message = refusal(1).await;
-    assert!(message.contains("store.redb is damaged"), "{message}");
+    let (message, is_damage) = refusal(1).await;
+    assert!(message.contains("store.redb is damaged") && is_damage, "{message}");
 
     fs::write(&file, &good).unwrap();
     let store = Store::raft(config(dir.path())).await.unwrap();
     assert!(store.get("/a").await.unwrap().is_some());
     store.shutdown().await;
+}
+
+#[test]
+fn what_can_not_be_read_now_is_not_damaged() {
+    use std::io::ErrorKind::{InvalidData, PermissionDenied, StorageFull};
+    let path = || Path::new("store.redb").to_owned();
+    let open = |source| DiskError::Open { path: path(), source: Box::new(source) };
+    for (kind, is_damage) in [(InvalidData, true), (PermissionDenied, false), (StorageFull, false)]
+    {
+        let io = redb::StorageError::Io(kind.into());
+        assert_eq!(OpenError::from(open(io.into())).is_damage(), is_damage, "{kind}");
+        let mark = DiskError::Mark { path: path(), source: kind.into() };
+        assert_eq!(OpenError::from(mark).is_damage(), is_damage, "{kind}");
+    }
+    let in_use = open(redb::DatabaseError::DatabaseAlreadyOpen);
+    assert!(!OpenError::from(in_use).is_damage());
 }
 
 /// What a killed process leaves: the files as they are, without a word of good-bye.
@@ -200,7 +217,7 @@ async fn a_complete_last_commit_that_is_damaged_is_no_torn_one() {
 
     fs::write(dir.path().join("store.mark"), "{}\n00").unwrap();
     let Err(error) = Store::raft(config(dir.path())).await else { panic!("opened") };
-    assert!(error.to_string().contains("store.mark"), "{error}");
+    assert!(error.to_string().contains("store.mark") && error.is_damage(), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

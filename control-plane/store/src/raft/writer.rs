@@ -153,7 +153,8 @@ impl Batch {
                     propose(node, &self.commands).await.outcome(node, deadline).await
                 }
                 (None, Place::There(leader)) => {
-                    self.refuse_forwarded(&leader.address);
+                    let leads = Some(leader.address.clone());
+                    self.refuse_forwarded(&Refusal::NotLeader { leader: leads });
                     if self.waiting.is_empty() {
                         return;
                     }
@@ -164,6 +165,11 @@ impl Batch {
             match answer {
                 Ok(written) => return self.answer(written),
                 Err(refusal) => {
+                    // Before their senders lose patience, who would have to take it for unknown.
+                    self.refuse_forwarded(&refusal);
+                    if self.waiting.is_empty() {
+                        return;
+                    }
                     let again = refusal.is_definite() && node.news(deadline).await;
                     if !again {
                         return self.refuse(&explained(node, refusal).await);
@@ -182,12 +188,11 @@ impl Batch {
         Ok(written)
     }
 
-    /// Orders of other nodes go no further: their senders look for the leader.
-    fn refuse_forwarded(&mut self, leader: &str) {
+    /// Orders of other nodes go no further: their senders look for the leader, try again or explain.
+    fn refuse_forwarded(&mut self, refusal: &Refusal) {
         if !self.waiting.iter().any(|order| order.here_only) {
             return;
         }
-        let refusal = Refusal::NotLeader { leader: Some(leader.to_owned()) };
         let (mut commands, mut waiting) = (Vec::new(), Vec::new());
         let mut rest = &self.commands[..];
         for order in std::mem::take(&mut self.waiting) {
