@@ -23,8 +23,8 @@ use tempfile::TempDir;
 
 const CHILD: &str = "EXO_STORE_BENCH_NODE";
 const CLIENTS: [usize; 3] = [1, 16, 64];
-/// A disk's speed changes from one moment to the next: the systems take turns.
-const TURNS: usize = 5;
+/// A disk's speed changes from one moment to the next: the systems take short turns, in pairs.
+const TURNS: usize = 15;
 
 #[tokio::main]
 async fn main() {
@@ -34,7 +34,7 @@ async fn main() {
     }
     let numbers: Vec<u64> = std::env::args().filter_map(|a| a.parse().ok()).collect();
     let number = |at: usize, default: u64| numbers.get(at).copied().unwrap_or(default);
-    let (seconds, kills) = (Duration::from_secs(number(0, 3)), number(1, 20));
+    let (seconds, kills) = (Duration::from_secs(number(0, 1)), number(1, 20));
     let mut exo = Exo::start().await;
     let own = Arc::new(ExoWriter { client: exo.client.clone(), node: exo.leader().await });
     #[cfg(feature = "etcd")]
@@ -43,18 +43,30 @@ async fn main() {
         let mut own_turns = Vec::new();
         #[cfg(feature = "etcd")]
         let mut etcd_turns = Vec::new();
-        for _ in 0..TURNS {
-            own_turns.push(load(clients, seconds, &own).await);
+        for turn in 0..TURNS {
+            // Who comes first changes, so that neither always meets what the other left to write.
+            let own_first = turn % 2 == 0;
+            if own_first {
+                own_turns.push(load(clients, seconds, &own).await);
+            }
             #[cfg(feature = "etcd")]
             if let Some(etcd) = &etcd {
                 etcd_turns.push(load(clients, seconds, &etcd.writer()).await);
             }
+            if !own_first {
+                own_turns.push(load(clients, seconds, &own).await);
+            }
         }
-        let _own_rate = report("exo", clients, own_turns);
+        #[cfg(feature = "etcd")]
+        let ratios = own_turns.iter().zip(&etcd_turns).map(|(own, etcd)| rate(own) / rate(etcd));
+        #[cfg(feature = "etcd")]
+        let ratios = sorted(ratios);
+        report("exo", clients, own_turns);
         #[cfg(feature = "etcd")]
         if !etcd_turns.is_empty() {
-            let ratio = _own_rate / report("etcd", clients, etcd_turns);
-            println!("      {clients:>3} clients: exo/etcd {ratio:.2}");
+            report("etcd", clients, etcd_turns);
+            let median = ratios[ratios.len() / 2];
+            println!("      {clients:>3} clients: exo/etcd {median:.2} (median of {TURNS} pairs)");
         }
     }
     drop((own, exo));
@@ -245,11 +257,20 @@ async fn load<W: Writer>(clients: usize, seconds: Duration, writer: &Arc<W>) -> 
     (begin.elapsed(), latencies)
 }
 
-/// Prints, and returns, the median of the turns' rates; the latencies are those of all turns.
-fn report(system: &str, clients: usize, turns: Vec<Turn>) -> f64 {
-    let rate = |(took, latencies): &Turn| latencies.len() as f64 / took.as_secs_f64();
-    let mut rates: Vec<f64> = turns.iter().map(rate).collect();
-    rates.sort_unstable_by(f64::total_cmp);
+/// Writes per second.
+fn rate((took, latencies): &Turn) -> f64 {
+    latencies.len() as f64 / took.as_secs_f64()
+}
+
+fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_unstable_by(f64::total_cmp);
+    values
+}
+
+/// Prints the median of the turns' rates; the latencies are those of all turns.
+fn report(system: &str, clients: usize, turns: Vec<Turn>) {
+    let rates = sorted(turns.iter().map(rate));
     let rate = rates[rates.len() / 2];
     let mut latencies: Vec<Duration> = turns.into_iter().flat_map(|turn| turn.1).collect();
     latencies.sort_unstable();
@@ -261,7 +282,6 @@ fn report(system: &str, clients: usize, turns: Vec<Turn>) -> f64 {
         at(0.5),
         at(0.99)
     );
-    rate
 }
 
 /// Kills leaders under load; checks at the end that everything acknowledged is there.
