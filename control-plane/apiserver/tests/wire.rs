@@ -126,7 +126,7 @@ async fn long_answers_are_compressed_for_who_takes_it() {
     assert_eq!(header(&headers, "content-type"), "application/yaml");
     let mut yaml = String::new();
     GzDecoder::new(&*packed).read_to_string(&mut yaml).unwrap();
-    assert!(yaml.starts_with("apiVersion: "), "{:.80}", yaml);
+    assert!(yaml.starts_with("apiVersion: "), "{yaml:.80}");
     // Each event of a watch goes out when it happens, however much there is.
     let watch = format!("{INSTANCES}?watch=1&timeoutSeconds=1");
     let (_, headers, body) = fetch(&server, &watch, gzip).await;
