@@ -218,6 +218,24 @@ async fn a_leader_that_is_cut_off_one_way_is_replaced() {
     cluster.shutdown().await;
 }
 
+/// Its connections stay open, so that nothing but the election tells of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_waits_for_a_leader_that_stands_still() {
+    let cluster = Cluster::start(3).await;
+    let old = cluster.leader().await;
+    create(&cluster.store(old), "/a", "1").await;
+    let follower = cluster.store((1..=3).find(|id| *id != old).unwrap());
+    cluster.freeze(old);
+    let write = follower.txn(Txn::create("/b", "1"));
+    let (read, write) = tokio::join!(follower.get("/a"), write);
+    assert!(read.unwrap().is_some(), "the new leader is asked instead");
+    let unknown = write.unwrap_err();
+    assert!(matches!(unknown, StoreError::Unknown(_)), "{unknown}");
+    assert!(unknown.to_string().contains("leads no longer and gave no answer"), "{unknown}");
+    cluster.heal();
+    cluster.shutdown().await;
+}
+
 /// Measures for how long this process stands still.
 struct Pauses {
     longest_ms: Arc<AtomicU64>,
@@ -454,6 +472,18 @@ async fn the_leader_tells_how_far_others_are_behind() {
     for line in ["exo_raft_has_leader 1", "exo_raft_is_leader 1", "exo_raft_apply_lag_entries 0"] {
         assert!(text.lines().any(|l| l == line), "{line} in {text}");
     }
+    // A leader without followers is none, and a follower that hears nothing of one has none.
+    let (follower, registry_there) = (cluster.store(away), prometheus::Registry::new());
+    follower.register_metrics(&registry_there).unwrap();
+    let has = |registry| gauges(registry, "exo_raft_has_leader");
+    assert_eq!(has(&registry_there), [1]);
+    cluster.partition(&[away]);
+    let third = (1..=3).find(|id| ![leader, away].contains(id)).unwrap();
+    cluster.cut(leader, third);
+    cluster.cut(third, leader);
+    cluster.until("none is heard", || has(&registry_there) == [0] && has(&registry) == [0]).await;
+    cluster.heal();
+    cluster.until("one is heard", || has(&registry_there) == [1] && has(&registry) == [1]).await;
     cluster.shutdown().await;
 }
 

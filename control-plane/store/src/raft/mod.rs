@@ -379,6 +379,7 @@ impl RaftBackend {
         };
         let followers = metrics.replication.iter().flatten().filter(|(id, _)| **id != metrics.id);
         RaftPosition {
+            has_leader: self.node.has_leader(),
             log_index: metrics.last_log_index.unwrap_or(0),
             applied_index: metrics.last_applied.map_or(0, |id| id.index),
             voters_change: members.get_joint_config().len() > 1,

@@ -180,9 +180,8 @@ impl Batch {
     }
 
     async fn forward(&self, node: &Node, leader: &Target, deadline: Instant) -> Answer {
-        let limit = deadline.saturating_duration_since(Instant::now());
         let body = json(&self.commands);
-        let written: Written = node.caller.post::<Answer>(leader, "write", body, limit).await??;
+        let written = node.call_leader::<Answer>(leader, "write", body, deadline).await??;
         // What this node acknowledged, it also shows; committed it is anyway.
         node.applied(written.index, deadline).await;
         Ok(written)
