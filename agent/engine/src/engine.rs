@@ -17,7 +17,7 @@ use crate::config::{Config, ConfigError};
 use crate::distributed::{Group, GroupError};
 use crate::history::History;
 use crate::loader::{self, Checkpoint, LoadError, LoadProgress, Selection};
-use crate::models::{Args, Facts, Model, Part};
+use crate::models::{Args, Facts, Model, Part, StepPath};
 use crate::pipeline::{self, Pipeline};
 use crate::sample::{Sampling, StepOutput};
 use crate::tensor::Team;
@@ -65,6 +65,8 @@ pub struct ModelInfo {
     pub max_context: usize,
     /// Bytes of weights that this rank holds.
     pub weight_bytes: u64,
+    /// How this rank runs decode steps of a single sequence.
+    pub step_path: StepPath,
 }
 
 /// One unit of work. All ranks of a group run the same steps in the same order.
@@ -215,6 +217,7 @@ impl Engine {
             eos_token_ids: files.eos_token_ids,
             max_context,
             weight_bytes,
+            step_path: model.step_path().clone(),
         };
         let layers = part.layers.len();
         let last_token = Array::from_slice(&[info.vocab_size.saturating_sub(1) as u32], &[1]);
