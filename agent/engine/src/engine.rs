@@ -348,6 +348,25 @@ impl Engine {
         Ok(output)
     }
 
+    /// For a message about a model whose log-probabilities are none: the first layer behind which hidden states of
+    /// `tokens` are not finite. None if that is in none of this rank's layers, or if they can't be run here without
+    /// the other ranks.
+    ///
+    /// # Errors
+    /// MLX failed.
+    pub fn first_not_finite_layer(&mut self, tokens: &[u32]) -> Result<Option<usize>, EngineError> {
+        match &self.ranks {
+            Ranks::Alone => {}
+            Ranks::Pipeline(pipeline) if pipeline.is_first() => {}
+            Ranks::Pipeline(_) | Ranks::Team(_) => return Ok(None),
+        }
+        let mut segments = Segments::default();
+        segments.open(0, self.layers);
+        let mut pass = segments.pass(&BTreeSet::from([0]), tokens.len() as i32)?;
+        // The first rank has the first layers.
+        Ok(self.model.first_not_finite(&ids(tokens), &mut pass)?)
+    }
+
     /// Ends the work of a rank whose steps have all gone well: waits for what was begun ahead, which takes as long as
     /// the other ranks do.
     pub fn finish(self) {

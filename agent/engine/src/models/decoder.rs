@@ -287,6 +287,27 @@ impl Model {
         Ok(x)
     }
 
+    /// The first of this rank's layers behind which hidden states of `tokens` `[1, positions]`, which `pass` feeds, are
+    /// not finite. First rank only.
+    pub(crate) fn first_not_finite(
+        &self,
+        tokens: &Array,
+        pass: &mut Pass<'_>,
+    ) -> Result<Option<usize>, Exception> {
+        let mut x = self.embed(tokens)?;
+        let zero = Array::from_f32(0.0);
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = layer.forward(&x, x.dim(1), &mut pass.layer(i))?;
+            // NaN and infinity are the numbers that less themselves are not zero.
+            let finite = x.subtract(&x)?.eq(&zero)?.all(None)?;
+            finite.eval()?;
+            if !finite.item_exact::<bool>() {
+                return Ok(Some(i));
+            }
+        }
+        Ok(None)
+    }
+
     /// Hidden states to logits. Last rank only.
     pub(crate) fn head(&self, x: &Array) -> Result<Array, Exception> {
         let (norm, head) = self.head.as_ref().expect("called on the last rank");
