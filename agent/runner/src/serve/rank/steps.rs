@@ -123,6 +123,18 @@ impl Ranks {
             let share = u8::try_from(done * 9 / all).unwrap_or(9);
             reporter.phase(ShardPhase::Warming, 90 + share);
         })
+        .map_err(|failure| self.with_layer(failure))
+    }
+
+    /// Adds to a failure for numbers that are none where they come from, as far as this rank knows.
+    fn with_layer(&mut self, mut failure: Failure) -> Failure {
+        if failure.reason == warm::NOT_FINITE
+            && let tokens = [warm::TOKEN; warm::PROMPT_TOKENS]
+            && let Ok(Some(layer)) = self.engine.first_not_finite_layer(&tokens)
+        {
+            failure.message += &format!("; hidden states are not finite from layer {layer} on");
+        }
+        failure
     }
 
     /// The other ranks from here on.
