@@ -7,6 +7,7 @@ mod call;
 mod commits;
 mod disk;
 mod election;
+mod error;
 mod file;
 mod flushing;
 mod line;
@@ -38,7 +39,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, task::JoinHandle};
 
 pub use call::{Begin, Peering};
-pub use disk::DiskError;
+pub use error::{DiskError, OpenError};
 pub use members::Member;
 pub(crate) use routes::routes;
 
@@ -114,47 +115,6 @@ pub struct RaftConfig {
     pub name: String,
     /// Where other nodes reach this one, `IP:port`.
     pub address: String,
-}
-
-/// Why a store can't be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    #[error(transparent)]
-    Disk(#[from] DiskError),
-    #[error("starting Raft: {0}")]
-    Raft(String),
-}
-
-impl OpenError {
-    /// What is on the disk is not what was written there, so that no later try is better. Files that
-    /// can't be opened or read at this moment may be as good as ever.
-    pub fn is_damage(&self) -> bool {
-        use redb::{DatabaseError, StorageError};
-
-        let Self::Disk(error) = self else { return false };
-        match error {
-            DiskError::Damaged { .. } | DiskError::Inconsistent { .. } | DiskError::Lost { .. } => {
-                true
-            }
-            DiskError::Open { source, .. } => match &**source {
-                DatabaseError::Storage(StorageError::Corrupted(_)) => true,
-                DatabaseError::Storage(StorageError::Io(error)) => is_other_data(error),
-                _ => false,
-            },
-            DiskError::Access { source, .. } => matches!(**source, redb::Error::Corrupted(_)),
-            DiskError::Mark { source, .. } => is_other_data(source),
-            DiskError::Folder { .. }
-            | DiskError::Format { .. }
-            | DiskError::OtherNode { .. }
-            | DiskError::Thread { .. }
-            | DiskError::Closed { .. } => false,
-        }
-    }
-}
-
-/// It was read, and is not what it should be.
-fn is_other_data(error: &std::io::Error) -> bool {
-    error.kind() == std::io::ErrorKind::InvalidData
 }
 
 /// Followers hear from the leader this often; a call to a follower may take as long.

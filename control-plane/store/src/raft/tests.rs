@@ -150,22 +150,6 @@ async fn a_file_that_is_not_ours_is_refused_by_name() {
     store.shutdown().await;
 }
 
-#[test]
-fn what_can_not_be_read_now_is_not_damaged() {
-    use std::io::ErrorKind::{InvalidData, PermissionDenied, StorageFull};
-    let path = || Path::new("store.redb").to_owned();
-    let open = |source| DiskError::Open { path: path(), source: Box::new(source) };
-    for (kind, is_damage) in [(InvalidData, true), (PermissionDenied, false), (StorageFull, false)]
-    {
-        let io = redb::StorageError::Io(kind.into());
-        assert_eq!(OpenError::from(open(io.into())).is_damage(), is_damage, "{kind}");
-        let mark = DiskError::Mark { path: path(), source: kind.into() };
-        assert_eq!(OpenError::from(mark).is_damage(), is_damage, "{kind}");
-    }
-    let in_use = open(redb::DatabaseError::DatabaseAlreadyOpen);
-    assert!(!OpenError::from(in_use).is_damage());
-}
-
 /// What a killed process leaves: the files as they are, without a word of good-bye.
 fn files_as_they_are(from: &Path) -> TempDir {
     let to = TempDir::new().unwrap();
