@@ -1,5 +1,10 @@
 //! Rank 0's loop: takes requests, runs what the scheduler says on all ranks, hands out events.
 //! Lives on the engine's thread; never blocks on a client.
+//!
+//! Where there are other ranks, they are told of a decode step before the tokens are known that it
+//! feeds, if it seems that it will be for the same sequences: they know the tokens as soon as rank 0
+//! does, and need not wait for it to look at them. What was told is run, also for sequences that
+//! have come to an end meanwhile; what those draw is for nobody.
 
 use std::{
     collections::HashMap,
@@ -25,8 +30,11 @@ pub(crate) trait Executor {
     fn open(&mut self, seq: SeqId, sampling: &Sampling, prompt: usize) -> Result<(), Failure>;
     /// Feeds a chunk of a prompt.
     fn prefill(&mut self, step: &Step) -> Result<Stepped, Failure>;
-    /// Feeds a token to each of several sequences, and draws the next for each, in this order.
-    fn decode(&mut self, feeds: &[Feed]) -> Result<Stepped, Failure>;
+    /// Feeds a token to each of several sequences, and draws the next for each, in this order. With
+    /// `again` the next thing that is run is [`again`] of this, unless it is refused.
+    fn decode(&mut self, feeds: &[Feed], again: bool) -> Result<Stepped, Failure>;
+    /// Whether there are ranks that gain by `again`.
+    fn has_others(&self) -> bool;
     fn close(&mut self, seq: SeqId) -> Result<(), Failure>;
 }
 
@@ -37,6 +45,16 @@ pub(crate) enum Stepped {
     Done(Vec<StepOutput>),
     /// All ranks refused it alike and are as they were before.
     Refused(String),
+}
+
+/// The same sequences once more, each fed what it drew.
+pub(crate) fn again(feeds: &[Feed], outputs: &[StepOutput]) -> Vec<Feed> {
+    let feed = |(feed, output): (&Feed, &StepOutput)| Feed {
+        seq: feed.seq,
+        token: output.token,
+        draw: feed.draw + 1,
+    };
+    feeds.iter().zip(outputs).map(feed).collect()
 }
 
 /// What the HTTP side wants.
@@ -78,11 +96,14 @@ pub(crate) struct Driver<E> {
     running: HashMap<SeqId, Running>,
     executor: E,
     metrics: Metrics,
+    /// The next step, where the other ranks were told of it.
+    settled: Option<Vec<Feed>>,
 }
 
 impl<E: Executor> Driver<E> {
     pub(crate) fn new(limits: Limits, executor: E, metrics: Metrics) -> Self {
-        Self { scheduler: Scheduler::new(limits), running: HashMap::new(), executor, metrics }
+        let scheduler = Scheduler::new(limits);
+        Self { scheduler, running: HashMap::new(), executor, metrics, settled: None }
     }
 
     /// Serves until nobody can send orders any more, or until a rank fails. Blocks on `orders` when
@@ -131,6 +152,12 @@ impl<E: Executor> Driver<E> {
 
     /// Does one thing; false when there is nothing to do.
     fn turn(&mut self) -> Result<bool, Failure> {
+        if let Some(feeds) = self.settled.take() {
+            self.scheduler.decode_again();
+            self.decode(&feeds)?;
+            self.count();
+            return Ok(true);
+        }
         let Some(action) = self.scheduler.next() else {
             return Ok(false);
         };
@@ -158,17 +185,39 @@ impl<E: Executor> Driver<E> {
     }
 
     fn decode(&mut self, feeds: &[Feed]) -> Result<(), Failure> {
-        let begun = Instant::now();
-        let stepped = self.executor.decode(feeds)?;
-        self.metrics.decode_step.observe(begun.elapsed().as_secs_f64());
-        self.metrics.batch.observe(feeds.len() as f64);
+        let again = self.executor.has_others() && self.goes_on(feeds);
+        let stepped = self.run_decode(feeds, again)?;
         if feeds.len() > 1 && matches!(stepped, Stepped::Refused(_)) {
             // It does not say for whose sake: each on its own tells. All are as they were.
-            return feeds.iter().try_for_each(|feed| self.decode(std::slice::from_ref(feed)));
+            return feeds.iter().map(std::slice::from_ref).try_for_each(|feed| {
+                let stepped = self.run_decode(feed, false)?;
+                self.came_of(&[feed[0].seq], stepped);
+                Ok(())
+            });
+        }
+        if let (true, Stepped::Done(outputs)) = (again, &stepped) {
+            self.settled = Some(self::again(feeds, outputs));
         }
         let seqs: Vec<SeqId> = feeds.iter().map(|feed| feed.seq).collect();
         self.came_of(&seqs, stepped);
         Ok(())
+    }
+
+    fn run_decode(&mut self, feeds: &[Feed], again: bool) -> Result<Stepped, Failure> {
+        let begun = Instant::now();
+        let stepped = self.executor.decode(feeds, again)?;
+        self.metrics.decode_step.observe(begun.elapsed().as_secs_f64());
+        self.metrics.batch.observe(feeds.len() as f64);
+        Ok(stepped)
+    }
+
+    /// Whether the step after this one will be for the same sequences, as far as is known: all
+    /// may have a further token behind the one that comes, for which there is room then.
+    fn goes_on(&self, feeds: &[Feed]) -> bool {
+        let has_more = |feed: &Feed| {
+            self.running.get(&feed.seq).is_some_and(|running| running.answer.tokens_left() > 1)
+        };
+        self.scheduler.is_steady() && feeds.iter().all(has_more)
     }
 
     fn came_of(&mut self, seqs: &[SeqId], stepped: Stepped) {
@@ -187,9 +236,9 @@ impl<E: Executor> Driver<E> {
     }
 
     fn drew(&mut self, seq: SeqId, output: &StepOutput) {
+        let Some(running) = self.running.get_mut(&seq) else { return };
         self.metrics.completion_tokens.inc();
         self.scheduler.drew(seq, output.token);
-        let Some(running) = self.running.get_mut(&seq) else { return };
         if running.first_token.is_none() {
             running.first_token = Some(Instant::now());
             self.metrics.time_to_first_token.observe(running.accepted.elapsed().as_secs_f64());
@@ -212,6 +261,9 @@ impl<E: Executor> Driver<E> {
 
     /// Ends one request whose tokens can't be made or read; the others go on.
     fn break_off(&mut self, seq: SeqId, message: String) {
+        if !self.running.contains_key(&seq) {
+            return;
+        }
         warn!(seq, message, "a request was broken off");
         let code = ErrorCode::InvalidRequest;
         self.finish(seq, GenerateEvent::Error { code, message });
@@ -269,6 +321,9 @@ mod tests {
         /// With the length of the prompt.
         fed: HashMap<SeqId, (usize, Vec<u32>)>,
         log: Vec<String>,
+        has_others: bool,
+        /// What the other ranks run next.
+        told: Option<Vec<Feed>>,
     }
 
     impl Echo {
@@ -282,6 +337,7 @@ mod tests {
     impl Executor for Echo {
         fn open(&mut self, seq: SeqId, _: &Sampling, prompt: usize) -> Result<(), Failure> {
             self.log.push(format!("open {seq}"));
+            assert_eq!(self.told, None);
             assert!(self.fed.insert(seq, (prompt, Vec::new())).is_none());
             Ok(())
         }
@@ -289,6 +345,7 @@ mod tests {
         fn prefill(&mut self, step: &Step) -> Result<Stepped, Failure> {
             let Step::Prefill { seq, tokens, sample, draw } = step else { panic!("{step:?}") };
             self.log.push(format!("prefill {seq}"));
+            assert_eq!(self.told, None);
             let (_, fed) = self.fed.get_mut(seq).expect("open");
             fed.extend(tokens);
             if fed[0] == u32::from(b'!') {
@@ -297,9 +354,10 @@ mod tests {
             Ok(Stepped::Done(sample.then(|| self.draw(*seq, *draw)).into_iter().collect()))
         }
 
-        fn decode(&mut self, feeds: &[Feed]) -> Result<Stepped, Failure> {
+        fn decode(&mut self, feeds: &[Feed], again: bool) -> Result<Stepped, Failure> {
             let names: Vec<String> = feeds.iter().map(|feed| feed.seq.to_string()).collect();
             self.log.push(format!("decode {}", names.join("+")));
+            assert!(self.told.take().is_none_or(|told| told == feeds));
             if feeds.iter().any(|feed| feed.token == u32::from(b'?')) {
                 return Ok(Stepped::Refused("no questions".to_owned()));
             }
@@ -307,11 +365,18 @@ mod tests {
                 self.fed.get_mut(&feed.seq).expect("open").1.push(feed.token);
             }
             let drawn = feeds.iter().map(|feed| self.draw(feed.seq, feed.draw));
-            Ok(Stepped::Done(drawn.collect()))
+            let drawn: Vec<StepOutput> = drawn.collect();
+            self.told = again.then(|| super::again(feeds, &drawn));
+            Ok(Stepped::Done(drawn))
+        }
+
+        fn has_others(&self) -> bool {
+            self.has_others
         }
 
         fn close(&mut self, seq: SeqId) -> Result<(), Failure> {
             self.log.push(format!("close {seq}"));
+            assert_eq!(self.told, None);
             assert!(self.fed.remove(&seq).is_some());
             Ok(())
         }
@@ -446,6 +511,95 @@ mod tests {
     }
 
     #[test]
+    fn with_other_ranks_answers_are_the_same_and_what_was_told_is_run() {
+        let mut bench = Bench::new(2);
+        bench.driver.executor.has_others = true;
+        let (mut a, mut b, mut c) =
+            (bench.submit("abc"), bench.submit("lengthy"), bench.submit("x"));
+        bench.run();
+        check_end(&mut a, "abc", FinishReason::Stop);
+        check_end(&mut b, "length", FinishReason::Length);
+        check_end(&mut c, "x", FinishReason::Stop);
+        assert_eq!(
+            bench.log(),
+            [
+                "open 1",
+                "open 2",
+                "prefill 1",
+                // Prompts wait: nothing is told ahead.
+                "decode 1",
+                "prefill 2",
+                "decode 1",
+                "prefill 2",
+                "decode 1+2",
+                // The first has ended with what came before.
+                "decode 1+2",
+                "close 1",
+                "open 3",
+                "prefill 3",
+                "decode 2+3",
+                "decode 2+3",
+                "close 3",
+                // Its length is known: the last is not followed by one in vain.
+                "decode 2",
+                "close 2",
+            ]
+        );
+        assert!(bench.driver.executor.fed.is_empty());
+        assert_eq!(bench.places.available_permits(), 10);
+        // Draws for nobody are not counted.
+        let text = String::from_utf8(bench.driver.metrics.render()).unwrap();
+        assert!(text.contains("exo_runner_tokens_total{kind=\"completion\"} 12"), "{text}");
+    }
+
+    #[test]
+    fn what_was_told_is_run_before_whoever_leaves_is_closed() {
+        let mut bench = Bench::new(2);
+        bench.driver.executor.has_others = true;
+        let (a, mut b) = (bench.submit("abcdef"), bench.submit("bcdef"));
+        let mut c = bench.submit("c");
+        while bench.driver.settled.is_none() {
+            assert!(bench.driver.turn().unwrap());
+        }
+        bench.driver.take(Order::Cancel(1));
+        drop(a);
+        let before = bench.log().len();
+        bench.run();
+        assert_eq!(bench.log()[before..before + 2], ["decode 1+2", "close 1"]);
+        check_end(&mut b, "bcdef", FinishReason::Stop);
+        check_end(&mut c, "c", FinishReason::Stop);
+        assert!(bench.driver.executor.fed.is_empty());
+    }
+
+    #[test]
+    fn whoever_comes_is_let_in_behind_what_was_told() {
+        let mut bench = Bench::new(2);
+        bench.driver.executor.has_others = true;
+        let mut a = bench.submit("abcdef");
+        while bench.driver.settled.is_none() {
+            assert!(bench.driver.turn().unwrap());
+        }
+        let (mut b, before) = (bench.submit("b"), bench.log().len());
+        bench.run();
+        assert_eq!(bench.log()[before..before + 3], ["decode 1", "open 2", "prefill 2"]);
+        check_end(&mut a, "abcdef", FinishReason::Length);
+        check_end(&mut b, "b", FinishReason::Stop);
+    }
+
+    #[test]
+    fn a_step_that_is_refused_settles_nothing() {
+        let mut bench = Bench::new(3);
+        bench.driver.executor.has_others = true;
+        let (mut a, mut b) = (bench.submit("abcdef"), bench.submit("b?d"));
+        bench.run();
+        check_end(&mut a, "abcdef", FinishReason::Length);
+        let message = "no questions".to_owned();
+        let error = GenerateEvent::Error { code: ErrorCode::InvalidRequest, message };
+        assert_eq!(outcome(&mut b), ("b?".to_owned(), Some(error)));
+        assert!(bench.driver.executor.fed.is_empty());
+    }
+
+    #[test]
     fn a_stop_text_ends_it() {
         let mut bench = Bench::new(1);
         let mut a = bench.submit("aSTOPb");
@@ -515,8 +669,14 @@ mod tests {
 
     #[test]
     fn whoever_is_put_off_sees_a_pause_only() {
+        put_off(false);
+        put_off(true);
+    }
+
+    fn put_off(has_others: bool) {
         // Enough for both prompts, but not for both answers.
         let mut bench = Bench::with_memory(4, exo_engine::cache_positions([300 + 64; 2]));
+        bench.driver.executor.has_others = has_others;
         let texts = ["a".repeat(300), "b".repeat(300)];
         let answers: Vec<_> = (texts.iter())
             .map(|text| {

@@ -160,6 +160,19 @@ impl Scheduler {
         self.next_chunk().or_else(|| self.next_decode())
     }
 
+    /// Whether the decode step after the one that [`Scheduler::next`] gave last will be for the same sequences, unless
+    /// something ends or comes meanwhile: no prompt is to be fed, nobody is let in, and nobody has to make room for it.
+    pub(crate) fn is_steady(&self) -> bool {
+        let fits = || self.live.len() < 2 || self.held(None, 2) <= self.limits.kv_positions;
+        self.closing.is_empty() && self.prefilling.is_empty() && !self.has_room() && fits()
+    }
+
+    /// All that can go on are decoded in a step that is settled already.
+    pub(crate) fn decode_again(&mut self) {
+        let ready = self.live.values_mut().filter(|live| live.state == State::Decode);
+        ready.for_each(|live| live.state = State::Drawing);
+    }
+
     /// Positions that the live sequences, and `another` of so many tokens, take up with `more` tokens each.
     fn held(&self, another: Option<usize>, more: usize) -> usize {
         let live = self.live.values().map(|live| live.job.tokens.len());
@@ -180,10 +193,15 @@ impl Scheduler {
 
     /// The first that waits, if there is room for it. None overtakes it: it would wait for ever.
     fn admit(&mut self) -> Option<Job> {
-        let first = self.waiting.front()?.tokens.len();
-        let fits = || self.held(Some(first), HEADROOM_TOKENS) <= self.limits.kv_positions;
-        let admitted = self.live.is_empty() || (self.live.len() < self.limits.live_max && fits());
-        if admitted { self.waiting.pop_front() } else { None }
+        if self.has_room() { self.waiting.pop_front() } else { None }
+    }
+
+    /// Whether there is room for the first that waits; not if none does.
+    fn has_room(&self) -> bool {
+        let Some(first) = self.waiting.front() else { return false };
+        let held = || self.held(Some(first.tokens.len()), HEADROOM_TOKENS);
+        let fits = || held() <= self.limits.kv_positions;
+        self.live.is_empty() || (self.live.len() < self.limits.live_max && fits())
     }
 
     fn next_decode(&mut self) -> Option<Action> {
