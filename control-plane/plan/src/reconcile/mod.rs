@@ -26,8 +26,8 @@ use std::{
 };
 
 use exo_crds::{
-    InferenceInstance, InferenceInstanceStatus, Model, Node, Rendezvous, ReplicaStatus,
-    SHARD_FINALIZER, Shard, ShardPhase, event::Occurrence,
+    InferenceInstance, InferenceInstanceStatus, Model, Node, REASON_WEIGHTS_NOT_FOUND, Rendezvous,
+    ReplicaStatus, SHARD_FINALIZER, Shard, ShardPhase, event::Occurrence,
 };
 use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{OwnerReference, Time},
@@ -50,6 +50,9 @@ const PERMANENT_DELAY_S: i64 = 300;
 const STABLE_S: i64 = 60;
 /// Kubernetes' word for an object whose dependents stay when it goes.
 const ORPHAN_FINALIZER: &str = "orphan";
+/// Reason of a Ready condition of an instance that waits for its next try. Where it has no weights
+/// it says that instead: trying again will not bring them.
+const SHARD_FAILED: &str = "ShardFailed";
 /// Reason of the conditions of an instance whose name does not fit into a label.
 const NAME_TOO_LONG: &str = "NameTooLong";
 /// Memory of nodes changes without a trigger of its own.
@@ -118,7 +121,10 @@ enum State {
     Starting(String),
     /// Old shards are not gone yet.
     Stopping(String),
-    BackOff(String),
+    BackOff {
+        reason: &'static str,
+        message: String,
+    },
     Unplaceable {
         reason: &'static str,
         message: String,
@@ -128,6 +134,7 @@ enum State {
 /// Why an epoch failed; see [`End::Failed`].
 struct Failure<'a> {
     message: &'a str,
+    reason: &'a str,
     permanent: bool,
     hearsay: bool,
 }
@@ -265,8 +272,8 @@ impl Planner<'_> {
             Verdict::Empty if old.is_empty() => self.next_epoch(status),
             Verdict::Empty => stopping(status, &old),
             Verdict::Live { ready, rendezvous } => self.live(status, &current, ready, rendezvous),
-            Verdict::Ended(End::Failed { message, permanent, hearsay }) if !self.edited => {
-                let failure = Failure { message: &message, permanent, hearsay };
+            Verdict::Ended(End::Failed { message, reason, permanent, hearsay }) if !self.edited => {
+                let failure = Failure { message: &message, reason: &reason, permanent, hearsay };
                 self.failed(status, &current, &failure)
             }
             Verdict::Ended(end) => {
@@ -337,7 +344,7 @@ impl Planner<'_> {
         shards: &[&Shard],
         failure: &Failure<'_>,
     ) -> Outcome {
-        let &Failure { message, permanent, hearsay } = failure;
+        let &Failure { message, reason, permanent, hearsay } = failure;
         let now = self.observed.now;
         let fresh_message = status.last_failure.as_deref() != Some(message);
         let counted = status.retry_after.is_some();
@@ -348,8 +355,13 @@ impl Planner<'_> {
                 .is_some_and(|since| since.0.as_second() + STABLE_S <= now.as_second());
             status.failures = if stable { 1 } else { status.failures.saturating_add(1) };
         }
-        // A cause that comes to light later overrules what its peers said first.
-        if !counted || (fresh_message && !hearsay) {
+        // A cause that comes to light later overrules what its peers said first; one that several
+        // ranks have in common is told of one of them.
+        let in_common = status
+            .last_failure
+            .as_ref()
+            .is_some_and(|known| known.contains(&format!(": {reason}: ")));
+        if !counted || (fresh_message && !hearsay && !in_common) {
             status.last_failure = Some(message.to_owned());
         }
         if !counted || (fresh_message && permanent) {
@@ -368,7 +380,13 @@ impl Planner<'_> {
             .collect();
         Outcome {
             actions: delete(&to_delete),
-            state: State::BackOff(status::back_off(&status)),
+            state: State::BackOff {
+                reason: match reason {
+                    REASON_WEIGHTS_NOT_FOUND => REASON_WEIGHTS_NOT_FOUND,
+                    _ => SHARD_FAILED,
+                },
+                message: status::back_off(&status),
+            },
             status,
             requeue_after: wait,
         }
@@ -385,7 +403,7 @@ impl Planner<'_> {
         if let Some(wait) = time_left(status.retry_after.as_ref(), observed.now) {
             return Outcome {
                 actions: Vec::new(),
-                state: State::BackOff(status::back_off(&status)),
+                state: State::BackOff { reason: SHARD_FAILED, message: status::back_off(&status) },
                 status,
                 requeue_after: Some(wait),
             };
