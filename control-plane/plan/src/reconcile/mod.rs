@@ -51,6 +51,9 @@ const PERMANENT_DELAY_S: i64 = 300;
 const STABLE_S: i64 = 60;
 /// Kubernetes' word for an object whose dependents stay when it goes.
 const ORPHAN_FINALIZER: &str = "orphan";
+/// Reason of a Ready condition of an instance that waits for its next try. Where it has no weights
+/// it says that instead: trying again will not bring them.
+const SHARD_FAILED: &str = "ShardFailed";
 /// Reason of the conditions of an instance whose name does not fit into a label.
 const NAME_TOO_LONG: &str = "NameTooLong";
 /// Memory of nodes changes without a trigger of its own.
@@ -119,7 +122,10 @@ enum State {
     Starting(String),
     /// Old shards are not gone yet.
     Stopping(String),
-    BackOff(String),
+    BackOff {
+        reason: &'static str,
+        message: String,
+    },
     Unplaceable {
         reason: &'static str,
         message: String,

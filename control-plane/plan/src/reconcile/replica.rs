@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use exo_crds::{ReplicaStatus, Shard, event::Occurrence};
+use exo_crds::{REASON_WEIGHTS_NOT_FOUND, ReplicaStatus, Shard, event::Occurrence};
 
 use super::{
-    Action, HEARSAY_DELAY_S, NAME_TOO_LONG, Observed, PERMANENT_DELAY_S, STABLE_S, State,
-    UNPLACEABLE_RETRY, after, back_off_s, build, by_rank, delete, events, promise, status,
+    Action, HEARSAY_DELAY_S, NAME_TOO_LONG, Observed, PERMANENT_DELAY_S, SHARD_FAILED, STABLE_S,
+    State, UNPLACEABLE_RETRY, after, back_off_s, build, by_rank, delete, events, promise, status,
     time_left,
     verdict::{self, End, Verdict},
     whole_seconds,
@@ -16,6 +16,7 @@ use crate::{NodeState, Placing, place};
 /// Why an epoch failed; see [`End::Failed`].
 struct Failure<'a> {
     message: &'a str,
+    reason: &'a str,
     permanent: bool,
     hearsay: bool,
 }
@@ -68,8 +69,8 @@ impl Planner<'_> {
             Verdict::Empty if old.is_empty() => self.next_epoch(status),
             Verdict::Empty => stopping(status, &old),
             Verdict::Live { ready, rendezvous } => self.live(status, &current, ready, rendezvous),
-            Verdict::Ended(End::Failed { message, permanent, hearsay }) if !self.edited => {
-                let failure = Failure { message: &message, permanent, hearsay };
+            Verdict::Ended(End::Failed { message, reason, permanent, hearsay }) if !self.edited => {
+                let failure = Failure { message: &message, reason: &reason, permanent, hearsay };
                 self.failed(status, &current, &failure)
             }
             Verdict::Ended(end) => {
@@ -140,7 +141,7 @@ impl Planner<'_> {
         shards: &[&Shard],
         failure: &Failure<'_>,
     ) -> Outcome {
-        let &Failure { message, permanent, hearsay } = failure;
+        let &Failure { message, reason, permanent, hearsay } = failure;
         let now = self.observed.now;
         let fresh_message = status.last_failure.as_deref() != Some(message);
         let counted = status.retry_after.is_some();
@@ -151,11 +152,16 @@ impl Planner<'_> {
                 .is_some_and(|since| since.0.as_second() + STABLE_S <= now.as_second());
             status.failures = if stable { 1 } else { status.failures.saturating_add(1) };
         }
-        // A cause that comes to light later overrules what its peers said first.
-        if !counted || (fresh_message && !hearsay) {
+        // A cause that comes to light later overrules what its peers said first; one that several
+        // ranks have in common is told of one of them.
+        let in_common = status
+            .last_failure
+            .as_ref()
+            .is_some_and(|known| known.contains(&format!(": {reason}: ")));
+        if !counted || (fresh_message && !hearsay && !in_common) {
             status.last_failure = Some(message.to_owned());
         }
-        if !counted || (fresh_message && permanent) {
+        if !counted || (fresh_message && permanent && !in_common) {
             let delay = match (permanent, hearsay) {
                 (true, _) => PERMANENT_DELAY_S,
                 (false, true) => back_off_s(status.failures).max(HEARSAY_DELAY_S),
@@ -171,7 +177,13 @@ impl Planner<'_> {
             .collect();
         Outcome {
             actions: delete(&to_delete),
-            state: State::BackOff(status::back_off(&status)),
+            state: State::BackOff {
+                reason: match reason {
+                    REASON_WEIGHTS_NOT_FOUND => REASON_WEIGHTS_NOT_FOUND,
+                    _ => SHARD_FAILED,
+                },
+                message: status::back_off(&status),
+            },
             status,
             requeue_after: wait,
         }
@@ -188,7 +200,7 @@ impl Planner<'_> {
         if let Some(wait) = time_left(status.retry_after.as_ref(), observed.now) {
             return Outcome {
                 actions: Vec::new(),
-                state: State::BackOff(status::back_off(&status)),
+                state: State::BackOff { reason: SHARD_FAILED, message: status::back_off(&status) },
                 status,
                 requeue_after: Some(wait),
             };

@@ -33,6 +33,25 @@ fn a_failed_rank_ends_the_epoch_and_the_next_try_waits() {
 }
 
 #[test]
+fn what_several_ranks_lack_is_told_of_the_first_that_said_so() {
+    let mut world = World::new(&["a", "b"], 2);
+    world.settle();
+    world.fail("chat-0-a1-1", REASON_WEIGHTS_NOT_FOUND, "no folder `x`", false);
+    world.settle();
+    let told = "False WeightsNotFound: shard chat-0-a1-1 on b: WeightsNotFound: no folder `x`; ";
+    assert!(world.message("Ready").starts_with(told), "{}", world.message("Ready"));
+    let first = world.status().clone();
+    world.fail("chat-0-a1-0", REASON_WEIGHTS_NOT_FOUND, "no folder `x`", false);
+    world.settle();
+    assert_eq!(*world.status(), first);
+    // What ends it for good is news.
+    world.fail("chat-0-a1-0", "BadModel", "no config.json", true);
+    world.settle();
+    let told = "False ShardFailed: shard chat-0-a1-0 on a: BadModel: no config.json; ";
+    assert!(world.message("Ready").starts_with(told), "{}", world.message("Ready"));
+}
+
+#[test]
 fn waits_double_up_to_a_minute() {
     let mut world = World::new(&["a"], 1);
     let mut waits = Vec::new();

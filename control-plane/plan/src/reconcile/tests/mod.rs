@@ -4,7 +4,9 @@ mod failures;
 mod life;
 mod random;
 
-use exo_crds::{InstancePhase, Shard, ShardFailure, ShardListen, ShardStatus};
+use exo_crds::{
+    InstancePhase, REASON_WEIGHTS_NOT_FOUND, Shard, ShardFailure, ShardListen, ShardStatus,
+};
 
 use super::*;
 use crate::testing::{instance, lose, model, node};
