@@ -32,8 +32,8 @@ pub use model::{
 pub use node::{Compute, MemoryStatus, Node, NodeAddress, NodeSpec, NodeStatus, NodeVersions};
 pub use quantity::{ParseQuantityError, Quantity};
 pub use shard::{
-    LayerRange, ParseLayerRangeError, Rendezvous, Shard, ShardFailure, ShardListen, ShardModel,
-    ShardPhase, ShardSpec, ShardStatus, TransportKind,
+    LayerRange, ParseLayerRangeError, REASON_WEIGHTS_NOT_FOUND, Rendezvous, Shard, ShardFailure,
+    ShardListen, ShardModel, ShardPhase, ShardSpec, ShardStatus, TransportKind,
 };
 
 /// API group of every resource defined here.

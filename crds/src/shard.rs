@@ -144,6 +144,9 @@ pub struct ShardListen {
     pub serve: String,
 }
 
+/// Reason of a shard, and of its instance, whose node has no weights: somebody has to bring them.
+pub const REASON_WEIGHTS_NOT_FOUND: &str = "WeightsNotFound";
+
 /// Why a shard failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

@@ -225,14 +225,21 @@ fn a_lost_member_goes_with_its_node_and_another_takes_its_place() {
 
 fn refused(data_dir: &std::path::Path, args: &[&str], needle: &str) {
     let Output { status, stderr, .. } = Command::new(binary("exo").unwrap())
-        .args(["--listen", "127.0.0.1", "--port", "0", "--api-port", "0", "--data-dir"])
+        .args(["--listen", "127.0.0.1", "--port", "0", "--data-dir"])
         .arg(data_dir)
         .args(args)
+        .args(if args.contains(&"--api-port") { &[][..] } else { &["--api-port", "0"] })
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&stderr);
     assert_eq!(status.code(), Some(1), "{args:?}: {text}");
     assert!(text.contains(needle), "{args:?}: {text}");
+}
+
+/// A port of this machine that nobody has at the moment.
+fn free_port() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port().to_string()
 }
 
 #[test]
@@ -251,4 +258,12 @@ fn what_cannot_work_is_refused_with_a_way_out() {
     let wrong = ["--name", "mac-9", "--cluster", "office", "--peers", &peer];
     refused(&new, &wrong, "this is cluster `exo`, not `office`");
     refused(&new, &["--name", "mac-1", "--peers", &peer], "choose another --name");
+    let gone = "if that node is gone for good, `exoctl delete node mac-2` first";
+    refused(&new, &["--name", "mac-2", "--peers", &peer], gone);
+    let down = cluster.first.api().unwrap().trim_start_matches("https://").to_owned();
+    refused(&new, &["--name", "mac-9", "--peers", &down], "refused the connection: is exo running");
+    let port = free_port();
+    let itself = format!("127.0.0.1:{port}");
+    let alone = ["--name", "mac-9", "--api-port", &port, "--peers", &itself];
+    refused(&new, &alone, "names this node itself only");
 }

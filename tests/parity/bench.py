@@ -1,7 +1,8 @@
 """Decode and prefill speed of exo-runner beside mlx-lm's on this machine, in turn, on the same random weights.
 
-Prints one JSON object. `ratio` is ours over mlx-lm's, of the medians; `host_ms` is what a decode step costs the host:
-`build` for making the graph, `submit` for handing it to the device. Measures, asserts nothing.
+Prints one JSON object. `tokens` says what was run, the same for both; `ratio` is ours over mlx-lm's, of the medians;
+`step_ms` is what a decode step costs the host: `build` for making the graph, `submit` for handing it to the device.
+Measures, asserts nothing.
 """
 
 import argparse
@@ -25,6 +26,11 @@ import shapes
 
 CPU_SHAPES = "tiny-bf16,tiny-4bit,tiny-f32,134m-bf16,134m-4bit"
 GPU_SHAPES = "1b-bf16,8b-bf16,8b-4bit"
+# What is run where the arguments do not say. A CPU needs about a second for each token of the packed 134m shape,
+# also of a prompt: MLX multiplies packed matrices there one row at a time.
+CPU_TOKENS = {"prompt_tokens": 64, "max_tokens": 64, "rounds": 2}
+CPU_TOKENS_OF = {"134m-4bit": {"prompt_tokens": 8, "max_tokens": 8, "rounds": 1}}
+GPU_TOKENS = {"prompt_tokens": 256, "max_tokens": 256, "rounds": 2}
 
 
 def mlx_lm_speed(model, prompt, max_tokens):
@@ -83,7 +89,7 @@ def measure(name, folder, args):
     loading = time.perf_counter() - loading
     draw = random.Random(0)
     prompt = [draw.randrange(1000) for _ in range(args.prompt_tokens)]
-    mlx_lm_speed(model, prompt, 16)
+    mlx_lm_speed(model, prompt, min(args.max_tokens, 16))
     ours, theirs, host = [], [], []
     for turn in range(args.turns):
         print(f"{name}: turn {turn + 1} of {args.turns}", file=sys.stderr, flush=True)
@@ -95,12 +101,14 @@ def measure(name, folder, args):
 
     def compare(a, b):
         a, b = statistics.median(a), statistics.median(b)
-        return {"exo": round(a, 1), "mlx_lm": round(b, 1), "ratio": round(a / b, 3)}
+        return {"exo": float(f"{a:.4g}"), "mlx_lm": float(f"{b:.4g}"), "ratio": round(a / b, 3)}
 
     def parts(steps):
         return {p: round(statistics.median(s[p] for s in steps), 3) for p in ("build", "submit", "wait")}
 
     return {
+        "tokens": {"prompt": args.prompt_tokens, "answer": args.max_tokens, "rounds": args.rounds,
+                   "turns": args.turns},
         "decode_tokens_per_s": compare(
             [run["decode_tokens_per_s"] for run in runs], [run["decode"] for run in theirs]),
         "prefill_tokens_per_s": compare(
@@ -113,16 +121,27 @@ def measure(name, folder, args):
     }
 
 
+def with_tokens(name, args, gpu):
+    """The arguments for one shape."""
+    tokens = GPU_TOKENS if gpu else CPU_TOKENS | CPU_TOKENS_OF.get(name, {})
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**(vars(args) | tokens | given))
+
+
 def main():
     gpu = mx.default_device() == mx.Device(mx.gpu)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bin", help="folder of exo-runner (default: the newest under target)")
     parser.add_argument("--turns", type=int, default=3, help="changes between the two (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds per turn (default: %(default)s)")
-    # A CPU takes half a minute for a longer prompt of the packed 134m shape.
-    tokens = {"type": int, "default": 256 if gpu else 64, "help": "default: %(default)s"}
-    parser.add_argument("--prompt-tokens", **tokens)
-    parser.add_argument("--max-tokens", **tokens)
+    default, others = (GPU_TOKENS, {}) if gpu else (CPU_TOKENS, CPU_TOKENS_OF)
+    for option, text in [
+        ("--rounds", "rounds per turn"),
+        ("--prompt-tokens", "length of the prompt"),
+        ("--max-tokens", "tokens to generate"),
+    ]:
+        key = option[2:].replace("-", "_")
+        known = "; ".join([str(default[key])] + [f"{own[key]} for {name}" for name, own in others.items()])
+        parser.add_argument(option, type=int, help=f"{text} (default: {known})")
     parser.add_argument("--shapes", default=GPU_SHAPES if gpu else CPU_SHAPES,
                         help="comma-separated: %(default)s; known: " + ", ".join(shapes.SHAPES))
     parser.add_argument("--models", type=Path, help="where checkpoints are kept (default: nowhere)")
@@ -131,7 +150,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name in args.shapes.split(","):
             mx.reset_peak_memory()
-            result[name] = measure(name, (args.models or Path(folder)) / name, args)
+            where = (args.models or Path(folder)) / name
+            result[name] = measure(name, where, with_tokens(name, args, gpu))
             print(f"{name}: {json.dumps(result[name])}", file=sys.stderr, flush=True)
             mx.clear_cache()
     print(json.dumps(result, indent=2))

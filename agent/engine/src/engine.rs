@@ -17,7 +17,7 @@ use crate::config::{Config, ConfigError};
 use crate::distributed::{Group, GroupError};
 use crate::history::History;
 use crate::loader::{self, Checkpoint, LoadError, LoadProgress, Selection};
-use crate::models::{Args, Facts, Model, Part};
+use crate::models::{Args, Facts, Model, Part, StepPath};
 use crate::pipeline::{self, Pipeline};
 use crate::sample::{Sampling, StepOutput};
 use crate::tensor::Team;
@@ -65,6 +65,8 @@ pub struct ModelInfo {
     pub max_context: usize,
     /// Bytes of weights that this rank holds.
     pub weight_bytes: u64,
+    /// How this rank runs decode steps of a single sequence.
+    pub step_path: StepPath,
 }
 
 /// One unit of work. All ranks of a group run the same steps in the same order.
@@ -215,6 +217,7 @@ impl Engine {
             eos_token_ids: files.eos_token_ids,
             max_context,
             weight_bytes,
+            step_path: model.step_path().clone(),
         };
         let layers = part.layers.len();
         let last_token = Array::from_slice(&[info.vocab_size.saturating_sub(1) as u32], &[1]);
@@ -343,6 +346,25 @@ impl Engine {
             mlx_rs::memory::clear_cache()?;
         }
         Ok(output)
+    }
+
+    /// For a message about a model whose log-probabilities are none: the first layer behind which hidden states of
+    /// `tokens` are not finite. None if that is in none of this rank's layers, or if they can't be run here without
+    /// the other ranks.
+    ///
+    /// # Errors
+    /// MLX failed.
+    pub fn first_not_finite_layer(&mut self, tokens: &[u32]) -> Result<Option<usize>, EngineError> {
+        match &self.ranks {
+            Ranks::Alone => {}
+            Ranks::Pipeline(pipeline) if pipeline.is_first() => {}
+            Ranks::Pipeline(_) | Ranks::Team(_) => return Ok(None),
+        }
+        let mut segments = Segments::default();
+        segments.open(0, self.layers);
+        let mut pass = segments.pass(&BTreeSet::from([0]), tokens.len() as i32)?;
+        // The first rank has the first layers.
+        Ok(self.model.first_not_finite(&ids(tokens), &mut pass)?)
     }
 
     /// Ends the work of a rank whose steps have all gone well: waits for what was begun ahead, which takes as long as

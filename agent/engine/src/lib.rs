@@ -23,6 +23,7 @@ pub use config::ConfigError;
 pub use engine::{Engine, EngineError, Feed, LoadConfig, ModelInfo, SeqId, Sharding, Step};
 pub use loader::{LoadError, LoadProgress, Mismatch, Misshaped};
 pub use mlx::{distributed, exit_now, uses_gpu};
+pub use models::{NoKernels, StepPath};
 pub use sample::{Sampling, StepOutput};
 pub use seed::derive_shard_seed;
 pub use timing::DeviceTimes;

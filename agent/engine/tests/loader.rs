@@ -110,6 +110,25 @@ fn names_the_tensor_that_a_short_file_cuts_off() {
 }
 
 #[test]
+fn names_the_tensor_with_numbers_that_are_none_and_where() {
+    for (name, place, value, text) in [
+        ("model.embed_tokens.weight", 32 * 63 + 31, f32::NAN, "[63, 31]"),
+        ("model.layers.1.mlp.up_proj.weight", 32 * 7, f32::INFINITY, "[7, 0]"),
+        ("model.layers.2.input_layernorm.weight", 5, f32::NEG_INFINITY, "[5]"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tensors = tensors();
+        tensors.iter_mut().find(|t| t.name == name).unwrap().values[place] = value;
+        write(dir.path(), &config(), &tensors);
+        let (error, permanent) = refused(dir.path());
+        let file = dir.path().join("model.safetensors");
+        let expect = format!("tensor '{name}' holds NaN or infinity at {text}");
+        assert_eq!(error, format!("{}: {expect}", file.display()));
+        assert!(permanent);
+    }
+}
+
+#[test]
 fn checks_an_index_against_its_files() {
     let dir = tempfile::tempdir().unwrap();
     let index_path = dir.path().join("model.safetensors.index.json");

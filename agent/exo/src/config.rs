@@ -2,7 +2,7 @@
 
 use std::{
     fmt::Write as _,
-    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     path::PathBuf,
 };
 
@@ -13,6 +13,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 const DEFAULT_PORT: u16 = 8080;
 /// Kubernetes-style API; also the port that other nodes reach.
 const DEFAULT_API_PORT: u16 = 8443;
+/// Where etcd serves its clients.
+const ETCD_PORT: u16 = 2379;
 const DEFAULT_CLUSTER: &str = "exo";
 /// Longest node name: one DNS label.
 const MAX_NAME: usize = 63;
@@ -202,7 +204,7 @@ impl RawArgs {
         let cluster = checked_name(cluster).context("--cluster")?;
         let named = Named { node: self.name.is_some(), cluster: self.cluster.is_some() };
         for peer in &self.peers {
-            checked_peer(peer).context("--peers")?;
+            checked_peer(peer, DEFAULT_API_PORT).context("--peers")?;
         }
         let any = self.listen.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         let role = match (self.no_control_plane, self.no_agent) {
@@ -264,7 +266,7 @@ impl RawArgs {
         let scheme = if self.etcd_ca.is_some() { "https" } else { "http" };
         let endpoints = hosts
             .split(',')
-            .map(|host| checked_peer(host).map(|()| format!("{scheme}://{host}")))
+            .map(|host| checked_peer(host, ETCD_PORT).map(|()| format!("{scheme}://{host}")))
             .collect::<anyhow::Result<_>>()
             .context("--store")?;
         let user = match (&self.etcd_user, &around.etcd_password) {
@@ -278,14 +280,27 @@ impl RawArgs {
     }
 }
 
-fn checked_peer(peer: &str) -> anyhow::Result<()> {
-    let well_formed = peer
-        .rsplit_once(':')
-        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
-    if !well_formed {
-        bail!("`{peer}` is not HOST:PORT");
+/// `HOST:PORT`; `usual` is the port that is suggested where there is none.
+fn checked_peer(peer: &str, usual: u16) -> anyhow::Result<()> {
+    let is_host = |host: &str| {
+        let inner = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        let is_v6 = inner.is_some_and(|inner| inner.parse::<Ipv6Addr>().is_ok());
+        is_v6 || (!host.is_empty() && !host.contains(|c: char| "/:@?#[]".contains(c) || c == ' '))
+    };
+    let is_port = |port: &str| port.parse::<u16>().is_ok_and(|port| port > 0);
+    if peer.rsplit_once(':').is_some_and(|(host, port)| is_host(host) && is_port(port)) {
+        return Ok(());
     }
-    Ok(())
+    // Most who write something else mean this.
+    let bare = peer.split_once("://").map_or(peer, |(_, rest)| rest);
+    let bare = bare.split('/').next().unwrap_or_default();
+    let meant = match bare.rsplit_once(':') {
+        _ if bare.parse::<Ipv6Addr>().is_ok() => format!("[{bare}]:{usual}"),
+        Some((host, port)) if is_host(host) && is_port(port) => bare.to_owned(),
+        _ if is_host(bare) => format!("{bare}:{usual}"),
+        _ => bail!("`{peer}` is not HOST:PORT"),
+    };
+    bail!("`{peer}` is not HOST:PORT: write {meant}")
 }
 
 /// `SCHEME://HOST[:PORT]` as browsers send it, or `*`. Anything else would never match.
@@ -381,7 +396,8 @@ pub(crate) fn banner(addresses: &Addresses, kubeconfig: &str) -> String {
     let _ = writeln!(text, "exo is ready");
     let _ = writeln!(text, "  OpenAI API   http://{}/v1", host(gateway));
     let _ = writeln!(text, "  cluster API  https://{}   KUBECONFIG={kubeconfig}", host(api));
-    let _ = writeln!(text, "  join         exo --peers {join}");
+    let reach = if join.ip().is_loopback() { "   (on this machine only)" } else { "" };
+    let _ = writeln!(text, "  join         exo --peers {join}{reach}");
     text
 }
 
@@ -441,7 +457,14 @@ mod tests {
             (&["--no-control-plane"][..], "--peers HOST:PORT"),
             (&["--no-control-plane", "--no-agent"], "nothing to run"),
             (&["--no-control-plane", "--peers", "a"], "`a` is not HOST:PORT"),
-            (&["--peers", "a:1,b"], "`b` is not HOST:PORT"),
+            (&["--peers", "a:1,b"], "`b` is not HOST:PORT: write b:8443"),
+            (&["--peers", "http://a:8443"], "`http://a:8443` is not HOST:PORT: write a:8443"),
+            (&["--peers", "https://a/exo"], "write a:8443"),
+            (&["--peers", "a:8443/"], "write a:8443"),
+            (&["--peers", "a:"], "`a:` is not HOST:PORT"),
+            (&["--peers", "fe80::1"], "write [fe80::1]:8443"),
+            (&["--peers", "a:0"], "`a:0` is not HOST:PORT"),
+            (&["--peers", ":8443"], "`:8443` is not HOST:PORT"),
             (&["--store", "postgres://x"], "is not etcd://HOST:PORT"),
             (&["--store", "etcd://"], "names no server: write etcd://HOST:PORT"),
             (&["--etcd-user", "anna"], "--store"),
@@ -465,7 +488,10 @@ mod tests {
         let text = banner(&addresses, "/k");
         assert!(text.contains("http://localhost:8080/v1"), "{text}");
         assert!(text.contains("https://localhost:8443"), "{text}");
-        assert!(text.contains("--peers 192.168.1.7:8443"), "{text}");
+        assert!(text.ends_with("exo --peers 192.168.1.7:8443\n"), "{text}");
+        let join = "127.0.0.1:8444".parse().unwrap();
+        let text = banner(&Addresses { join, ..addresses }, "/k");
+        assert!(text.ends_with("exo --peers 127.0.0.1:8444   (on this machine only)\n"), "{text}");
     }
 
     #[test]
@@ -496,10 +522,10 @@ mod tests {
 
     #[test]
     fn peers_are_a_list() {
-        let config = parse(&["--no-control-plane", "--peers", "127.0.0.1:1,h:2"]).unwrap();
+        let config = parse(&["--no-control-plane", "--peers", "127.0.0.1:1,h:2,[::1]:3"]).unwrap();
         assert_eq!(
             config.role,
-            Role::Agent { peers: vec!["127.0.0.1:1".to_owned(), "h:2".to_owned()] }
+            Role::Agent { peers: ["127.0.0.1:1", "h:2", "[::1]:3"].map(str::to_owned).to_vec() }
         );
         assert_eq!(config.address, IpAddr::V4(Ipv4Addr::LOCALHOST));
     }

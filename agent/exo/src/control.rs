@@ -10,7 +10,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use axum::{
     Json, Router,
     extract::{ConnectInfo, DefaultBodyLimit, Request, State},
@@ -31,7 +31,7 @@ use tracing::{info, warn};
 use crate::{
     config::StoreChoice,
     data_dir::{DataDir, NODE_USER_PREFIX, Standing},
-    join,
+    join, reach,
 };
 
 const CLUSTER_PATH: &str = "/exo/v1/cluster";
@@ -359,7 +359,7 @@ pub(crate) async fn members_at(client: &reqwest::Client, address: &str) -> anyho
 }
 
 async fn ask<T: DeserializeOwned>(request: reqwest::RequestBuilder) -> anyhow::Result<T> {
-    let response = request.send().await.context("can't be reached")?;
+    let response = request.send().await.map_err(|error| anyhow!(reach::cause(&error)))?;
     let status = response.status();
     if !status.is_success() {
         let text = response.text().await.unwrap_or_default();

@@ -26,6 +26,7 @@ use tracing::{info, warn};
 use crate::{
     config::checked_name,
     data_dir::{DataDir, certificate_addresses, node_subject, now_s},
+    reach,
 };
 
 pub(crate) const PATH: &str = "/exo/v1/join";
@@ -93,12 +94,16 @@ async fn join(
     }
     let subject = node_subject(&name);
     let is_itself = peer.certificate.as_ref().is_some_and(|shown| shown.name == subject.name);
-    let taken = name == host.own_name
-        || (!is_itself && is_alive(&host.client, &name).await.map_err(internal)?)
-        || (!is_itself && is_member_there(&host, &name).await);
-    if taken {
-        let text = format!("a node named `{name}` is already there: choose another --name");
+    let text = format!("a node named `{name}` is already there: choose another --name");
+    if name == host.own_name {
         return Err(Refusal(StatusCode::CONFLICT, text));
+    }
+    let taken = !is_itself
+        && (is_alive(&host.client, &name).await.map_err(internal)?
+            || is_member_there(&host, &name).await);
+    if taken {
+        let cure = format!("; if that node is gone for good, `exoctl delete node {name}` first");
+        return Err(Refusal(StatusCode::CONFLICT, text + &cure));
     }
     let certificate = host
         .authority
@@ -142,7 +147,7 @@ pub(crate) async fn first_member<'a>(tls: &TlsPaths, peers: &'a [String]) -> &'a
         let probe = client.get(format!("https://{peer}/readyz")).timeout(PROBE_LIMIT);
         match probe.send().await.and_then(reqwest::Response::error_for_status) {
             Ok(_) => return peer,
-            Err(error) => warn!(peer, "does not answer: {:#}", anyhow::Error::from(error)),
+            Err(error) => warn!(peer, "does not answer: {}", reach::cause(&error)),
         }
     }
     &peers[0]
@@ -204,13 +209,8 @@ async fn ask(
     peer: &str,
     body: &JoinRequest,
 ) -> anyhow::Result<JoinResponse> {
-    let response = client
-        .post(format!("https://{peer}{PATH}"))
-        .timeout(ASK_LIMIT)
-        .json(body)
-        .send()
-        .await
-        .context("can't be reached (is exo running there, and the port right?)")?;
+    let request = client.post(format!("https://{peer}{PATH}")).timeout(ASK_LIMIT).json(body);
+    let response = reach::send(peer, request, ASK_LIMIT).await?;
     let status = response.status();
     if !status.is_success() {
         let value: serde_json::Value = response.json().await.unwrap_or_default();

@@ -28,7 +28,7 @@ use crate::{
     dial::OwnApi,
     join, membership, metrics, open,
     part::{Part, failure_of},
-    print_line,
+    print_line, reach,
     remote::Servers,
     renew::{Issuer, Renewal, keep_current},
 };
@@ -54,8 +54,12 @@ pub(crate) async fn run(mut config: Config) -> anyhow::Result<()> {
                 // Before joining, so that a cluster never hears of a node that can do nothing.
                 runner_path()?;
             }
-            let start = control::start(data.standing(), &peers)?;
+            let mut start = control::start(data.standing(), &peers)?;
             let sockets = Sockets::bind(gateway, api).await?;
+            let own = sockets.api.local_addr()?;
+            if let Start::Join(peers) = &mut start {
+                *peers = reach::others(std::mem::take(peers), own).await?;
+            }
             match &start {
                 Start::Join(peers) => {
                     let name = (config.node_name.as_str(), config.cluster.as_str());
@@ -63,7 +67,8 @@ pub(crate) async fn run(mut config: Config) -> anyhow::Result<()> {
                     control::adopt(&data, peers, name, kind).await?;
                 }
                 Start::Resume => {
-                    control::check_same_cluster(&data.authority_pem()?, &peers).await?;
+                    let others = reach::others(peers, own).await.unwrap_or_default();
+                    control::check_same_cluster(&data.authority_pem()?, &others).await?;
                 }
                 Start::Found => {}
             }

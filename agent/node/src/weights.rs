@@ -6,7 +6,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use exo_crds::{ModelSource, ShardFailure};
+use exo_crds::{ModelSource, REASON_WEIGHTS_NOT_FOUND, ShardFailure};
 
 /// Folders that may hold weights.
 #[derive(Clone, Debug)]
@@ -60,7 +60,7 @@ impl From<WeightsError> for ShardFailure {
             WeightsError::NoFolder { .. }
             | WeightsError::NotCached { .. }
             | WeightsError::Incomplete { .. }
-            | WeightsError::Unreadable { .. } => ("WeightsNotFound", false),
+            | WeightsError::Unreadable { .. } => (REASON_WEIGHTS_NOT_FOUND, false),
         };
         Self { reason: reason.to_owned(), message: error.to_string(), permanent }
     }

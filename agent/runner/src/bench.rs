@@ -9,12 +9,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use exo_engine::distributed::Group;
-use exo_engine::{DeviceTimes, Engine, Feed, LoadConfig, Sampling, SeqId, derive_shard_seed};
+use exo_engine::{
+    DeviceTimes, Engine, Feed, LoadConfig, Sampling, SeqId, StepPath, derive_shard_seed,
+};
 use serde::Serialize;
 
 use crate::generate::{Sharding, parse_layers, prefill, share_of};
 use crate::guard;
 use crate::printer::ignore_broken_pipe;
+use crate::step_path::{self, StepPathReport};
 
 /// Tokens decoded before the first measured round: kernels are compiled, clocks go up.
 const WARM_UP_TOKENS: usize = 16;
@@ -60,6 +63,8 @@ struct Report {
     /// Of this rank.
     weight_bytes: u64,
     load_s: f64,
+    /// Of this rank.
+    step_path: StepPathReport,
     runs: Vec<Run>,
     /// The most that MLX has held on this rank.
     peak_memory_bytes: u64,
@@ -121,6 +126,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     guard::watch_loading();
     let mut engine = Engine::load(&config, &mut |_| guard::watch_loading())?;
     let load_s = started.elapsed().as_secs_f64();
+    let step_path = engine.info().step_path.clone();
+    step_path::complain(&step_path, rank);
     let mut runs = Vec::new();
     for &length in &args.prompt_tokens {
         for &batch in &args.batch {
@@ -132,12 +139,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         ranks,
         weight_bytes: engine.info().weight_bytes,
         load_s,
+        step_path: (&step_path).into(),
         runs,
         peak_memory_bytes: engine.peak_memory_bytes(),
         peak_resident_bytes: peak_resident_bytes(),
     };
     if rank == 0 || args.every_rank {
-        let text = if args.json { serde_json::to_string(&report)? } else { table(&report) };
+        let text = match args.json {
+            true => serde_json::to_string(&report)?,
+            false => table(&report, &step_path),
+        };
         guard::rest();
         writeln!(io::stdout().lock(), "{text}").or_else(ignore_broken_pipe)?;
     }
@@ -226,7 +237,7 @@ fn peak_resident_bytes() -> Option<u64> {
     Some(kib << 10)
 }
 
-fn table(report: &Report) -> String {
+fn table(report: &Report, step_path: &StepPath) -> String {
     let mib = |bytes: u64| bytes >> 20;
     let mut lines = vec![format!(
         "{}, {} rank(s), {} MiB of weights loaded in {:.1} s, peak {} MiB",
@@ -236,6 +247,7 @@ fn table(report: &Report) -> String {
         report.load_s,
         mib(report.peak_memory_bytes),
     )];
+    lines.push(format!("steps of one sequence: {step_path}"));
     lines.push(format!(
         "{:>7} {:>6} {:>12} {:>9} {:>12} {:>8} {:>8} {:>8} {:>8}",
         "PROMPT",

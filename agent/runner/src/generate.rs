@@ -13,10 +13,11 @@ use clap::{Parser, ValueEnum};
 use exo_crds::generate::SamplingParams;
 use exo_engine::distributed::Group;
 use exo_engine::text::{ChatInput, ChatTemplate, Detokenizer, Tokenizer};
-use exo_engine::{Engine, LoadConfig, Sampling, SeqId, Step, StepOutput};
+use exo_engine::{Engine, LoadConfig, NoKernels, Sampling, SeqId, Step, StepOutput, StepPath};
 use serde::Serialize;
 
 use crate::printer::Printer;
+use crate::step_path::{self, StepPathReport};
 use crate::{guard, sampling};
 
 /// Prompt tokens fed at a time: enough to fill any device, few enough to bound temporary memory.
@@ -155,6 +156,8 @@ struct Report {
     /// From the first to the last token; null when there are fewer than two.
     decode_tokens_per_s: Option<f64>,
     peak_memory_bytes: u64,
+    /// Of the first rank.
+    step_path: StepPathReport,
 }
 
 #[derive(Serialize)]
@@ -223,6 +226,7 @@ fn answer(args: &Args, group: Option<&Group>) -> anyhow::Result<()> {
     };
     guard::watch_loading();
     let mut engine = Engine::load(&config, &mut |_| guard::watch_loading())?;
+    say_path(&engine.info().step_path, rank, args.json);
     let printer = (rank == 0).then(Printer::start).transpose()?;
     let output = Output { tokenizer: tokenizer.as_ref(), printer, json: args.json };
     let report = generate(args, &mut engine, &prompt, &output)?;
@@ -231,6 +235,15 @@ fn answer(args: &Args, group: Option<&Group>) -> anyhow::Result<()> {
     engine.finish();
     guard::rest();
     Ok(())
+}
+
+/// Tells people, on a machine where there could be kernels of our own, whether they are used.
+fn say_path(path: &StepPath, rank: usize, json: bool) {
+    step_path::complain(path, rank);
+    let is_news = path.fallback().is_none() && *path != StepPath::Operations(NoKernels::NoGpu);
+    if is_news && rank == 0 && !json {
+        eprintln!("steps: {path}");
+    }
 }
 
 /// The layers of `rank` of `size`: those asked for, or an even share.
@@ -350,6 +363,7 @@ fn generate(
         time_to_first_token_s: first.duration_since(started).as_secs_f64(),
         decode_tokens_per_s: (draws > 1).then(|| (draws - 1) as f64 / decode_s),
         peak_memory_bytes: engine.peak_memory_bytes(),
+        step_path: (&engine.info().step_path).into(),
         tokens,
     })
 }

@@ -6,6 +6,7 @@ mod guard;
 mod printer;
 mod sampling;
 mod serve;
+mod step_path;
 
 use std::process::ExitCode;
 

@@ -8,7 +8,7 @@ mod model;
 
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn bench(arguments: &[&str]) -> String {
     let dir = tempfile::tempdir().unwrap();
@@ -27,6 +27,10 @@ fn bench(arguments: &[&str]) -> String {
 fn each_prompt_is_measured_with_each_batch() {
     let arguments = ["--prompt-tokens", "20,300", "--batch", "1,4,16", "--json"];
     let report: Value = serde_json::from_str(&bench(&arguments)).unwrap();
+    // Tests have no NVIDIA GPU.
+    let path = &report["step_path"];
+    assert_eq!((&path["own_kernels_layers"], &path["fallback"]), (&json!(0), &json!(false)));
+    assert_eq!(path["reason"], "MLX computes on no NVIDIA GPU here");
     let runs = report["runs"].as_array().unwrap();
     let shapes: Vec<_> = (runs.iter())
         .map(|run| (run["prompt_tokens"].as_u64().unwrap(), run["batch"].as_u64().unwrap()))
@@ -54,7 +58,8 @@ fn each_prompt_is_measured_with_each_batch() {
 fn the_table_has_a_line_for_each() {
     let table = bench(&["--prompt-tokens", "20", "--batch", "1,4"]);
     let lines: Vec<Vec<&str>> = table.lines().map(|l| l.split_whitespace().collect()).collect();
-    assert_eq!(lines.len(), 4, "{table}");
-    assert_eq!(lines[1][..2], ["PROMPT", "BATCH"]);
-    assert_eq!((&lines[2][..2], &lines[3][..2]), (&["20", "1"][..], &["20", "4"][..]));
+    assert_eq!(lines.len(), 5, "{table}");
+    assert_eq!(lines[1][..4], ["steps", "of", "one", "sequence:"]);
+    assert_eq!(lines[2][..2], ["PROMPT", "BATCH"]);
+    assert_eq!((&lines[3][..2], &lines[4][..2]), (&["20", "1"][..], &["20", "4"][..]));
 }

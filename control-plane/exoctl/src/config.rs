@@ -7,7 +7,6 @@ use std::{
 
 use anyhow::bail;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
-use tokio::{net::TcpStream, time::timeout};
 
 use crate::cli::Global;
 
@@ -16,13 +15,10 @@ const SYSTEM_HOME: &str = "/var/lib/exo";
 
 /// The name that all nodes' certificates carry, whatever address they are reached at.
 pub(crate) const NODE_NAME: &str = "node.exo.internal";
-/// A server on the LAN takes a connection at once or not at all.
-const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
-/// Reads the configuration that `global` and the environment lead to. Where its server takes no
-/// connection and it names others, it leads to the first of them that does; then there is a note
-/// for people who is asked instead of whom.
-pub(crate) async fn load(global: &Global) -> anyhow::Result<(kube::Config, Option<String>)> {
+/// Reads the configuration that `global` and the environment lead to, and the addresses of the other
+/// servers of its cluster.
+pub(crate) async fn load(global: &Global) -> anyhow::Result<(kube::Config, Vec<String>)> {
     let (kubeconfig, from) = find(global)?;
     let options =
         KubeConfigOptions { context: global.context.clone(), ..KubeConfigOptions::default() };
@@ -34,8 +30,7 @@ pub(crate) async fn load(global: &Global) -> anyhow::Result<(kube::Config, Optio
     config.connect_timeout = Some(Duration::from_secs(5));
     // Whoever typed a command wants to know why it doesn't work, not to wait for minutes.
     config.default_retry = false;
-    let note = turn_to_another(&mut config, &others).await;
-    Ok((config, note))
+    Ok((config, others))
 }
 
 /// The other servers of the context's cluster, as exo writes them down.
@@ -51,29 +46,6 @@ fn other_servers(kubeconfig: &Kubeconfig, context: Option<&str>) -> Vec<String> 
         Some(servers.iter().filter_map(|s| s.as_str().map(str::to_owned)).collect())
     };
     find().unwrap_or_default()
-}
-
-/// Only connections are tried: no request is sent that a server might carry out.
-async fn turn_to_another(config: &mut kube::Config, others: &[String]) -> Option<String> {
-    let scheme = config.cluster_url.scheme_str().unwrap_or("https").to_owned();
-    let port = config.cluster_url.port_u16().unwrap_or(443);
-    let own = format!("{}:{port}", config.cluster_url.host()?);
-    if others.is_empty() || config.proxy_url.is_some() || takes_connections(&own).await {
-        return None;
-    }
-    for other in others.iter().filter(|other| **other != own) {
-        let Ok(url) = format!("{scheme}://{other}/").parse() else { continue };
-        if takes_connections(other).await {
-            config.cluster_url = url;
-            config.tls_server_name = Some(NODE_NAME.to_owned());
-            return Some(format!("{own} does not answer: asking {other}"));
-        }
-    }
-    None
-}
-
-async fn takes_connections(address: &str) -> bool {
-    matches!(timeout(CONNECT_LIMIT, TcpStream::connect(address)).await, Ok(Ok(_)))
 }
 
 /// The kubeconfig, and what to call it in messages.
@@ -131,31 +103,7 @@ fn homes(exo_home: Option<PathBuf>, home: Option<PathBuf>) -> Vec<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpListener;
-
     use super::*;
-
-    #[tokio::test]
-    async fn another_server_is_asked_when_the_first_takes_no_connection() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let up = listener.local_addr().unwrap().to_string();
-        // Nobody listens there: the port was free a moment ago, and is not given out again so soon.
-        let gone = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let down = gone.local_addr().unwrap().to_string();
-        drop(gone);
-        let check = async |own: &str, others: &[&str], expect: &str, noted: bool| {
-            let mut config = kube::Config::new(format!("https://{own}").parse().unwrap());
-            let others: Vec<String> = others.iter().map(|other| (*other).to_owned()).collect();
-            let note = turn_to_another(&mut config, &others).await;
-            assert_eq!(config.cluster_url.to_string(), format!("https://{expect}/"));
-            assert_eq!(note.is_some(), noted, "{note:?}");
-            assert_eq!(config.tls_server_name.is_some(), noted);
-        };
-        check(&up, &[&down], &up, false).await;
-        check(&down, &[&down, &up], &up, true).await;
-        check(&down, &[], &down, false).await;
-        check(&down, &[&down, "no address"], &down, false).await;
-    }
 
     #[test]
     fn the_other_servers_are_those_of_the_contexts_cluster() {

@@ -14,6 +14,7 @@ mod merge;
 mod output;
 mod schema;
 mod server;
+mod servers;
 mod table;
 
 use std::{

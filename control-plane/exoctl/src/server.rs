@@ -1,10 +1,12 @@
 //! Requests to the API server, as plain JSON: nothing here knows a kind in advance.
 
+use std::sync::Arc;
+
 use anyhow::Context as _;
 use exo_crds::{GROUP, VERSION};
 use futures::Stream;
 use http::{Method, Request, header};
-use kube::{Api, Client, Config, core::DynamicObject, core::WatchEvent};
+use kube::{Api, Client, core::DynamicObject, core::WatchEvent};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::sync::OnceCell;
@@ -14,6 +16,7 @@ use crate::{
     config,
     error::{explain, refused},
     kinds::{Kind, Kinds},
+    servers::Servers,
 };
 
 /// Asks for a Table; objects are the answer where none can be made.
@@ -25,10 +28,10 @@ pub(crate) const JSON_PATCH: &str = "application/json-patch+json";
 pub(crate) const APPLY_PATCH: &str = "application/apply-patch+yaml";
 pub(crate) const STRATEGIC_PATCH: &str = "application/strategic-merge-patch+json";
 
-/// A server, and what is known of it.
+/// The servers of a cluster, and what is known of them.
 pub(crate) struct Server {
     pub(crate) client: Client,
-    url: String,
+    servers: Arc<Servers>,
     namespace: Namespace,
     kinds: OnceCell<Kinds>,
     /// That not the server of the kubeconfig is asked.
@@ -78,19 +81,13 @@ pub(crate) enum Form {
 pub(crate) type Query<'a> = [(&'a str, &'a str)];
 
 impl Server {
-    /// Reads the configuration; asks nothing yet.
+    /// Reads the configuration and finds a server that takes connections; asks nothing yet.
     pub(crate) async fn connect(global: &Global) -> anyhow::Result<Self> {
-        let (config, note): (Config, _) = config::load(global).await?;
-        let url = config.cluster_url.to_string();
+        let (config, others) = config::load(global).await?;
         let namespace = Namespace::new(global, &config.default_namespace);
-        let client = Client::try_from(config).context("using the kubeconfig")?;
-        Ok(Self {
-            client,
-            url: url.trim_end_matches('/').to_owned(),
-            namespace,
-            kinds: OnceCell::new(),
-            note,
-        })
+        let (servers, note) = Servers::connect(&config, &others).await?;
+        let client = servers.client();
+        Ok(Self { client, servers, namespace, kinds: OnceCell::new(), note })
     }
 
     pub(crate) fn namespace(&self) -> &str {
@@ -110,11 +107,11 @@ impl Server {
     async fn discover(&self) -> anyhow::Result<Kinds> {
         let mut kinds = Vec::new();
         let groups = self.client.list_api_groups().await;
-        for group in groups.map_err(|e| explain(e, &self.url))?.groups {
+        for group in groups.map_err(|e| self.explain(e))?.groups {
             let preferred = group.preferred_version.or(group.versions.into_iter().next());
             let Some(preferred) = preferred else { continue };
             let resources = self.client.list_api_group_resources(&preferred.group_version);
-            let resources = resources.await.map_err(|e| explain(e, &self.url))?;
+            let resources = resources.await.map_err(|e| self.explain(e))?;
             let discovered = |r| Kind::discovered(&group.name, &preferred.version, r);
             kinds.extend(resources.resources.into_iter().filter_map(discovered));
         }
@@ -182,11 +179,11 @@ impl Server {
     ) -> anyhow::Result<impl Stream<Item = Result<WatchEvent<T>, kube::Error>> + use<T>> {
         let request = request(Method::GET, &with_query(path, query), form, None)?;
         let events = self.client.request_events::<T>(request).await;
-        events.map_err(|e| explain(e, &self.url))
+        events.map_err(|e| self.explain(e))
     }
 
     pub(crate) fn explain(&self, error: kube::Error) -> anyhow::Error {
-        explain(error, &self.url)
+        explain(error, &self.servers.url())
     }
 
     /// kube's typed access, for its watch helpers.
@@ -206,7 +203,7 @@ impl Server {
     ) -> anyhow::Result<T> {
         let request = request(method, uri, form, body)?;
         let answer = self.client.request(request).await;
-        answer.map_err(|e| explain(e, &self.url))
+        answer.map_err(|e| self.explain(e))
     }
 }
 

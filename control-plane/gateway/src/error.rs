@@ -94,14 +94,27 @@ impl ApiError {
         }
     }
 
-    /// 404 for a path that is not served.
-    pub(crate) fn unknown_path(method: &str, path: &str) -> Self {
+    /// 404 for a model whose instances wait for somebody to do something.
+    pub(crate) fn model_stuck(model: &str, why: &str) -> Self {
+        Self {
+            message: format!("the model `{model}` can't be served now: {why}"),
+            ..Self::model_not_found(model)
+        }
+    }
+
+    /// 404 for a path that is not served; `endpoints` are those that are.
+    pub(crate) fn unknown_path(method: &str, path: &str, endpoints: &str) -> Self {
+        // The commonest mistake.
+        let base = match path.starts_with("/v1/") {
+            true => "",
+            false => " a client's base URL ends in /v1, and",
+        };
         Self {
             code: Some("unknown_url"),
             ..Self::new(
                 StatusCode::NOT_FOUND,
                 INVALID_REQUEST,
-                format!("unknown URL ({method} {path})"),
+                format!("unknown URL ({method} {path}):{base} what is served here is {endpoints}"),
             )
         }
     }
@@ -149,6 +162,11 @@ impl ApiError {
             retry_after_s: Some(RETRY_AFTER_S),
             ..Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER_ERROR, message.into())
         }
+    }
+
+    /// The same where a try soon after would end alike.
+    pub(crate) fn not_soon(self) -> Self {
+        Self { retry_after_s: None, ..self }
     }
 
     /// 502: a runner spoke something else than the protocol, or breaks on this request each time.

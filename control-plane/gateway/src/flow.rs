@@ -15,6 +15,7 @@ use crate::{
     Shared,
     balance::Lease,
     error::ApiError,
+    follow::unreadable,
     http::unix_time,
     index::{Index, ReplicaId, Served, Target},
     progress::Progress,
@@ -28,6 +29,11 @@ const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// By so much the controller's clock may be ahead of this one.
 const CLOCKS_DIFFER: Duration = Duration::from_secs(5);
+
+/// A power of two. With the pauses between them a second and a half: more than an election takes.
+const FAILURES_TO_ASK: u32 = 4;
+/// Beyond every deadline.
+const FAR_S: u64 = 3600;
 
 /// One request under way.
 #[derive(Debug)]
@@ -191,6 +197,7 @@ impl Flow {
     /// Waits for a replica that may be tried, until the deadline.
     async fn choose(&self) -> Result<(Target, Lease), ApiError> {
         let mut index = self.shared.index.subscribe();
+        let mut asked = false;
         loop {
             let served = self.served(&index.borrow_and_update())?;
             let now = Instant::now();
@@ -201,12 +208,24 @@ impl Flow {
             if let Some(choice) = self.shared.balance.pick(&targets, &self.failures) {
                 return Ok(choice);
             }
-            let hopeless = served.targets.is_empty() && is_later(served.not_before, self.deadline);
-            if now >= self.deadline || hopeless {
-                return Err(self.nothing_ready(&served));
+            if served.targets.is_empty()
+                && (self.is_stuck(&served) || is_later(served.not_before, self.deadline))
+            {
+                return Err(self.nothing_ready(&served).not_soon());
+            }
+            if now >= self.deadline {
+                return Err(match unreadable(&self.shared.client.0).await {
+                    Some(why) => self.out_of_touch(&why),
+                    None => self.nothing_ready(&served),
+                });
+            }
+            if self.may_be_out_of_touch(&served.targets, &mut asked)
+                && let Some(why) = unreadable(&self.shared.client.0).await
+            {
+                return Err(self.out_of_touch(&why));
             }
             let wake = match served.targets.is_empty() {
-                true => self.deadline,
+                true => self.deadline.min(stuck_at(&served, now)),
                 false => self.deadline.min(self.rest_until),
             };
             tokio::select! {
@@ -231,6 +250,31 @@ impl Flow {
             }
             _ => Err(ApiError::model_not_found(&self.name)),
         }
+    }
+
+    /// Whether waiting is in vain. A request that was taken once waits all the same: what ran a
+    /// moment ago is often back soon.
+    fn is_stuck(&self, served: &Served) -> bool {
+        let was_taken = self.progress.started() || !self.failures.is_empty();
+        !was_taken && served.is_stuck(unix_time())
+    }
+
+    /// Whether it is time to ask if this node still knows what runs where: every replica has failed
+    /// several times. Asked after ever more failures; a request that was begun waits in any case.
+    fn may_be_out_of_touch(&self, targets: &[Target], asked: &mut bool) -> bool {
+        let failed = |target: &Target| self.failures.get(&target.replica).copied().unwrap_or(0);
+        let least = targets.iter().map(failed).min().unwrap_or(0);
+        !self.progress.started()
+            && least >= FAILURES_TO_ASK
+            && least.is_power_of_two()
+            && !std::mem::replace(asked, true)
+    }
+
+    fn out_of_touch(&self, why: &str) -> ApiError {
+        ApiError::unavailable(format!(
+            "no replica of `{}` answers, and which others there are can't be read: {why}",
+            self.name
+        ))
     }
 
     fn nothing_ready(&self, served: &Served) -> ApiError {
@@ -280,6 +324,13 @@ fn is_later(time_s: Option<i64>, deadline: Instant) -> bool {
     let left = deadline.saturating_duration_since(Instant::now()) + CLOCKS_DIFFER;
     let left_s = i64::try_from(left.as_secs()).unwrap_or(i64::MAX);
     time_s.is_some_and(|time_s| time_s > unix_time().saturating_add(left_s))
+}
+
+/// When it is sure that nothing will be ready, if it is not yet: far away where it is.
+fn stuck_at(served: &Served, now: Instant) -> Instant {
+    let left_s = served.stuck_since.map_or(0, |since| since.saturating_sub(unix_time()));
+    let left_s = u64::try_from(left_s).ok().filter(|left_s| (1..FAR_S).contains(left_s));
+    now + Duration::from_secs(left_s.unwrap_or(FAR_S))
 }
 
 /// Returns a while after the replica was withdrawn; never while it isn't. A machine that lost its

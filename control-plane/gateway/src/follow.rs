@@ -6,6 +6,7 @@ use exo_crds::{InferenceInstance, Model};
 use futures::{StreamExt as _, pin_mut};
 use kube::{
     Api, Client, Resource,
+    api::ListParams,
     runtime::{
         WatchStreamExt as _,
         utils::Backoff,
@@ -107,9 +108,21 @@ impl Backoff for Soon {
     }
 }
 
+/// Why the API server can't be read now; `None` where it can be, or where that can't be found out.
+pub(crate) async fn unreadable(client: &Client) -> Option<String> {
+    let models = Api::<Model>::all(client.clone());
+    // Without a version in it, the store's leader is asked.
+    let newest = ListParams::default().limit(1);
+    let answer = tokio::time::timeout(ASK_LIMIT, models.list_metadata(&newest)).await.ok()?;
+    answer.err().map(|error| problem(&error))
+}
+
+/// The API server says within five seconds that it has no majority.
+const ASK_LIMIT: Duration = Duration::from_secs(8);
+
 /// What the API server says, else what is at the bottom of the failure.
-fn problem(error: &watcher::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
+fn problem(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut cause = error;
     loop {
         match cause.downcast_ref::<kube::Error>() {
             Some(kube::Error::Api(status)) if !status.message.is_empty() => {

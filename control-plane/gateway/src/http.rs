@@ -60,10 +60,14 @@ pub fn app(gateway: Gateway) -> Router {
         .with_state(shared)
 }
 
+/// All that clients may ask for.
+const ENDPOINTS: &str = "POST /v1/chat/completions, GET /v1/models";
+
 /// For people who open the address to see what is there.
-async fn pointer() -> &'static str {
-    "exo: the OpenAI API is at /v1 (POST /v1/chat/completions, GET /v1/models), metrics at /metrics, \
-     health at /health.\n"
+async fn pointer() -> String {
+    format!(
+        "exo: the OpenAI API is at /v1 ({ENDPOINTS}), metrics at /metrics, health at /health.\n"
+    )
 }
 
 async fn chat_completions(
@@ -250,7 +254,7 @@ fn write(writer: &ChunkWriter, pieces: Vec<Piece>, outcome: &Outcome) -> String 
 }
 
 async fn models(State(shared): State<Arc<Shared>>) -> Result<Json<serde_json::Value>, ApiError> {
-    let list = from_index(&shared, Instant::now(), Index::list).await?;
+    let list = from_index(&shared, Instant::now(), |index| index.list(unix_time())).await?;
     let data: Vec<_> = list.iter().map(listed).collect();
     Ok(Json(json!({"object": "list", "data": data})))
 }
@@ -259,11 +263,15 @@ async fn model(
     State(shared): State<Arc<Shared>>,
     Path(id): Path<String>,
 ) -> Result<Json<serde_json::Value>, ApiError> {
-    let list = from_index(&shared, Instant::now(), Index::list).await?;
-    list.iter()
-        .find(|entry| entry.id == id)
-        .map(|entry| Json(listed(entry)))
-        .ok_or_else(|| ApiError::model_not_found(&id))
+    let look = |index: &Index| (index.list(unix_time()), index.lookup(&id));
+    let (list, served) = from_index(&shared, Instant::now(), look).await?;
+    match (list.iter().find(|entry| entry.id == id), served) {
+        (Some(entry), _) => Ok(Json(listed(entry))),
+        (None, Some(served)) if served.is_stuck(unix_time()) => {
+            Err(ApiError::model_stuck(&id, served.waiting_for.as_deref().unwrap_or("not ready")))
+        }
+        (None, _) => Err(ApiError::model_not_found(&id)),
+    }
 }
 
 fn listed(entry: &crate::index::Listed) -> serde_json::Value {
@@ -292,7 +300,7 @@ async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
 }
 
 async fn unknown_path(method: Method, uri: Uri) -> ApiError {
-    ApiError::unknown_path(method.as_str(), uri.path())
+    ApiError::unknown_path(method.as_str(), uri.path(), ENDPOINTS)
 }
 
 async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {

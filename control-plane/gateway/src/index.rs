@@ -4,8 +4,16 @@
 
 use std::collections::BTreeMap;
 
-use exo_crds::{InferenceInstance, Model};
+use exo_crds::{InferenceInstance, InstancePhase, Model, REASON_WEIGHTS_NOT_FOUND};
 use kube::ResourceExt as _;
+
+/// Reasons of a Ready condition that time does not change: somebody has to do something.
+const STUCK: [&str; 5] =
+    ["NoReplicas", "ModelNotFound", "NameTooLong", UNPLACEABLE, REASON_WEIGHTS_NOT_FOUND];
+const UNPLACEABLE: &str = "Unplaceable";
+/// What had a place may soon have one again: memory that was given back is reported after seconds,
+/// and nodes come back.
+const PLACE_AGAIN_S: i64 = 20;
 
 /// An InferenceInstance, by namespace and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,6 +50,15 @@ pub(crate) struct Served {
     pub(crate) waiting_for: Option<String>,
     /// Where no replica is tried before some time: seconds since 1970.
     pub(crate) not_before: Option<i64>,
+    /// Where nothing becomes ready before somebody does something: since when that is sure.
+    pub(crate) stuck_since: Option<i64>,
+}
+
+impl Served {
+    /// Whether nothing is ready, nor will be before somebody has done something.
+    pub(crate) fn is_stuck(&self, now_s: i64) -> bool {
+        self.targets.is_empty() && self.stuck_since.is_some_and(|since| since <= now_s)
+    }
 }
 
 /// An entry of the model list.
@@ -60,6 +77,7 @@ struct Instance {
     ready: Vec<Target>,
     waiting_for: Option<String>,
     not_before: Option<i64>,
+    stuck_since: Option<i64>,
 }
 
 /// All of it.
@@ -109,10 +127,9 @@ impl Index {
                 })
             })
             .collect();
-        let waiting_for = status
-            .and_then(|status| status.conditions.iter().find(|c| c.type_ == "Ready"))
-            .filter(|condition| condition.status != "True" && !condition.message.is_empty())
-            .map(|condition| condition.message.clone());
+        let waiting_for = not_ready(object)
+            .filter(|why| !why.message.is_empty())
+            .map(|why| format!("{}: {}", why.reason, why.message));
         let created = object.creation_timestamp().map_or(0, |time| time.0.as_second());
         self.instances.insert(
             key,
@@ -123,6 +140,7 @@ impl Index {
                 ready,
                 waiting_for,
                 not_before: not_before(object),
+                stuck_since: stuck_since(object),
             },
         );
     }
@@ -187,11 +205,12 @@ impl Index {
             .is_some_and(|instance| instance.ready.iter().any(|t| t.replica == *replica))
     }
 
-    /// The model list: instance names; a name that several namespaces use is listed plainly for
-    /// the first of them and with its namespace for the others.
-    pub(crate) fn list(&self) -> Vec<Listed> {
+    /// The model list: names of instances that are ready or on their way. A name that several
+    /// namespaces use is listed plainly for the first of them and with its namespace for the others.
+    pub(crate) fn list(&self, now_s: i64) -> Vec<Listed> {
         self.instances
             .iter()
+            .filter(|(key, instance)| !served(&instance.model, [(*key, *instance)]).is_stuck(now_s))
             .map(|(key, instance)| {
                 let first = self.instances.keys().find(|other| other.name == key.name);
                 let id = if first == Some(key) {
@@ -207,6 +226,39 @@ impl Index {
 
 fn key_of(object: &InferenceInstance) -> InstanceKey {
     InstanceKey { namespace: object.namespace().unwrap_or_default(), name: object.name_any() }
+}
+
+/// What the Ready condition says of an instance that isn't.
+struct NotReady<'a> {
+    reason: &'a str,
+    message: &'a str,
+    since_s: i64,
+}
+
+fn not_ready(object: &InferenceInstance) -> Option<NotReady<'_>> {
+    let conditions = &object.status.as_ref()?.conditions;
+    let condition = conditions.iter().find(|c| c.type_ == "Ready" && c.status != "True")?;
+    Some(NotReady {
+        reason: &condition.reason,
+        message: &condition.message,
+        since_s: condition.last_transition_time.0.as_second(),
+    })
+}
+
+/// Since when nothing but somebody's doing helps. What the controller said of an older spec does
+/// not count, nor what is the matter with one replica while another one starts.
+fn stuck_since(object: &InferenceInstance) -> Option<i64> {
+    let status = object.status.as_ref()?;
+    let waits = matches!(status.phase, None | Some(InstancePhase::Pending | InstancePhase::Failed));
+    if !waits || status.observed_generation != object.metadata.generation {
+        return None;
+    }
+    let why = not_ready(object).filter(|why| STUCK.contains(&why.reason))?;
+    let had_place = status.replicas.iter().any(|replica| replica.epoch > 0);
+    Some(match why.reason {
+        UNPLACEABLE if had_place => why.since_s.saturating_add(PLACE_AGAIN_S),
+        _ => 0,
+    })
 }
 
 /// When the controller tries the first of the replicas again, if it waits with all of them. What it
@@ -231,10 +283,13 @@ fn served<'a>(
         targets: Vec::new(),
         waiting_for: None,
         not_before: None,
+        stuck_since: Some(0),
     };
     let mut first_try = i64::MAX;
     for (_, instance) in instances {
         first_try = first_try.min(instance.not_before.unwrap_or(0));
+        let both = served.stuck_since.zip(instance.stuck_since);
+        served.stuck_since = both.map(|(a, b)| a.max(b));
         served.seed = served.seed.or(instance.seed);
         served.targets.extend(instance.ready.iter().cloned());
         served.waiting_for = served.waiting_for.or_else(|| instance.waiting_for.clone());
@@ -313,7 +368,7 @@ mod tests {
         }
         let served = index.lookup("chat").unwrap();
         assert_eq!(served.seed, Some(7));
-        assert_eq!(served.waiting_for.as_deref(), Some("no node has 19Gi free"));
+        assert_eq!(served.waiting_for.as_deref(), Some("NoCapacity: no node has 19Gi free"));
     }
 
     #[test]
@@ -339,6 +394,54 @@ mod tests {
     }
 
     #[test]
+    fn what_only_somebody_can_change_is_stuck() {
+        const SAID_AT: i64 = 1_767_323_045;
+        let check = |reason: &str, phase: &str, epochs: &[u64], expect: Option<i64>| {
+            let replicas: Vec<_> =
+                (0..).zip(epochs).map(|(index, epoch)| (index, *epoch, false)).collect();
+            let mut object = instance("default", "chat", "m", &replicas);
+            let status = object.status.as_mut().unwrap();
+            status.phase = serde_json::from_value(json!(phase)).unwrap();
+            status.conditions[0].reason = reason.to_owned();
+            let mut index = Index::default();
+            index.apply_instance(&object);
+            assert_eq!(index.lookup("chat").unwrap().stuck_since, expect, "{reason} {phase}");
+            // A verdict on an older spec is none.
+            object.metadata.generation = Some(2);
+            index.apply_instance(&object);
+            assert_eq!(index.lookup("chat").unwrap().stuck_since, None, "{reason} {phase}");
+        };
+        check("Unplaceable", "Pending", &[0], Some(0));
+        check("Unplaceable", "Pending", &[0, 3], Some(SAID_AT + 20));
+        check("Unplaceable", "Starting", &[0, 3], None);
+        check("ModelNotFound", "Pending", &[], Some(0));
+        check("NoReplicas", "Pending", &[4], Some(0));
+        check("WeightsNotFound", "Failed", &[1], Some(0));
+        check("ShardFailed", "Failed", &[1], None);
+        check("Starting", "Starting", &[1], None);
+    }
+
+    #[test]
+    fn what_is_stuck_is_not_listed() {
+        let mut stuck = instance("default", "stuck", "m", &[(0, 3, false)]);
+        let status = stuck.status.as_mut().unwrap();
+        status.conditions[0].reason = "Unplaceable".to_owned();
+        let mut index = Index::default();
+        index.apply_instance(&stuck);
+        let ids = |index: &Index, now_s| -> Vec<String> {
+            index.list(now_s).into_iter().map(|listed| listed.id).collect()
+        };
+        assert_eq!(ids(&index, 1_767_323_064), ["stuck"], "its nodes may come back");
+        assert_eq!(ids(&index, 1_767_323_065), [""; 0]);
+        assert!(index.lookup("m").unwrap().is_stuck(1_767_323_065));
+        index.apply_instance(&instance("default", "starting", "m", &[(0, 1, false)]));
+        assert_eq!(ids(&index, 1_767_323_065), ["starting"]);
+        assert!(!index.lookup("m").unwrap().is_stuck(1_767_323_065), "the other one serves it");
+        index.apply_instance(&instance("default", "stuck", "m", &[(0, 4, true)]));
+        assert_eq!(ids(&index, 1_767_323_065), ["starting", "stuck"]);
+    }
+
+    #[test]
     fn a_new_epoch_is_another_replica() {
         let mut index = Index::default();
         index.apply_instance(&instance("default", "chat", "m", &[(0, 3, true)]));
@@ -355,10 +458,10 @@ mod tests {
         let mut index = Index::default();
         index.apply_instance(&instance("team", "chat", "m", &[]));
         index.apply_instance(&instance("default", "chat", "n", &[]));
-        let ids: Vec<_> = index.list().into_iter().map(|l| l.id).collect();
+        let ids: Vec<_> = index.list(0).into_iter().map(|l| l.id).collect();
         assert_eq!(ids, ["chat", "team/chat"]);
         assert_eq!(index.lookup("chat").unwrap().model, "n");
         assert_eq!(index.lookup("team/chat").unwrap().model, "m");
-        assert_eq!(index.list()[0].created, 1_767_323_045);
+        assert_eq!(index.list(0)[0].created, 1_767_323_045);
     }
 }

@@ -67,13 +67,13 @@ impl Default for Limits {
 /// The gateway: a handle, cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Gateway {
-    client: DebugClient,
     shared: Arc<Shared>,
 }
 
 /// What all requests share.
 #[derive(Debug)]
 struct Shared {
+    client: DebugClient,
     index: watch::Sender<Index>,
     balance: Balance,
     runners: Runners,
@@ -109,8 +109,8 @@ impl Gateway {
         limits: Limits,
     ) -> Result<Self, prometheus::Error> {
         Ok(Self {
-            client: DebugClient(client),
             shared: Arc::new(Shared {
+                client: DebugClient(client),
                 index: watch::Sender::new(Index::default()),
                 balance: Balance::default(),
                 runners: Runners { http, scheme: "https" },
@@ -136,7 +136,7 @@ impl Gateway {
     /// Follows the API server; requests are answered only while this runs. Never returns: drop
     /// the future to stop.
     pub async fn run(&self) {
-        follow::follow(self.client.0.clone(), &self.shared.index).await;
+        follow::follow(self.shared.client.0.clone(), &self.shared.index).await;
     }
 
     /// Returns once instances and models have been read.

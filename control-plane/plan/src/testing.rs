@@ -22,7 +22,7 @@ pub(crate) fn model(layers: u32) -> Model {
                 heads: 8,
                 kv_heads: 8,
                 head_dim: 32,
-                vocab_size: 1024,
+                vocab_size: 32_000,
                 context_length: 1024,
                 intermediate_size: None,
                 moe_intermediate_size: None,

@@ -42,7 +42,7 @@ impl Gauges {
             history: gauge("exo_store_history_events", "Events kept for watches")?,
             term: gauge("exo_raft_term", "Raft's current term")?,
             is_leader: gauge("exo_raft_is_leader", "1 on the node that leads")?,
-            has_leader: gauge("exo_raft_has_leader", "1 while this node knows of a leader")?,
+            has_leader: gauge("exo_raft_has_leader", "1 while a leader reaches this node")?,
             log_index: gauge("exo_raft_log_index", "Newest entry of the log")?,
             applied_index: gauge("exo_raft_applied_index", "Newest entry that is applied")?,
             apply_lag: gauge(
@@ -102,8 +102,7 @@ impl Collector for StoreCollector {
         unsigned(&gauges.history, sizes.history as u64);
         unsigned(&gauges.term, leadership.term);
         gauges.is_leader.set(i64::from(leadership.is_leader));
-        let has_leader = leadership.is_leader || leadership.leader.is_some();
-        gauges.has_leader.set(i64::from(has_leader));
+        gauges.has_leader.set(i64::from(raft.has_leader));
         unsigned(&gauges.log_index, raft.log_index);
         unsigned(&gauges.applied_index, raft.applied_index);
         unsigned(&gauges.apply_lag, raft.log_index.saturating_sub(raft.applied_index));

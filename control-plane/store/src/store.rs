@@ -109,6 +109,8 @@ pub(crate) struct Sizes {
 /// Where Raft's log is.
 #[derive(Default)]
 pub(crate) struct RaftPosition {
+    /// A leader reaches this node, or is this node and reaches a majority.
+    pub(crate) has_leader: bool,
     pub(crate) log_index: u64,
     pub(crate) applied_index: u64,
     /// Majorities of two sets of voters are needed.
@@ -399,10 +401,18 @@ impl Store {
         match &self.backend {
             Backend::Memory(memory) => {
                 let index = memory.index.load(Ordering::Relaxed);
-                RaftPosition { log_index: index, applied_index: index, ..RaftPosition::default() }
+                RaftPosition {
+                    has_leader: true,
+                    log_index: index,
+                    applied_index: index,
+                    ..RaftPosition::default()
+                }
             }
             #[cfg(feature = "etcd")]
-            Backend::Etcd(_) => RaftPosition::default(),
+            Backend::Etcd(etcd) => RaftPosition {
+                has_leader: etcd.leadership().borrow().leader.is_some(),
+                ..RaftPosition::default()
+            },
             Backend::Raft(raft) => raft.position(),
         }
     }

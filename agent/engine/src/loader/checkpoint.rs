@@ -129,7 +129,7 @@ impl Checkpoint {
                     source
                 }
             };
-            list.push(Piece::new(source, entry, region));
+            list.push(Piece::new(source, name, entry, region));
         }
         Ok(Pieces::new(list))
     }

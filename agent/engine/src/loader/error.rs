@@ -30,6 +30,13 @@ pub enum LoadError {
     Duplicate { tensor: String, first: PathBuf, second: PathBuf },
     #[error("tensor '{tensor}' should be in {}, which is not there", path.display())]
     MissingFile { tensor: String, path: PathBuf },
+    #[error("{}: tensor '{tensor}' holds NaN or infinity at {place:?}", path.display())]
+    NotFinite {
+        path: PathBuf,
+        tensor: String,
+        /// One index per axis, of a value that is.
+        place: Vec<u64>,
+    },
     #[error("'{module}' can't be split over {ranks} ranks: {reason}")]
     Split { module: String, ranks: i32, reason: String },
     #[error("tensor '{tensor}' could not be put on the device: {reason}")]

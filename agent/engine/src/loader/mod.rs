@@ -4,6 +4,7 @@
 
 mod checkpoint;
 mod error;
+mod finite;
 mod header;
 mod module;
 mod pieces;

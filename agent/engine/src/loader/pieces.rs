@@ -1,4 +1,5 @@
-//! Bytes of tensors, read by several threads to where they belong. Owns how regions lie in files; knows no names.
+//! Bytes of tensors, read by several threads to where they belong, and looked at on the way: values that are NaN or
+//! infinite are refused. Owns how regions lie in files; knows nothing of models.
 
 use std::fs::File;
 use std::io;
@@ -8,7 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
+use mlx_rs::Dtype;
+
 use super::error::LoadError;
+use super::finite::first_not_finite;
 use super::header::Entry;
 use crate::mlx::read_exact_at;
 
@@ -18,6 +22,8 @@ const SHORT_RUN_BYTES: u64 = 16 << 10;
 const BLOCK_BYTES: u64 = 4 << 20;
 /// What one thread takes at a time: long enough to outweigh the taking, short enough for all to end together.
 const PORTION_BYTES: u64 = 16 << 20;
+/// Read and then looked at, as long as the processor still has it at hand.
+const GLANCE_BYTES: usize = 256 << 10;
 /// More read no faster, neither from disks nor from the system's cache.
 const THREADS_MAX: usize = 8;
 
@@ -66,15 +72,36 @@ impl Source {
 /// Bytes of one tensor.
 pub(super) struct Piece {
     source: Arc<Source>,
-    /// Of the tensor in its file.
-    start: u64,
+    tensor: String,
+    entry: Entry,
     runs: Runs,
 }
 
 impl Piece {
-    pub(super) fn new(source: Arc<Source>, entry: &Entry, region: Option<&Region>) -> Self {
+    pub(super) fn new(
+        source: Arc<Source>,
+        tensor: &str,
+        entry: &Entry,
+        region: Option<&Region>,
+    ) -> Self {
         let runs = region.map_or_else(|| Runs::whole(entry), |region| region.runs(entry));
-        Self { source, start: entry.start, runs }
+        Self { source, tensor: tensor.to_owned(), entry: entry.clone(), runs }
+    }
+
+    /// Says where in the tensor the value at byte `at` is.
+    fn not_finite(&self, at: u64) -> LoadError {
+        let Entry { shape, length, .. } = &self.entry;
+        let count: u64 = shape.iter().map(|&n| n as u64).product();
+        let value_bytes = length.checked_div(count).unwrap_or(0);
+        let mut left = at.checked_div(value_bytes).unwrap_or(0);
+        let mut place: Vec<u64> = Vec::with_capacity(shape.len());
+        for &n in shape.iter().rev() {
+            let n = (n as u64).max(1);
+            place.insert(0, left % n);
+            left /= n;
+        }
+        let (path, tensor) = (self.source.path.clone(), self.tensor.clone());
+        LoadError::NotFinite { path, tensor, place }
     }
 }
 
@@ -91,8 +118,12 @@ struct Portion<'a> {
 impl Portion<'_> {
     fn read(self) -> Result<(), LoadError> {
         let Source { file, path } = &*self.piece.source;
-        let read = self.runs.read(file, self.piece.start, self.out);
-        read.map_err(|source| LoadError::Io { path: path.clone(), source })
+        let Entry { dtype, start, .. } = self.piece.entry;
+        match self.runs.read(file, start, dtype, self.out) {
+            Ok(None) => Ok(()),
+            Ok(Some(at)) => Err(self.piece.not_finite(at)),
+            Err(source) => Err(LoadError::Io { path: path.clone(), source }),
+        }
     }
 }
 
@@ -165,36 +196,71 @@ impl Runs {
         steps(count, each).map(part).collect()
     }
 
-    fn read(self, file: &File, start: u64, out: &mut [MaybeUninit<u8>]) -> io::Result<()> {
+    /// Reads them of the tensor of `dtype` that starts at `start` of `file`. Returns the byte of the tensor where a
+    /// value is not finite, if there is one.
+    fn read(
+        self,
+        file: &File,
+        start: u64,
+        dtype: Dtype,
+        out: &mut [MaybeUninit<u8>],
+    ) -> io::Result<Option<u64>> {
         let Self { first, length, stride, count } = self;
-        let (size, start) = (length as usize, start + first);
+        let size = length as usize;
         if size == 0 {
-            return Ok(());
+            return Ok(None);
         }
         if count == 1 || length >= SHORT_RUN_BYTES {
-            let mut runs = (0..count).zip(out.chunks_exact_mut(size));
-            return runs.try_for_each(|(run, out)| read_exact_at(file, out, start + run * stride));
+            for (run, out) in (0..count).zip(out.chunks_exact_mut(size)) {
+                let at = first + run * stride;
+                let found = read_and_look(file, start, at, dtype, out)?;
+                if found.is_some() {
+                    return Ok(found);
+                }
+            }
+            return Ok(None);
         }
         let per_block = (BLOCK_BYTES / stride.max(1)).clamp(1, count);
         let mut block = Vec::new();
         for (index, out) in (0..).zip(out.chunks_mut(per_block as usize * size)) {
             let runs = out.len() / size;
             block.resize((runs - 1) * stride as usize + size, MaybeUninit::uninit());
-            read_exact_at(file, &mut block, start + index * per_block * stride)?;
+            let begin = first + index * per_block * stride;
+            let bytes = read_exact_at(file, &mut block, start + begin)?;
+            let own = |run: usize| run * stride as usize..run * stride as usize + size;
+            let look = |run| Some(own(run).start + first_not_finite(&bytes[own(run)], dtype)?);
+            if let Some(place) = (0..runs).find_map(look) {
+                return Ok(Some(begin + place as u64));
+            }
             for (run, out) in out.chunks_exact_mut(size).enumerate() {
-                let at = run * stride as usize;
-                out.copy_from_slice(&block[at..at + size]);
+                out.copy_from_slice(&block[own(run)]);
             }
         }
-        Ok(())
+        Ok(None)
     }
+}
+
+/// Reads bytes `at` and on of the tensor that starts at `start` of `file`; otherwise as [`Runs::read`].
+fn read_and_look(
+    file: &File,
+    start: u64,
+    at: u64,
+    dtype: Dtype,
+    out: &mut [MaybeUninit<u8>],
+) -> io::Result<Option<u64>> {
+    for (glance, out) in (0..).zip(out.chunks_mut(GLANCE_BYTES)) {
+        let at = at + glance * GLANCE_BYTES as u64;
+        let bytes = read_exact_at(file, out, start + at)?;
+        if let Some(place) = first_not_finite(bytes, dtype) {
+            return Ok(Some(at + place as u64));
+        }
+    }
+    Ok(None)
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-
-    use mlx_rs::Dtype;
 
     use super::*;
 
@@ -240,13 +306,13 @@ mod tests {
             {
                 let region = Region { axis, start, stop };
                 let expected = expect(shape, &region);
-                let piece = || Piece::new(source.clone(), &entry, Some(&region));
+                let piece = || Piece::new(source.clone(), "t", &entry, Some(&region));
                 let found = read(Pieces::new(vec![piece()]), expected.len());
                 assert!(found == expected, "{region:?} of {shape:?}");
                 all.0.push(piece());
                 all.1.extend(expected);
             }
-            let whole = Piece::new(source.clone(), &entry, None);
+            let whole = Piece::new(source.clone(), "t", &entry, None);
             all.0.push(whole);
             all.1.extend(bytes);
             assert!(read(Pieces::new(all.0), all.1.len()) == all.1, "{shape:?}");
@@ -263,7 +329,7 @@ mod tests {
         let source = Arc::new(Source::open(&path).unwrap());
         let (shape, length) = (vec![length as i32], length as u64);
         let entry = Entry { dtype: Dtype::Uint8, shape, start: 0, length };
-        let pieces = Pieces::new(vec![Piece::new(source, &entry, None)]);
+        let pieces = Pieces::new(vec![Piece::new(source, "t", &entry, None)]);
         assert!(read(pieces, bytes.len()) == bytes);
     }
 
@@ -274,9 +340,49 @@ mod tests {
         std::fs::write(&path, [0; 100]).unwrap();
         let source = Arc::new(Source::open(&path).unwrap());
         let entry = Entry { dtype: Dtype::Uint8, shape: vec![200], start: 6, length: 200 };
-        let pieces = Pieces::new(vec![Piece::new(source, &entry, None)]);
+        let pieces = Pieces::new(vec![Piece::new(source, "t", &entry, None)]);
         let error = pieces.read(&mut [MaybeUninit::uninit(); 200]).unwrap_err();
         assert!(matches!(&error, LoadError::Io { path: named, .. } if *named == path), "{error}");
+    }
+
+    #[test]
+    fn a_value_that_is_none_is_found_where_it_is_read() {
+        // Runs that are read in blocks, runs that are read one by one, and all at once.
+        for (shape, region) in [
+            ([4, 1000, 3], Some(Region { axis: 2, start: 1, stop: 2 })),
+            ([4, 3, 9000], Some(Region { axis: 1, start: 1, stop: 2 })),
+            ([2, 3, 5_000_000], None),
+        ] {
+            let count = shape.iter().product::<i32>() as usize;
+            let mut bytes = vec![0_u8; count * 2];
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("file");
+            let [_, b, c] = shape.map(|n| n as usize);
+            let place = [1, 1, if c == 3 { 1 } else { c - 1 }];
+            let beside = [1, 0, 0];
+            for (place, found) in [(beside, region.is_none()), (place, true)] {
+                let at = ((place[0] * b + place[1]) * c + place[2]) * 2;
+                bytes[at..at + 2].copy_from_slice(&[0x80, 0x7f]);
+                std::fs::write(&path, &bytes).unwrap();
+                bytes[at..at + 2].fill(0);
+                let source = Arc::new(Source::open(&path).unwrap());
+                let length = bytes.len() as u64;
+                let (dtype, shape) = (Dtype::Bfloat16, shape.to_vec());
+                let entry = Entry { dtype, shape: shape.clone(), start: 0, length };
+                let out = region.as_ref().map_or(shape.clone(), |region| region.shape(&shape));
+                let out = out.iter().product::<i32>() as usize * 2;
+                let pieces = Pieces::new(vec![Piece::new(source, "t", &entry, region.as_ref())]);
+                match pieces.read(&mut vec![MaybeUninit::uninit(); out]) {
+                    Ok(()) => assert!(!found, "{shape:?}"),
+                    Err(LoadError::NotFinite { tensor, place: named, .. }) => {
+                        assert!(found, "{shape:?} {named:?}");
+                        let expect = place.map(|n| n as u64);
+                        assert_eq!((tensor.as_str(), named), ("t", expect.to_vec()));
+                    }
+                    Err(other) => panic!("{other}"),
+                }
+            }
+        }
     }
 
     #[test]

@@ -55,22 +55,22 @@ pub(crate) fn read_array(shape: &[i32], dtype: Dtype, fill: Fill) -> Result<Arra
     Ok(array)
 }
 
-/// Reads exactly as many bytes as `out` takes, from `offset` of `file` on.
-pub(crate) fn read_exact_at(
+/// Reads exactly as many bytes as `out` takes, from `offset` of `file` on, and returns them.
+pub(crate) fn read_exact_at<'a>(
     file: &File,
-    mut out: &mut [MaybeUninit<u8>],
-    mut offset: u64,
-) -> io::Result<()> {
-    while !out.is_empty() {
-        let at = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: the call writes at most as many bytes as `out` has.
-        let read = unsafe { libc::pread(file.as_raw_fd(), out.as_mut_ptr().cast(), out.len(), at) };
+    out: &'a mut [MaybeUninit<u8>],
+    offset: u64,
+) -> io::Result<&'a [u8]> {
+    let mut done = 0;
+    while done < out.len() {
+        let rest = &mut out[done..];
+        let at = libc::off_t::try_from(offset + done as u64).map_err(io::Error::other)?;
+        // SAFETY: the call writes at most as many bytes as `rest` has.
+        let read =
+            unsafe { libc::pread(file.as_raw_fd(), rest.as_mut_ptr().cast(), rest.len(), at) };
         match usize::try_from(read) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(read) => {
-                out = &mut out[read..];
-                offset += read as u64;
-            }
+            Ok(read) => done += read,
             Err(_) => {
                 let error = io::Error::last_os_error();
                 if error.kind() != io::ErrorKind::Interrupted {
@@ -79,7 +79,8 @@ pub(crate) fn read_exact_at(
             }
         }
     }
-    Ok(())
+    // SAFETY: every byte has been written.
+    Ok(unsafe { std::slice::from_raw_parts(out.as_ptr().cast(), out.len()) })
 }
 
 pub(super) fn is_cuda() -> bool {

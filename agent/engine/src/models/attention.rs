@@ -121,14 +121,20 @@ impl Attention {
         }
     }
 
-    /// The projections and what lies between them, if that is what one kernel does.
-    pub(super) fn single(&self) -> Option<SingleAttention<'_>> {
+    /// The projections and what lies between them, if that is what one kernel does; else what it does not do.
+    pub(super) fn single(&self) -> Result<SingleAttention<'_>, &'static str> {
         let Rope { dims, traditional, scale, magnitude, .. } = self.rope;
         #[expect(
             clippy::float_cmp,
             reason = "1 is set, not computed, where nothing is to be scaled"
         )]
-        let is_plain = self.norms.is_none() && magnitude == 1.0 && dims == self.head_dim;
+        let is_plain = magnitude == 1.0 && dims == self.head_dim;
+        if self.norms.is_some() {
+            return Err("norms per head");
+        }
+        if !is_plain {
+            return Err("rotations that scale, or turn a part of a head");
+        }
         let heads = Heads {
             count: self.heads,
             kv_count: self.kv_heads,
@@ -137,13 +143,8 @@ impl Attention {
             turns: scale,
             scale: (self.head_dim as f32).powf(-0.5),
         };
-        let qkv_proj = self.qkv_proj.whole().filter(|_| is_plain)?;
-        Some(SingleAttention {
-            qkv_proj,
-            heads,
-            periods: self.rope.periods(),
-            o_proj: &self.o_proj,
-        })
+        let qkv_proj = self.qkv_proj.whole().ok_or("queries, keys and values of several types")?;
+        Ok(SingleAttention { qkv_proj, heads, periods: self.rope.periods(), o_proj: &self.o_proj })
     }
 
     /// `x` `[1, positions, width]` to outputs of the last `wanted` positions; keys and values are kept of all. Where

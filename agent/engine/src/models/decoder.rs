@@ -11,7 +11,7 @@ use super::attention::{Attention, AttentionArgs};
 use super::common::Common;
 use super::deepseek_v3;
 use super::mlp::FeedForward;
-use super::single::{Parts, Steps};
+use super::single::{NoKernels, Parts, StepPath, Steps};
 use super::{Args, LayerModules, Part, layer_path};
 use crate::batch::{LayerCache, Pass, Place, Segments};
 use crate::loader::{Home, Kind, Module, Split, Weights};
@@ -109,19 +109,19 @@ impl Block {
         })
     }
 
-    /// What does one position of a single sequence in few kernels, if that can be.
-    fn make_step(&self, steps: &Steps) -> Result<Option<Traced>, Exception> {
-        let (SelfAttention::Grouped(attention), Some((gate_up_proj, down_proj))) =
-            (&self.self_attn, self.feed_forward.dense())
-        else {
-            return Ok(None);
+    /// What does one position of a single sequence in few kernels.
+    fn make_step(&self, steps: &Steps) -> Result<Traced, NoKernels> {
+        if !self.team.is_alone() {
+            return Err(NoKernels::NotFor("a team of ranks"));
+        }
+        let SelfAttention::Grouped(attention) = &self.self_attn else {
+            return Err(NoKernels::NotFor("latent attention"));
         };
-        let Some(attention) = attention.single().filter(|_| self.team.is_alone()) else {
-            return Ok(None);
-        };
+        let (gate_up_proj, down_proj) =
+            self.feed_forward.dense().ok_or(NoKernels::NotFor("experts"))?;
         steps.layer(Parts {
             input_norm: &self.input_layernorm,
-            attention,
+            attention: attention.single().map_err(NoKernels::NotFor)?,
             post_norm: &self.post_attention_layernorm,
             gate_up_proj,
             down_proj,
@@ -129,9 +129,9 @@ impl Block {
         })
     }
 
-    /// Whether `step` gives what the layer's operations do, but for rounding: on some positions behind others, so that
-    /// rotation and caches count.
-    fn agrees(&self, step: &Traced) -> Result<bool, Exception> {
+    /// Checks that `step` gives what the layer's operations do, but for rounding: on some positions behind others, so
+    /// that rotation and caches count.
+    fn try_step(&self, step: &Traced) -> Result<(), NoKernels> {
         let width = self.input_layernorm.dim(0);
         let hidden = |first: i32, positions: i32| {
             let count = positions * width;
@@ -154,7 +154,7 @@ impl Block {
             let mut pass = by_step.pass(&row, 1)?;
             let mut cache = pass.layer(0);
             let Some(Place { position, keys, values }) = cache.next_place(x.dtype()) else {
-                return Ok(false);
+                return Err(NoKernels::NotFor("norms and matrices of several types"));
             };
             let found = step.apply([&x, position, keys, values])?;
             let largest = |x: &Array| x.as_dtype(Dtype::Float32)?.abs()?.max(None);
@@ -166,10 +166,10 @@ impl Block {
             // Not so where one is not a number.
             let agrees = off <= size * TRIED_ROUNDING + change * TRIED_OFF_MAX;
             if !agrees {
-                return Ok(false);
+                return Err(NoKernels::Differ { off, size, change });
             }
         }
-        Ok(true)
+        Ok(())
     }
 
     /// `x` `[1, positions, width]` to the last `wanted` positions; the cache gets all.
@@ -196,18 +196,29 @@ impl Block {
     }
 }
 
-/// Gives all layers their steps if the first one's does here what it should: kernels are compiled on the machine, and
-/// for GPUs that nobody has tried.
-fn give_steps(layers: &mut [Block], steps: &Steps) -> Result<(), Exception> {
-    let Some(first) = layers.first() else { return Ok(()) };
-    match first.make_step(steps)? {
-        Some(step) if first.agrees(&step).unwrap_or(false) => {}
-        Some(_) | None => return Ok(()),
+/// The steps of all layers that can have one if the first one's does here what it should: kernels are compiled on the
+/// machine, and for GPUs that nobody has tried.
+fn steps_of(layers: &[Block], eps: f32) -> Result<Vec<Option<Traced>>, NoKernels> {
+    let steps = Steps::new(eps)?;
+    if let Some(first) = layers.first() {
+        first.try_step(&first.make_step(&steps)?)?;
     }
-    for layer in layers {
-        layer.step = layer.make_step(steps)?;
+    let step = |layer: &Block| match layer.make_step(&steps) {
+        Ok(step) => Ok(Some(step)),
+        Err(NoKernels::NotFor(_)) => Ok(None),
+        Err(reason) => Err(reason),
+    };
+    layers.iter().map(step).collect()
+}
+
+fn give_steps(layers: &mut [Block], eps: f32) -> StepPath {
+    match steps_of(layers, eps) {
+        Ok(steps) => {
+            layers.iter_mut().zip(steps).for_each(|(layer, step)| layer.step = step);
+            StepPath::Kernels { layers: layers.iter().filter(|l| l.step.is_some()).count() }
+        }
+        Err(reason) => StepPath::Operations(reason),
     }
-    Ok(())
 }
 
 enum Head {
@@ -223,6 +234,7 @@ pub(crate) struct Model {
     /// Norm and output projection; last rank only.
     head: Option<(Array, Head)>,
     eps: f32,
+    step_path: StepPath,
 }
 
 impl Model {
@@ -238,16 +250,18 @@ impl Model {
         let layers: Result<Vec<Block>, Exception> =
             part.layers.clone().map(|i| Block::build(args, i, &mut weights, team)).collect();
         let mut layers = layers?;
-        if let Some(steps) = Steps::new(common.eps)? {
-            give_steps(&mut layers, &steps)?;
-        }
+        let step_path = give_steps(&mut layers, common.eps);
         let head = part.last.then(|| {
             let tied = common.tied;
             let head = if tied { Head::Tied } else { Head::Own(weights.linear("lm_head")) };
             (weights.norm("model.norm"), head)
         });
         weights.finish();
-        Ok(Self { embed_tokens, layers, head, eps: common.eps })
+        Ok(Self { embed_tokens, layers, head, eps: common.eps, step_path })
+    }
+
+    pub(crate) fn step_path(&self) -> &StepPath {
+        &self.step_path
     }
 
     /// Token ids `[1, positions]` to hidden states. First rank only.
@@ -273,6 +287,27 @@ impl Model {
         Ok(x)
     }
 
+    /// The first of this rank's layers behind which hidden states of `tokens` `[1, positions]`, which `pass` feeds, are
+    /// not finite. First rank only.
+    pub(crate) fn first_not_finite(
+        &self,
+        tokens: &Array,
+        pass: &mut Pass<'_>,
+    ) -> Result<Option<usize>, Exception> {
+        let mut x = self.embed(tokens)?;
+        let zero = Array::from_f32(0.0);
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = layer.forward(&x, x.dim(1), &mut pass.layer(i))?;
+            // NaN and infinity are the numbers that less themselves are not zero.
+            let finite = x.subtract(&x)?.eq(&zero)?.all(None)?;
+            finite.eval()?;
+            if !finite.item_exact::<bool>() {
+                return Ok(Some(i));
+            }
+        }
+        Ok(None)
+    }
+
     /// Hidden states to logits. Last rank only.
     pub(crate) fn head(&self, x: &Array) -> Result<Array, Exception> {
         let (norm, head) = self.head.as_ref().expect("called on the last rank");
@@ -281,6 +316,103 @@ impl Model {
             (Head::Own(linear), _) => linear.forward(&x),
             (Head::Tied, Some(embedding)) => embedding.as_linear(&x),
             (Head::Tied, None) => unreachable!("a tied embedding is at both ends"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::config::Config;
+    use crate::loader::{self, Checkpoint, Selection};
+    use crate::mlx::{Shapes, matmul};
+
+    const WIDTH: i32 = 32;
+
+    /// Layers that change nothing: all of their matrices are zero.
+    fn model(model_type: &str) -> Model {
+        crate::mlx::init();
+        let raw = json!({"hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": 48,
+            "num_attention_heads": 4, "rms_norm_eps": 1e-5, "vocab_size": 8});
+        let (model_type, eos_token_ids) = (model_type.to_owned(), Vec::new());
+        let config = Config { model_type, eos_token_ids, quantization: None, raw };
+        let args = Args::parse(&config).unwrap();
+        let modules = args.modules(&|_| false);
+        let dir = tempfile::tempdir().unwrap();
+        let (mut header, mut end) = (serde_json::Map::new(), 0);
+        for module in &modules {
+            let shape = match module.kind {
+                Kind::Linear { input, output, .. } => vec![output, input],
+                Kind::Embedding { rows, width } => vec![rows, width],
+                Kind::Norm { width } => vec![width],
+                Kind::Vector { .. } | Kind::Stack { .. } => panic!("{module:?}"),
+            };
+            let start = end;
+            end += shape.iter().product::<i32>() * 4;
+            let entry = json!({"dtype": "F32", "shape": shape, "data_offsets": [start, end]});
+            header.insert(format!("{}.weight", module.path), entry);
+        }
+        let header = Value::Object(header).to_string();
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.bytes());
+        file.resize(file.len() + end as usize, 0);
+        std::fs::write(dir.path().join("model.safetensors"), file).unwrap();
+        let part = Part { layers: 0..2, first: true, last: true };
+        let team = Team::default();
+        let selection = Selection {
+            modules: &modules,
+            quantization: None,
+            ignored: &|_| false,
+            owns: &|home| part.owns(home),
+            share: team.share(),
+        };
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let weights = loader::load(&checkpoint, &selection, &mut |_| {}).unwrap();
+        args.build(&part, &team, weights).unwrap()
+    }
+
+    /// A step that multiplies hidden states.
+    fn times(factor: f32) -> Traced {
+        let at = |i: i32| if i % (WIDTH + 1) == 0 { factor } else { 0.0 };
+        let values: Vec<f32> = (0..WIDTH * WIDTH).map(at).collect();
+        let matrix = Array::from_slice(&values, &[WIDTH, WIDTH]);
+        Traced::new(Shapes::Same, move |inputs| matmul(&inputs[0], &matrix)).unwrap()
+    }
+
+    #[test]
+    fn kernels_that_differ_or_fail_are_a_fallback_with_its_reason() {
+        let layer = &model("llama").layers[0];
+        assert_eq!(layer.try_step(&times(1.0)), Ok(()));
+        assert_eq!(layer.try_step(&times(1.01)), Ok(()));
+        let failed = Traced::new(Shapes::Same, |_| Err(Exception::custom("no compiler"))).unwrap();
+        for (step, text) in [
+            (times(1.5), "off by 4.9"),
+            (times(f32::NAN), "off by NaN"),
+            (failed, "they fail on this machine: no compiler"),
+        ] {
+            let reason = layer.try_step(&step).unwrap_err();
+            assert!(reason.to_string().contains(text), "{reason}");
+            let path = StepPath::Operations(reason);
+            assert!(path.fallback().is_some(), "{path}");
+            assert!(path.to_string().starts_with("no kernels of our own: "), "{path}");
+        }
+    }
+
+    #[test]
+    fn what_kernels_are_not_for_is_no_fallback() {
+        for path in [
+            StepPath::Kernels { layers: 3 },
+            StepPath::Operations(NoKernels::NoGpu),
+            StepPath::Operations(NoKernels::NotFor("experts")),
+        ] {
+            assert_eq!(path.fallback(), None, "{path}");
+        }
+        let path = |model_type| model(model_type).step_path().clone();
+        match crate::mlx::kernels::can_run() {
+            true => assert_eq!(path("llama"), StepPath::Kernels { layers: 2 }),
+            false => assert_eq!(path("llama"), StepPath::Operations(NoKernels::NoGpu)),
         }
     }
 }

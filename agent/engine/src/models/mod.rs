@@ -28,6 +28,7 @@ pub(crate) use decoder::Model;
 use decoder::SelfAttentionArgs;
 use fields::Fields;
 use mlp::FeedForwardArgs;
+pub use single::{NoKernels, StepPath};
 
 /// Values of `model_type` that can be run.
 pub(crate) const SUPPORTED: &[&str] =

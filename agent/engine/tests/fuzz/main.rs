@@ -79,6 +79,7 @@ fn outcome(result: &Result<(), EngineError>) -> &'static str {
             LoadError::Truncated { .. } => "truncated",
             LoadError::Duplicate { .. } => "duplicate",
             LoadError::MissingFile { .. } => "missing file",
+            LoadError::NotFinite { .. } => "not finite",
             LoadError::Split { .. } => "can't be split",
             LoadError::Mismatch(_) => "mismatch",
             LoadError::Device { .. } => "no room on the device",

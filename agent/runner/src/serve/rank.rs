@@ -18,6 +18,7 @@ use exo_engine::{
 };
 use exo_trust::TlsPaths;
 use tokio::{net::TcpListener, runtime::Handle, sync::Mutex, time::timeout};
+use tracing::{info, warn};
 
 pub(crate) use self::link::channel_failure;
 use self::{
@@ -209,6 +210,12 @@ fn load(
             info.layers,
         );
         return Err(Failure::permanent("BadModel", message));
+    }
+    match info.step_path.fallback() {
+        Some(reason) => {
+            warn!(%reason, "decodes one sequence without kernels of our own, which is slower");
+        }
+        None => info!(steps = %info.step_path, "loaded the model"),
     }
     Ok(engine)
 }

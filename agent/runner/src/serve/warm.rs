@@ -1,5 +1,6 @@
-//! What all ranks run before rank 0 takes requests, so that the first ones find all kernels made. Owns the choice of
-//! shapes; measures nothing, and never decides how long is too long.
+//! What all ranks run before rank 0 takes requests, so that the first ones find all kernels made, and a model that
+//! computes no numbers is found out. Owns the choice of shapes; measures nothing, and never decides how long is too
+//! long.
 
 use exo_engine::{Feed, Sampling, SeqId, Step, cache_positions};
 
@@ -8,8 +9,12 @@ use super::{
     report::Failure,
 };
 
+/// Why the warm-up fails where log-probabilities are NaN or infinite.
+pub(crate) const NOT_FINITE: &str = "NotFinite";
+/// What is fed everywhere.
+pub(crate) const TOKEN: u32 = 0;
 /// Enough for the kernels of a prefill.
-const PROMPT_TOKENS: usize = 32;
+pub(crate) const PROMPT_TOKENS: usize = 32;
 /// Between prompts of rows side by side: their positions differ then, and the shorter ones begin with padding.
 const PROMPT_DIFFERENCE: usize = 8;
 /// Two with all rows, the second of which was begun ahead; one after some have left.
@@ -62,7 +67,9 @@ fn rounds(extent: &Extent) -> Vec<Round> {
     // Room for one token behind the prompt, where there is any.
     let room = extent.max_context.saturating_sub(1).max(1);
     let one = |sampling, prompt: usize| Round { rows: vec![(sampling, prompt.min(room))] };
-    let mut rounds = vec![one(Sampling::greedy(), PROMPT_TOKENS)];
+    // Reported, to be looked at: always, as this round always runs.
+    let greedy = Sampling { logprobs: Some(0), ..Sampling::greedy() };
+    let mut rounds = vec![one(greedy, PROMPT_TOKENS)];
     if !extent.compiles {
         return rounds;
     }
@@ -113,7 +120,7 @@ fn run(executor: &mut impl Executor, extent: &Extent, round: &Round) -> Result<(
         let mut fed = 0;
         while fed < *prompt {
             let end = (fed + extent.chunk_tokens).min(*prompt);
-            let (tokens, sample) = (vec![0; end - fed], end == *prompt);
+            let (tokens, sample) = (vec![TOKEN; end - fed], end == *prompt);
             done(executor.prefill(&Step::Prefill { seq, tokens, sample, draw: 0 })?)?;
             fed = end;
         }
@@ -126,15 +133,25 @@ fn run(executor: &mut impl Executor, extent: &Extent, round: &Round) -> Result<(
                 executor.close(seq)?;
             }
         }
-        let feeds: Vec<Feed> = open.iter().map(|&seq| Feed { seq, token: 0, draw }).collect();
-        done(executor.decode(&feeds)?)?;
+        let feeds: Vec<Feed> = open.iter().map(|&seq| Feed { seq, token: TOKEN, draw }).collect();
+        done(executor.decode(&feeds, false)?)?;
     }
     open.into_iter().try_for_each(|seq| executor.close(seq))
 }
 
 fn done(stepped: Stepped) -> Result<(), Failure> {
     match stepped {
-        Stepped::Done(_) => Ok(()),
+        Stepped::Done(outputs) => {
+            let mut logprobs = outputs.iter().filter_map(|output| output.logprob);
+            match logprobs.all(f32::is_finite) {
+                true => Ok(()),
+                false => Err(Failure::permanent(
+                    NOT_FINITE,
+                    "the model's log-probabilities are NaN or infinite, though its weights are \
+                     not: they may be of another type than the file says, or damaged",
+                )),
+            }
+        }
         Stepped::Refused(message) => Err(Failure::permanent("EngineFailed", message)),
     }
 }
@@ -142,6 +159,8 @@ fn done(stepped: Stepped) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use std::{cell::Cell, collections::BTreeMap};
+
+    use exo_engine::StepOutput;
 
     use super::*;
 
@@ -151,9 +170,21 @@ mod tests {
         held: BTreeMap<SeqId, usize>,
         batches: Vec<usize>,
         chunks: Vec<usize>,
+        /// Of what it draws, if it draws.
+        logprob: Option<f32>,
     }
 
     impl Model {
+        fn new(extent: Extent) -> Self {
+            let (batches, chunks) = (Vec::new(), Vec::new());
+            Self { extent, held: BTreeMap::new(), batches, chunks, logprob: None }
+        }
+
+        fn drawn(&self, rows: usize) -> Stepped {
+            let output = |logprob| StepOutput { token: 0, logprob: Some(logprob), top: Vec::new() };
+            Stepped::Done(self.logprob.map(|x| vec![output(x); rows]).unwrap_or_default())
+        }
+
         fn feed(&mut self, seq: SeqId, tokens: usize) {
             *self.held.get_mut(&seq).expect("open") += tokens;
             let held = self.held.values().copied();
@@ -172,13 +203,17 @@ mod tests {
             let Step::Prefill { seq, tokens, .. } = step else { panic!("{step:?}") };
             self.chunks.push(tokens.len());
             self.feed(*seq, tokens.len());
-            Ok(Stepped::Done(Vec::new()))
+            Ok(self.drawn(1))
         }
 
-        fn decode(&mut self, feeds: &[Feed]) -> Result<Stepped, Failure> {
+        fn has_others(&self) -> bool {
+            false
+        }
+
+        fn decode(&mut self, feeds: &[Feed], _: bool) -> Result<Stepped, Failure> {
             feeds.iter().for_each(|feed| self.feed(feed.seq, 1));
             self.batches.push(feeds.len());
-            Ok(Stepped::Done(Vec::new()))
+            Ok(self.drawn(feeds.len()))
         }
 
         fn close(&mut self, seq: SeqId) -> Result<(), Failure> {
@@ -189,8 +224,7 @@ mod tests {
 
     /// Batches and chunks that were run until `rounds` were done.
     fn warmed(extent: Extent, rounds: usize) -> (Vec<usize>, Vec<usize>) {
-        let mut model =
-            Model { extent, held: BTreeMap::new(), batches: Vec::new(), chunks: Vec::new() };
+        let mut model = Model::new(extent);
         let told = Cell::new(0);
         warm_up(&mut model, &extent, || told.get() >= rounds, |done, _| told.set(done)).unwrap();
         assert!(model.held.is_empty());
@@ -211,6 +245,21 @@ mod tests {
         assert_eq!(batches.iter().max(), Some(&2));
         for max_context in 1..50 {
             warmed(Extent { max_context, ..extent }, usize::MAX);
+        }
+    }
+
+    #[test]
+    fn a_model_that_computes_no_numbers_is_refused() {
+        let extent = Extent { compiles: false, max_context: 64, live_max: 1, chunk_tokens: 512 };
+        for (logprob, is_fine) in [(-0.5, true), (f32::NAN, false), (f32::NEG_INFINITY, false)] {
+            let mut model = Model { logprob: Some(logprob), ..Model::new(extent) };
+            match warm_up(&mut model, &extent, || false, |_, _| {}) {
+                Ok(()) => assert!(is_fine, "{logprob}"),
+                Err(failure) => {
+                    assert!(!is_fine, "{failure}");
+                    assert_eq!((failure.reason, failure.permanent), (NOT_FINITE, true));
+                }
+            }
         }
     }
 

@@ -468,6 +468,25 @@ async fn bad_weights_end_it_for_good() {
 }
 
 #[tokio::test]
+async fn weights_that_are_no_numbers_end_it_for_good() {
+    let model = Model::new();
+    let name = "model.layers.2.mlp.up_proj.weight";
+    for (largest, expect, text) in [
+        (f32::INFINITY, "BadWeights", format!("tensor '{name}' holds NaN or infinity at [0, 0]")),
+        // Numbers, but what comes of them is none.
+        (f32::MAX, "NotFinite", "hidden states are not finite from layer 2 on".to_owned()),
+    ] {
+        model::write_with(model.path(), &[], |tensor| if tensor == name { largest } else { 0.3 });
+        let group = model.group(1);
+        let mut runner = group.start(0);
+        let (reason, message, permanent) = runner.failure();
+        assert_eq!((reason.as_str(), permanent), (expect, true), "{message}");
+        assert!(message.contains(&text), "{message}");
+        assert_eq!(runner.exit().code(), Some(2));
+    }
+}
+
+#[tokio::test]
 async fn the_end_of_stdin_ends_a_rank_that_waits() {
     let model = Model::new();
     let group = model.group(2);

@@ -40,6 +40,11 @@ pub(crate) fn built_in() -> PathBuf {
 
 /// Writes the model into `dir`, without the tensors that `leave_out` names.
 pub(crate) fn write(dir: &Path, leave_out: &[&str]) {
+    write_with(dir, leave_out, |_| 0.3);
+}
+
+/// The same; matrices have values up to what `largest` says of their names.
+pub(crate) fn write_with(dir: &Path, leave_out: &[&str], largest: impl Fn(&str) -> f32) {
     let built_in = built_in();
     for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
         fs::copy(built_in.join(name), dir.join(name)).unwrap();
@@ -55,7 +60,7 @@ pub(crate) fn write(dir: &Path, leave_out: &[&str]) {
     fs::write(dir.join("config.json"), config.to_string()).unwrap();
     let tensors: Vec<_> =
         tensors().into_iter().filter(|(name, _)| !leave_out.contains(&name.as_str())).collect();
-    fs::write(dir.join("model.safetensors"), safetensors(&tensors)).unwrap();
+    fs::write(dir.join("model.safetensors"), safetensors(&tensors, largest)).unwrap();
 }
 
 fn tensors() -> Vec<(String, Vec<usize>)> {
@@ -83,14 +88,14 @@ fn tensors() -> Vec<(String, Vec<usize>)> {
 }
 
 /// The file format: length of the header, header, data.
-fn safetensors(tensors: &[(String, Vec<usize>)]) -> Vec<u8> {
+fn safetensors(tensors: &[(String, Vec<usize>)], largest: impl Fn(&str) -> f32) -> Vec<u8> {
     let mut header = Map::new();
     let mut data = Vec::new();
     let mut random = Random(7);
     for (name, shape) in tensors {
         let start = data.len();
         for _ in 0..shape.iter().product() {
-            let value = if shape.len() == 1 { 1.0 } else { random.next() * 0.3 };
+            let value = if shape.len() == 1 { 1.0 } else { random.next() * largest(name) };
             data.extend(value.to_le_bytes());
         }
         let offsets = [start, data.len()];

@@ -1,16 +1,11 @@
 //! `exoctl apply`: server-side apply. What a file says is set, what an earlier version of it said and
 //! this one doesn't is taken back, and what others have set stays.
 //!
-//! Guarantee: when the server finds a document of a file invalid, none of that file is applied; other
-//! files are. What is valid the server alone says; only `--dry-run=client` asks the schemas of this
-//! exoctl.
+//! As kubectl does, each document is applied for itself: one that is refused is reported, and keeps no
+//! other one back. A file that is not YAML is refused as a whole, before anything is sent. What is
+//! valid the server alone says; only `--dry-run=client` asks the schemas of this exoctl.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io::Write,
-    path::PathBuf,
-    time::Duration,
-};
+use std::{io::Write, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
 use serde_json::Value;
@@ -23,7 +18,7 @@ use super::{
 };
 use crate::{
     cli::{Apply, Global, Goal},
-    error::{Collector, is_not_found, refused},
+    error::{Collector, refused},
     kinds::{Kind, Kinds},
     schema::Schemas,
     server::{APPLY_PATCH, Namespace, Server},
@@ -36,37 +31,11 @@ const DRY_RUN: (&str, &str) = ("dryRun", "All");
 /// A document ready to be sent.
 #[derive(Debug)]
 pub(super) struct Planned<'k> {
-    pub(super) file: String,
     pub(super) source: String,
     pub(super) kind: &'k Kind,
     namespace: String,
     pub(super) name: String,
     pub(super) object: Value,
-}
-
-/// What went wrong so far, and with which files nothing is done.
-#[derive(Debug, Default)]
-pub(super) struct Faults {
-    failures: Collector,
-    files: BTreeSet<String>,
-}
-
-impl Faults {
-    /// As [`Collector::note`], of a document of that file.
-    pub(super) fn note<T>(
-        &mut self,
-        file: &str,
-        result: anyhow::Result<T>,
-    ) -> anyhow::Result<Option<T>> {
-        if result.is_err() {
-            self.files.insert(file.to_owned());
-        }
-        self.failures.note(result)
-    }
-
-    pub(super) fn finish(self) -> anyhow::Result<()> {
-        self.failures.finish()
-    }
 }
 
 impl<'k> Planned<'k> {
@@ -86,24 +55,19 @@ impl<'k> Planned<'k> {
 }
 
 pub(super) async fn run(args: &Apply, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
-    let mut faults = Faults::default();
-    let mut planned = plan_files(&args.files, server, &mut faults).await?;
+    let mut failures = Collector::default();
+    let mut planned = plan_files(&args.files, server, &mut failures).await?;
     // What is in a namespace needs it to be there.
     planned.sort_by_key(|one| !one.is_namespace());
-    if args.dry_run.is_none() {
-        rehearse(server, &planned, args.force_conflicts, &mut faults).await?;
-    }
-    planned.retain(|one| !faults.files.contains(&one.file));
     for one in &planned {
         let done = send(server, one, args.force_conflicts, args.dry_run.is_some()).await;
-        let done = done.with_context(|| one.source.clone());
-        if let Some(done) = faults.note(&one.file, done)? {
+        if let Some(done) = failures.note(done.with_context(|| one.source.clone()))? {
             let suffix = if args.dry_run.is_some() { " (server dry run)" } else { "" };
             writeln!(out, "{} {done}{suffix}", one.kind.named(&one.name))?;
             out.flush()?;
         }
     }
-    faults.finish()?;
+    failures.finish()?;
     if args.wait && args.dry_run.is_none() {
         let deadline = Instant::now() + args.timeout;
         let mut failures = Collector::default();
@@ -122,9 +86,9 @@ pub(super) async fn run(args: &Apply, server: &Server, out: &mut dyn Write) -> a
 pub(super) fn check(args: &Apply, global: &Global, out: &mut dyn Write) -> anyhow::Result<()> {
     let (kinds, schemas) = (Kinds::built_in(), Schemas::built_in());
     let namespace = Namespace::new(global, "default");
-    let mut faults = Faults::default();
-    let documents = documents::read_each(&args.files, &mut faults.failures)?;
-    for one in plan(documents, &kinds, |object| namespace.of(object), &mut faults)? {
+    let mut failures = Collector::default();
+    let documents = documents::read(&args.files, &mut failures)?;
+    for one in plan(documents, &kinds, |object| namespace.of(object), &mut failures)? {
         let Kind { api, .. } = one.kind;
         let problems = schemas.check(&api.api_version, &api.kind, &one.object);
         if problems.is_empty() {
@@ -133,78 +97,48 @@ pub(super) fn check(args: &Apply, global: &Global, out: &mut dyn Write) -> anyho
             let Planned { source, name, .. } = &one;
             let problems = problems.join("; ");
             let invalid = anyhow::anyhow!("{source}: {} `{name}` is invalid: {problems}", api.kind);
-            faults.note::<()>(&one.file, Err(invalid))?;
+            failures.note::<()>(Err(invalid))?;
         }
     }
-    faults.finish()
+    failures.finish()
 }
 
-/// What the files order, but for those with a fault that is seen here.
+/// What the files order, but for what is seen here to have a fault.
 pub(super) async fn plan_files<'s>(
     files: &[PathBuf],
     server: &'s Server,
-    faults: &mut Faults,
+    failures: &mut Collector,
 ) -> anyhow::Result<Vec<Planned<'s>>> {
-    let documents = documents::read_each(files, &mut faults.failures)?;
+    let documents = documents::read(files, failures)?;
     // There is nothing to ask about: what is wrong with the files is known.
     if documents.is_empty() {
         return Ok(Vec::new());
     }
     let kinds = server.kinds().await?;
-    let mut planned = plan(documents, kinds, |object| server.namespace_of(object), faults)?;
-    planned.retain(|one| !faults.files.contains(&one.file));
-    Ok(planned)
+    plan(documents, kinds, |object| server.namespace_of(object), failures)
 }
 
-/// Lets the server check the documents, so that a refusal of a file's last one finds nothing done.
-async fn rehearse(
-    server: &Server,
-    planned: &[Planned<'_>],
-    force: bool,
-    faults: &mut Faults,
-) -> anyhow::Result<()> {
-    let mut documents: BTreeMap<&str, usize> = BTreeMap::new();
-    for one in planned {
-        *documents.entry(&one.file).or_default() += 1;
-    }
-    for one in planned {
-        // A single document needs no rehearsal: refused, it leaves nothing behind.
-        if documents.get(one.file.as_str()) == Some(&1) {
-            continue;
-        }
-        let checked = send(server, one, force, true).await;
-        if checked.as_ref().is_err_and(is_not_found) && one.is_in_a_coming_namespace(planned) {
-            continue;
-        }
-        faults.note(&one.file, checked.with_context(|| one.source.clone()))?;
-    }
-    Ok(())
-}
-
-/// Finds the kind, namespace and name of every document before any is sent.
+/// Finds the kind, namespace and name of every document before any is sent. Of two documents for one
+/// object the first one counts.
 fn plan<'k>(
     documents: Vec<Document>,
     kinds: &'k Kinds,
     namespace_of: impl Fn(&Value) -> anyhow::Result<String>,
-    faults: &mut Faults,
+    failures: &mut Collector,
 ) -> anyhow::Result<Vec<Planned<'k>>> {
     let mut planned: Vec<Planned<'_>> = Vec::new();
     for document in documents {
-        let (file, source) = (document.file.clone(), document.source.clone());
+        let source = document.source.clone();
         let one = plan_one(document, kinds, &namespace_of);
-        if let Some(one) = faults.note(&file, one.with_context(|| source))? {
-            let same = |p: &&Planned<'_>| {
-                p.kind == one.kind && p.namespace == one.namespace && p.name == one.name
-            };
-            if let Some(first) = planned.iter().find(same) {
-                let twice = anyhow::anyhow!(
-                    "{}: {} is in {} already",
-                    one.source,
-                    one.kind.named(&one.name),
-                    first.source
-                );
-                faults.note::<()>(&file, Err(twice))?;
-            }
+        let Some(one) = failures.note(one.with_context(|| source))? else { continue };
+        let same = |p: &&Planned<'_>| {
+            p.kind == one.kind && p.namespace == one.namespace && p.name == one.name
+        };
+        if let Some(first) = planned.iter().find(same) {
+            let named = one.kind.named(&one.name);
+            let twice = anyhow::anyhow!("{}: {named} is in {} already", one.source, first.source);
+            failures.note::<()>(Err(twice))?;
+        } else {
             planned.push(one);
         }
     }
@@ -216,7 +150,7 @@ fn plan_one<'k>(
     kinds: &'k Kinds,
     namespace_of: impl Fn(&Value) -> anyhow::Result<String>,
 ) -> anyhow::Result<Planned<'k>> {
-    let Document { file, source, mut object } = document;
+    let Document { source, mut object } = document;
     if !object.is_object() {
         bail!("the document is not an object");
     }
@@ -240,7 +174,7 @@ fn plan_one<'k>(
     if let Some(object) = object.as_object_mut() {
         object.remove("status");
     }
-    Ok(Planned { file, source, kind, namespace, name, object })
+    Ok(Planned { source, kind, namespace, name, object })
 }
 
 /// Applies a document, or tries to. The server merges into what is there when the request comes.

@@ -2,13 +2,13 @@
 
 use std::io::Write;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use http::Method;
 use serde_json::Value;
 use tokio::time::Instant;
 
 use super::{
-    documents,
+    documents::{self, Document},
     select::{self, Found},
     wait,
 };
@@ -29,7 +29,7 @@ pub(super) async fn run(args: &Delete, server: &Server, out: &mut dyn Write) -> 
             let rule = Some((&args.select, args.all));
             select::found(server, (kind.as_str(), &args.names), rule).await?
         }
-        None => in_files(args, server).await?,
+        None => in_files(args, server, &mut failures).await?,
     };
     for doomed in doomed {
         let result = match server.send(Method::DELETE, &doomed.path(), &query, None).await {
@@ -70,26 +70,36 @@ fn propagation(cascade: Cascade) -> (&'static str, &'static str) {
     ("propagationPolicy", policy)
 }
 
-/// Last document first: what was applied after something may need it.
-async fn in_files<'s>(args: &Delete, server: &'s Server) -> anyhow::Result<Vec<Found<'s>>> {
+/// Last document first: what was applied after something may need it. A document that says nothing
+/// to delete keeps no other one from it.
+async fn in_files<'s>(
+    args: &Delete,
+    server: &'s Server,
+    failures: &mut Collector,
+) -> anyhow::Result<Vec<Found<'s>>> {
     let mut all = Vec::new();
-    for document in documents::read(&args.files)?.into_iter().rev() {
-        let (source, object) = (document.source, document.object);
-        let text = |value: &Value| value.as_str().map(str::to_owned);
-        let (Some(api_version), Some(kind), Some(name)) =
-            (text(&object["apiVersion"]), text(&object["kind"]), text(&object["metadata"]["name"]))
-        else {
-            bail!("{source}: apiVersion, kind and metadata.name are required");
-        };
-        all.push(Found {
-            kind: server.kinds().await?.find_exact(&api_version, &kind)?,
-            namespace: server.namespace_of(&object)?,
-            name: select::checked(&name)?,
-        });
+    for document in documents::read(&args.files, failures)?.into_iter().rev() {
+        let found = in_document(&document, server).await;
+        all.extend(failures.note(found.with_context(|| document.source))?);
     }
     // With a namespace goes what is in it: by its own name while that still is there.
     all.sort_by_key(|one| one.kind.api.kind == "Namespace" && one.kind.api.group.is_empty());
     Ok(all)
+}
+
+async fn in_document<'s>(document: &Document, server: &'s Server) -> anyhow::Result<Found<'s>> {
+    let object = &document.object;
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let (Some(api_version), Some(kind), Some(name)) =
+        (text(&object["apiVersion"]), text(&object["kind"]), text(&object["metadata"]["name"]))
+    else {
+        bail!("apiVersion, kind and metadata.name are required");
+    };
+    Ok(Found {
+        kind: server.kinds().await?.find_exact(&api_version, &kind)?,
+        namespace: server.namespace_of(object)?,
+        name: select::checked(&name)?,
+    })
 }
 
 /// A deletion answers with the object while finalizers hold it, else with a Status.

@@ -5,10 +5,10 @@ use std::{fs, io::Write, process::Command};
 use anyhow::{Context as _, bail};
 use serde_json::Value;
 
-use super::apply::{self, Faults, Planned};
+use super::apply::{self, Planned};
 use crate::{
     cli::Diff,
-    error::{Differs, is_not_found},
+    error::{Collector, Differs, is_not_found},
     server::Server,
 };
 
@@ -25,8 +25,8 @@ const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 /// # Errors
 /// [`Differs`] when there is a difference, which is printed.
 pub(super) async fn run(args: &Diff, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
-    let mut faults = Faults::default();
-    let planned = apply::plan_files(&args.files, server, &mut faults).await?;
+    let mut failures = Collector::default();
+    let planned = apply::plan_files(&args.files, server, &mut failures).await?;
     let mut differs = false;
     for one in &planned {
         let change = match apply::before_and_after(server, one, args.force_conflicts, true).await {
@@ -36,13 +36,13 @@ pub(super) async fn run(args: &Diff, server: &Server, out: &mut dyn Write) -> an
             change => change,
         };
         let text = change.and_then(|(before, after)| difference(one, before, after));
-        if let Some(text) = faults.note(&one.file, text.with_context(|| one.source.clone()))? {
+        if let Some(text) = failures.note(text.with_context(|| one.source.clone()))? {
             differs |= !text.is_empty();
             out.write_all(&text)?;
             out.flush()?;
         }
     }
-    faults.finish()?;
+    failures.finish()?;
     if differs { Err(Differs.into()) } else { Ok(()) }
 }
 

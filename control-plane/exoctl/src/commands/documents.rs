@@ -14,8 +14,6 @@ use crate::error::Collector;
 /// A document and where it comes from.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Document {
-    /// `instance.yaml`, or `-`.
-    pub(super) file: String,
     /// `instance.yaml`, or `instance.yaml (document 2)`.
     pub(super) source: String,
     pub(super) object: Value,
@@ -23,22 +21,12 @@ pub(super) struct Document {
 
 const EXTENSIONS: [&str; 3] = ["yaml", "yml", "json"];
 
-/// Reads files, folders (their files by name, not the folders inside) and stdin (`-`).
-pub(super) fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<Document>> {
-    let mut failures = Collector::default();
-    let documents = read_each(paths, &mut failures)?;
-    failures.finish()?;
-    Ok(documents)
-}
-
-/// The same for who goes on with the files that can be read.
+/// Reads files, folders (their files by name, not the folders inside) and stdin (`-`). What can't be
+/// read of them is noted.
 ///
 /// # Errors
 /// When there is nothing to do, or to say of a file.
-pub(super) fn read_each(
-    paths: &[PathBuf],
-    failures: &mut Collector,
-) -> anyhow::Result<Vec<Document>> {
+pub(super) fn read(paths: &[PathBuf], failures: &mut Collector) -> anyhow::Result<Vec<Document>> {
     let mut documents = Vec::new();
     for path in paths {
         if path == Path::new("-") {
@@ -109,12 +97,11 @@ fn parse(name: &str, text: &str) -> anyhow::Result<Vec<Document>> {
                     bail!("{source}: items: must be an array");
                 };
                 documents.extend(items.into_iter().enumerate().map(|(i, object)| Document {
-                    file: name.to_owned(),
                     source: format!("{source} (item {})", i + 1),
                     object,
                 }));
             }
-            object => documents.push(Document { file: name.to_owned(), source, object }),
+            object => documents.push(Document { source, object }),
         }
     }
     Ok(documents)
@@ -126,6 +113,13 @@ mod tests {
 
     use super::*;
     use crate::error::lines;
+
+    fn read_all(paths: &[PathBuf]) -> anyhow::Result<Vec<Document>> {
+        let mut failures = Collector::default();
+        let documents = read(paths, &mut failures)?;
+        failures.finish()?;
+        Ok(documents)
+    }
 
     #[test]
     fn documents_say_where_they_come_from() {
@@ -154,7 +148,7 @@ mod tests {
         for (name, text) in [("b.yml", "n: 2"), ("a.yaml", "n: 1"), ("c.txt", "n: 3")] {
             std::fs::write(dir.path().join(name), text).unwrap();
         }
-        let documents = read(&[dir.path().to_owned()]).unwrap();
+        let documents = read_all(&[dir.path().to_owned()]).unwrap();
         let numbers: Vec<_> = documents.iter().map(|d| d.object["n"].clone()).collect();
         assert_eq!(numbers, [1, 2]);
     }
@@ -164,10 +158,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let missing = dir.path().join("x.yaml");
         for path in [dir.path().to_owned(), missing.clone()] {
-            let error = lines(&read(std::slice::from_ref(&path)).unwrap_err()).join("\n");
+            let error = lines(&read_all(std::slice::from_ref(&path)).unwrap_err()).join("\n");
             assert!(error.contains(&path.display().to_string()), "{error}");
         }
         std::fs::write(&missing, "---\n").unwrap();
-        assert_eq!(read(&[missing]).unwrap_err().to_string(), "no document to read");
+        assert_eq!(read_all(&[missing]).unwrap_err().to_string(), "no document to read");
     }
 }

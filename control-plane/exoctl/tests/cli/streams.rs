@@ -73,6 +73,39 @@ async fn a_server_that_is_not_there_is_named() {
 }
 
 #[tokio::test]
+async fn what_one_server_can_not_do_now_another_one_does() {
+    let cluster = Cluster::start().await;
+    let status = serde_json::json!({"kind": "Status", "apiVersion": "v1", "status": "Failure",
+        "message": "no majority", "reason": "ServiceUnavailable", "code": 503});
+    let refuse = move || async move { (http::StatusCode::SERVICE_UNAVAILABLE, axum::Json(status)) };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let minority = listener.local_addr().unwrap().to_string();
+    let router = axum::Router::new().fallback(refuse);
+    let serving = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    let text = std::fs::read_to_string(cluster.kubeconfig()).unwrap();
+    let server = text.split('\'').nth(1).unwrap();
+    let other = server.trim_start_matches("http://");
+    let with_other = format!(
+        "'http://{minority}', \
+         extensions: [{{name: exo.dev/servers, extension: {{servers: ['{other}']}}}}]"
+    );
+    std::fs::write(cluster.kubeconfig(), text.replace(&format!("'{server}'"), &with_other))
+        .unwrap();
+    let instance = "{apiVersion: exo.dev/v1alpha1, kind: InferenceInstance, \
+                    metadata: {name: chat}, spec: {model: tiny}}";
+    let applied = cluster.run_with_input(&["apply", "-f", "-"], instance).await;
+    assert_eq!(applied.stdout, "inferenceinstance.exo.dev/chat created\n", "{}", applied.stderr);
+    assert_eq!(applied.stderr, format!("{minority} can't do this now: asking {other}\n"));
+    // Alone, it says itself what it lacks.
+    let alone = with_other.replace(other, &minority);
+    std::fs::write(cluster.kubeconfig(), text.replace(&format!("'{server}'"), &alone)).unwrap();
+    let got = cluster.run(&["get", "instances"]).await;
+    assert_eq!(got.code, 1);
+    assert!(got.stderr.starts_with("error: no majority"), "{}", got.stderr);
+    serving.abort();
+}
+
+#[tokio::test]
 async fn without_a_configuration_it_says_where_it_looked() {
     let cluster = Cluster::start().await;
     std::fs::remove_file(cluster.kubeconfig()).unwrap();

@@ -88,8 +88,9 @@ impl ChatRequest {
 }
 
 fn refuse_unsupported(fields: Fields<'_>) -> Result<(), ApiError> {
-    if fields.integer("n", 1..=128)?.unwrap_or(1) != 1 {
-        return Err(fields.error("n", "must be 1: one answer is made per request"));
+    if fields.integer("n", i64::MIN..=i64::MAX)?.unwrap_or(1) != 1 {
+        let message = "must be 1: a request gets one answer; for several, send it several times";
+        return Err(fields.error("n", message));
     }
     if let Some(format) = fields.object("response_format")? {
         let format = Fields::new(format, "response_format");

@@ -260,6 +260,110 @@ async fn tokens_of_one_model_are_not_continued_by_another() {
 }
 
 #[tokio::test]
+async fn what_only_somebody_can_change_is_said_at_once() {
+    let cluster = Cluster::start().await;
+    cluster.create_instance().await;
+    let status = |epoch: u64, reason: &str, message: &str| {
+        json!({
+            "phase": "Pending", "observedGeneration": 1,
+            "replicas": [{"index": 0, "epoch": epoch, "nodes": [], "ready": false}],
+            "conditions": [{"type": "Ready", "status": "False", "reason": reason,
+                "message": message, "lastTransitionTime": "2026-01-02T03:04:05Z"}],
+        })
+    };
+    for (epoch, reason, message) in [
+        (0, "Unplaceable", "2 node(s) wanted, 1 usable"),
+        (0, "ModelNotFound", "there is no model named x"),
+        (3, "NoReplicas", "no replicas are wanted"),
+        (3, "WeightsNotFound", "rank 1 on mac-2: WeightsNotFound: no folder `x`"),
+        (3, "Unplaceable", "5 node(s) wanted, 1 usable"),
+    ] {
+        cluster.set_status(status(epoch, reason, message)).await;
+        let known = async {
+            while !cluster.get("/v1/models/chat").await.text().await.unwrap().contains(message) {}
+        };
+        tokio::time::timeout(PATIENCE, known).await.unwrap();
+        for stream in [false, true] {
+            let answer = cluster.post(&hello(stream)).send();
+            let answer = tokio::time::timeout(PATIENCE, answer).await.unwrap().unwrap();
+            assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE, "{reason}");
+            assert!(!answer.headers().contains_key("retry-after"), "{reason}");
+            let error: Value = answer.json().await.unwrap();
+            let said = error["error"]["message"].as_str().unwrap();
+            assert!(said.contains(&format!("{reason}: {message}")), "{said}");
+        }
+        let list: Value = cluster.get("/v1/models").await.json().await.unwrap();
+        assert_eq!(list["data"], json!([]), "{reason}");
+        assert_eq!(cluster.get("/v1/models/chat").await.status(), StatusCode::NOT_FOUND);
+    }
+    // What somebody then does ends it.
+    let mut runner = Runner::start().await;
+    cluster.set_ready(&[(0, 4, &runner)]).await;
+    let served = async { while cluster.get("/v1/models/chat").await.status() != 200 {} };
+    tokio::time::timeout(PATIENCE, served).await.unwrap();
+    let answer = cluster.ask(&hello(false));
+    runner.next().await.send_all([start(), token(1, "Hi"), end(1)]).await;
+    assert_eq!(answer.await.unwrap().status(), StatusCode::OK);
+}
+
+/// An API server that can be made to refuse everything as one without a majority does, except what
+/// it answers already.
+fn interruptible(down: &Arc<AtomicBool>) -> impl FnOnce(Router) -> Router + use<> {
+    let is_down = Arc::clone(down);
+    move |router: Router| {
+        router.layer(middleware::from_fn(move |request: Request, next: Next| {
+            let is_down = is_down.load(Ordering::Relaxed);
+            async move {
+                if !is_down {
+                    return next.run(request).await;
+                }
+                let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {},
+                    "status": "Failure", "reason": "ServiceUnavailable", "code": 503,
+                    "message": NO_MAJORITY});
+                (StatusCode::SERVICE_UNAVAILABLE, Json(status)).into_response()
+            }
+        }))
+    }
+}
+
+const NO_MAJORITY: &str = "no majority of voters: 1 of 3 answers";
+
+#[tokio::test]
+async fn runners_that_are_gone_with_the_majority_are_not_called_busy() {
+    let mut runner = Runner::start().await;
+    let down = Arc::new(AtomicBool::new(false));
+    let (cluster, gateway) = Cluster::launch(Limits::default(), interruptible(&down)).await;
+    tokio::time::timeout(PATIENCE, gateway.ready()).await.unwrap();
+    cluster.serving(&runner).await;
+    let served = async { while cluster.get("/v1/models/chat").await.status() != 200 {} };
+    tokio::time::timeout(PATIENCE, served).await.unwrap();
+
+    let begun = cluster.ask(&hello(true));
+    let mut arrived = runner.next().await;
+    arrived.send_all([start(), token(7, "one")]).await;
+    down.store(true, Ordering::Relaxed);
+    runner.stop_listening();
+
+    let answer = cluster.post(&hello(false)).send();
+    let answer = tokio::time::timeout(PATIENCE, answer).await.expect("not the whole wait").unwrap();
+    assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert!(answer.headers().contains_key("retry-after"), "a majority may be back soon");
+    let error: Value = answer.json().await.unwrap();
+    let said = error["error"]["message"].as_str().unwrap();
+    assert!(said.contains(NO_MAJORITY) && !said.contains("busy"), "{said}");
+
+    // An answer that was begun waits on.
+    arrived.cut().await;
+    down.store(false, Ordering::Relaxed);
+    let mut next = Runner::start().await;
+    cluster.set_ready(&[(0, 2, &next)]).await;
+    let mut resumed = next.next().await;
+    assert_eq!(resumed.request.generated, [7]);
+    resumed.send_all([start(), end(1)]).await;
+    assert_eq!(text_of(&chunks(&begun.await.unwrap().text().await.unwrap())), "one");
+}
+
+#[tokio::test]
 async fn what_is_not_tried_in_time_is_refused_at_once() {
     let cluster = Cluster::start().await;
     cluster.create_instance().await;
@@ -273,12 +377,13 @@ async fn what_is_not_tried_in_time_is_refused_at_once() {
                 "message": message, "lastTransitionTime": "2026-01-02T03:04:05Z"}],
         })
     };
-    cluster.set_status(retry("2999-01-02T03:04:05Z")).await;
     let known = async { while cluster.get("/v1/models/chat").await.status() != 200 {} };
     tokio::time::timeout(PATIENCE, known).await.unwrap();
+    cluster.set_status(retry("2999-01-02T03:04:05Z")).await;
     // Longer than this a request waits for a replica that may come.
     let answer = tokio::time::timeout(PATIENCE, cluster.ask(&hello(true))).await.unwrap().unwrap();
     assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert!(!answer.headers().contains_key("retry-after"), "there is no soon");
     let error: Value = answer.json().await.unwrap();
     let said = error["error"]["message"].as_str().unwrap();
     assert!(said.contains(message), "{said}");
@@ -294,31 +399,15 @@ async fn what_is_not_tried_in_time_is_refused_at_once() {
 
 #[tokio::test]
 async fn a_gateway_without_a_control_plane_says_why_it_can_not_answer() {
-    const WHY: &str = "no majority of voters: 1 of 3 answers";
     let down = Arc::new(AtomicBool::new(true));
-    let is_down = Arc::clone(&down);
-    let wrap = move |router: Router| {
-        router.layer(middleware::from_fn(move |request: Request, next: Next| {
-            let is_down = is_down.load(Ordering::Relaxed);
-            async move {
-                if !is_down {
-                    return next.run(request).await;
-                }
-                let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {},
-                    "status": "Failure", "reason": "ServiceUnavailable", "code": 503,
-                    "message": WHY});
-                (StatusCode::SERVICE_UNAVAILABLE, Json(status)).into_response()
-            }
-        }))
-    };
-    let (cluster, gateway) = Cluster::launch(Limits::default(), wrap).await;
+    let (cluster, gateway) = Cluster::launch(Limits::default(), interruptible(&down)).await;
     for path in ["/v1/models", "/v1/models/chat", "/health"] {
         let answer = tokio::time::timeout(PATIENCE, cluster.get(path)).await.unwrap();
         assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE, "{path}");
         let error: Value = answer.json().await.unwrap();
         assert_eq!(error["error"]["type"], "server_error", "{path}: {error}");
         let said = error["error"]["message"].as_str().unwrap();
-        assert!(said.contains(WHY) && !said.contains("ApiError"), "{path}: {said}");
+        assert!(said.contains(NO_MAJORITY) && !said.contains("ApiError"), "{path}: {said}");
     }
     let answer = tokio::time::timeout(PATIENCE, cluster.ask(&hello(true))).await.unwrap().unwrap();
     assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);

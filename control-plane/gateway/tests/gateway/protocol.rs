@@ -131,11 +131,17 @@ async fn mistakes_get_openais_error_form() {
     let endless = cluster.http.post(&url).body(reqwest::Body::wrap_stream(pieces));
     refused(&cluster, endless, 413).await;
     refused(&cluster, cluster.http.get(&url), 405).await;
-    refused(&cluster, cluster.http.get(format!("{}/v1/nothing", cluster.url)), 404).await;
+    for (path, hint) in [("/v1/nothing", "POST /v1/chat/completions"), ("/chat/completions", "/v1")]
+    {
+        let unknown = cluster.http.post(format!("{}{path}", cluster.url));
+        let error = refused(&cluster, unknown, 404).await;
+        assert!(error["message"].as_str().unwrap().contains(hint), "{error:?}");
+        assert_eq!(error["code"], "unknown_url");
+    }
 
     let codes = "exo_gateway_requests_total{code=\"413\",route=\"/v1/chat/completions\"}";
     cluster.wait_for_metric(codes, 2.0).await;
-    cluster.wait_for_metric("exo_gateway_requests_total{code=\"404\",route=\"other\"}", 1.0).await;
+    cluster.wait_for_metric("exo_gateway_requests_total{code=\"404\",route=\"other\"}", 2.0).await;
 }
 
 fn preflight(cluster: &Cluster, path: &str, origin: &str) -> reqwest::RequestBuilder {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use exo_crds::{ModelSpec, ShardingKind};
+use exo_crds::{ModelSpec, Quantization, ShardingKind};
 
 use crate::tensor;
 
@@ -18,10 +18,11 @@ const COPY_BYTES: u64 = 64 << 20;
 /// many heads as fit into the first, or one, which takes the second for each position of the context (four times the
 /// scores of a chunk of 512 tokens, a key and a value of 128 features).
 const LATENT_HEADS_BYTES: u64 = 192 << 20;
-const LATENT_HEAD_BYTES_PER_TOKEN: u64 = (4 * 512 + 2 * 128) * CACHE_ELEMENT_BYTES;
+const LATENT_HEAD_ELEMENTS_PER_TOKEN: u64 = 4 * 512 + 2 * 128;
 
-/// KV cache elements are half-precision floats.
-const CACHE_ELEMENT_BYTES: u64 = 2;
+/// Of float32, and of the floats with 16 bits.
+const WIDE_BYTES: u64 = 4;
+const NARROW_BYTES: u64 = 2;
 
 /// Bytes that the parts of a model take on a rank.
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +70,8 @@ fn prefill_bytes(model: &ModelSpec, context_length: u32) -> u64 {
     if facts.kv_latent().is_none() {
         return 0;
     }
-    let head = u64::from(context_length).saturating_mul(LATENT_HEAD_BYTES_PER_TOKEN);
+    let head_bytes_per_token = LATENT_HEAD_ELEMENTS_PER_TOKEN * element_bytes(model);
+    let head = u64::from(context_length).saturating_mul(head_bytes_per_token);
     // A short context's heads all fit.
     head.saturating_mul(u64::from(facts.heads)).min(LATENT_HEADS_BYTES).max(head)
 }
@@ -83,7 +85,25 @@ fn cache_bytes_per_token(model: &ModelSpec, ranks: u32) -> u64 {
         Some(latent) => latent,
         None => 2 * u64::from(tensor::kv_heads(model, ranks)) * u64::from(facts.head_dim),
     };
-    elements.saturating_mul(CACHE_ELEMENT_BYTES)
+    elements.saturating_mul(element_bytes(model))
+}
+
+/// Bytes of a number that attention works with and keeps. Runners take the type that the embedding's values have, or
+/// those that scale them where it is packed; it is float32 or has 16 bits, and the embedding's size tells which.
+fn element_bytes(model: &ModelSpec) -> u64 {
+    let facts = &model.architecture;
+    let values = u64::from(facts.vocab_size).saturating_mul(u64::from(facts.hidden_size));
+    let embedding = model.weights.embedding;
+    let is_wide = match &model.quantization {
+        Some(Quantization { bits, group_size }) if embedding < values.saturating_mul(2) => {
+            // Packed values; for each group a scale and a bias.
+            let packed = values.saturating_mul(u64::from(*bits)) / 8;
+            let groups = values / u64::from(*group_size).max(1);
+            embedding >= packed.saturating_add(groups.saturating_mul(2 * WIDE_BYTES))
+        }
+        Some(_) | None => embedding >= values.saturating_mul(WIDE_BYTES),
+    };
+    if is_wide { WIDE_BYTES } else { NARROW_BYTES }
 }
 
 /// One rank's part of a model.

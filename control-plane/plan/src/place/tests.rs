@@ -209,6 +209,38 @@ fn a_latent_is_what_counts_where_models_keep_one() {
 }
 
 #[test]
+fn caches_are_as_wide_as_what_the_embedding_holds() {
+    let packed = |bits, group_size| Some(exo_crds::Quantization { bits, group_size });
+    // Bytes of an embedding of 129,280 rows of 7168.
+    let values: u64 = 129_280 * 7168;
+    for (embedding, quantization, element_bytes) in [
+        (values * 2, None, 2),
+        (values * 4, None, 4),
+        (values / 2 + values / 64 * 4, packed(4, 64), 2),
+        (values / 2 + values / 64 * 8, packed(4, 64), 4),
+        (values + values / 32 * 4, packed(8, 32), 2),
+        (values + values / 32 * 8, packed(8, 32), 4),
+        // Not packed as the rest is.
+        (values * 2, packed(4, 64), 2),
+        (values * 4, packed(4, 64), 4),
+        // mxfp4, and a size that is not known.
+        (values / 2 + values / 32, packed(4, 32), 2),
+        (0, None, 2),
+    ] {
+        let mut model = deepseek_v3().spec;
+        model.weights.embedding = embedding;
+        model.quantization = quantization;
+        let layers = 10..20;
+        let share = Share { sharding: ShardingKind::Pipeline, rank: 1, world_size: 4, layers };
+        let needed = memory_needed(&model, 100_000, &share) - OVERHEAD_BYTES;
+        // Ten layers' latents, one a second time, and what attention makes of them for one head.
+        let latents = 100_000 * 576 * element_bytes;
+        let expect = 11 * latents - 64 * MIB + 100_000 * 2304 * element_bytes;
+        assert_eq!(needed, expect, "{embedding} {:?}", model.quantization);
+    }
+}
+
+#[test]
 fn a_team_shares_keys_and_values_by_heads() {
     // Llama 3.3 70B: 80 layers, 8 heads of 128; at most one head's on each of 16 ranks.
     let mut model = model(80).spec;

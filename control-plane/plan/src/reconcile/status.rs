@@ -50,7 +50,7 @@ fn phase(states: &[&State], ready: usize) -> InstancePhase {
         InstancePhase::Degraded
     } else if any(|state| matches!(state, State::Starting(_))) {
         InstancePhase::Starting
-    } else if any(|state| matches!(state, State::BackOff(_))) {
+    } else if any(|state| matches!(state, State::BackOff { .. })) {
         InstancePhase::Failed
     } else {
         InstancePhase::Pending
@@ -65,7 +65,7 @@ fn placed(states: &[&State]) -> (bool, &'static str, String) {
         let (reason, message) = match state {
             State::Ready | State::Starting(_) => continue,
             State::Stopping(message) => ("WaitingForShards", message),
-            State::BackOff(message) => ("BackOff", message),
+            State::BackOff { message, .. } => ("BackOff", message),
             State::Unplaceable { reason, message } => (*reason, message),
         };
         return (false, reason, about(states, index, message));
@@ -82,7 +82,7 @@ fn readiness(states: &[&State], ready: usize) -> (bool, &'static str, String) {
             State::Ready => continue,
             State::Starting(message) => ("Starting", message),
             State::Stopping(message) => ("Stopping", message),
-            State::BackOff(message) => ("ShardFailed", message),
+            State::BackOff { reason, message } => (*reason, message),
             State::Unplaceable { reason, message } => (*reason, message),
         };
         return (false, reason, about(states, index, message));

@@ -23,6 +23,8 @@ pub(super) enum End {
     #[error("{message}")]
     Failed {
         message: String,
+        /// The shard's own.
+        reason: String,
         permanent: bool,
         /// All that is known so far is that ranks lost a peer, and the peer has yet to speak.
         hearsay: bool,
@@ -99,6 +101,7 @@ fn failure(shards: &[&Shard]) -> Option<End> {
             shard.metadata.name.as_deref().unwrap_or_default(),
             shard.spec.node
         ),
+        reason: failure.map_or_else(String::new, |failure| failure.reason.clone()),
         permanent: failure.is_some_and(|failure| failure.permanent),
         hearsay: failure.is_some_and(|failure| failure.reason == REASON_PEER_LOST)
             && !shards.iter().all(|shard| has_failed(shard)),

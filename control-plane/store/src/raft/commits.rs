@@ -12,11 +12,7 @@ use std::sync::{
 
 use openraft::LogId;
 
-use super::{
-    call::chain,
-    disk::{Disk, DiskError},
-    mark::Mark,
-};
+use super::{call::chain, disk::Disk, error::DiskError, mark::Mark};
 
 /// The number of the newest entry that is known to be committed, here or not yet; 0 for none.
 #[derive(Default)]

@@ -25,12 +25,13 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::{
     MemberNode, TypeConfig,
     commits::Commits,
+    error::DiskError,
     file::PreparedFile,
     mark::{Mark, MarkFile},
 };
 
 const FILE: &str = "store.redb";
-const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 1;
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
 const SNAPSHOT: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("snapshot");
@@ -42,61 +43,6 @@ const PART_BYTES: usize = 1 << 20;
 /// Below so much free space nothing new is taken on: the log grows by 64 MiB before a snapshot cuts
 /// it, and that is written beside the one before. Votes and the like still find room then.
 const RESERVE_BYTES: u64 = 128 << 20;
-
-/// Something is wrong with the store's file.
-#[derive(Debug, thiserror::Error)]
-pub enum DiskError {
-    #[error("making the folder {path}")]
-    Folder {
-        path: PathBuf,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error("{path} is damaged or in use by another process")]
-    Open {
-        path: PathBuf,
-        #[source]
-        source: Box<redb::DatabaseError>,
-    },
-    #[error("reading or writing {path}")]
-    Access {
-        path: PathBuf,
-        #[source]
-        source: Box<redb::Error>,
-    },
-    #[error("{path} has format {found}; this version reads format {FORMAT}")]
-    Format { path: PathBuf, found: String },
-    #[error("{path} belongs to node {found}, not to node {expected}")]
-    OtherNode { path: PathBuf, found: u64, expected: u64 },
-    #[error("{path} is damaged: {what} can't be read")]
-    Damaged {
-        path: PathBuf,
-        what: String,
-        #[source]
-        source: serde_json::Error,
-    },
-    #[error("starting the thread that writes {path}")]
-    Thread {
-        path: PathBuf,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error("{path} is closed")]
-    Closed { path: PathBuf },
-    #[error("{path} is damaged: {what}")]
-    Inconsistent { path: PathBuf, what: String },
-    #[error(
-        "{path} is damaged: {what} was written, and is gone (if that loss is to be accepted: \
-         remove {mark})"
-    )]
-    Lost { path: PathBuf, mark: PathBuf, what: &'static str },
-    #[error("reading or writing {path}")]
-    Mark {
-        path: PathBuf,
-        #[source]
-        source: std::io::Error,
-    },
-}
 
 pub(super) type Meta = SnapshotMeta<u64, MemberNode>;
 
@@ -132,7 +78,7 @@ impl Disk {
                     .set_check_integrity_on_open(true)
                     .create_with_backend(file)
             })
-            .map_err(|source| DiskError::Open { path: path.clone(), source: Box::new(source) })?;
+            .map_err(|error| DiskError::of_open(&path, error))?;
         let mark = MarkFile::open(dir).map_err(|source| {
             let path = dir.join("store.mark");
             DiskError::Mark { path, source }

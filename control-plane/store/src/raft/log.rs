@@ -31,11 +31,7 @@ use openraft::{
 use tokio::sync::{Notify, oneshot};
 
 use super::{
-    TypeConfig,
-    call::chain,
-    disk::{Disk, DiskError},
-    flushing::Flushing,
-    node::Proposals,
+    TypeConfig, call::chain, disk::Disk, error::DiskError, flushing::Flushing, node::Proposals,
 };
 use crate::command::Command;
 

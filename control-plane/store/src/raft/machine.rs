@@ -10,7 +10,8 @@ use tokio::sync::watch;
 
 use super::{
     MemberNode, Request, Response, SnapshotData, TypeConfig,
-    disk::{Disk, DiskError, Meta},
+    disk::{Disk, Meta},
+    error::DiskError,
     flushing::Flushing,
 };
 use crate::{

@@ -11,7 +11,7 @@ use std::{
 };
 
 use openraft::{RaftMetrics, ServerState};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{
     sync::watch,
     time::{Instant, timeout_at},
@@ -24,6 +24,7 @@ use super::{
     election::Ear,
     members::Changes,
     network::{Silence, Telling},
+    pace::Pace,
 };
 use crate::StoreError;
 
@@ -38,6 +39,8 @@ const QUORUM_LOST: Duration = Duration::from_millis(1_500);
 /// It goes on to call them for so long, then keeps still for as long, and so on: its followers may
 /// hear it all the same, and want no other leader as long as they do. An election fits into this.
 const SILENCE: Duration = Duration::from_millis(1_500);
+/// An answer that a leader gave before another one came is on its way for no longer than this.
+const LAST_ANSWER: Duration = Duration::from_millis(100);
 
 /// What is said of an order for which there was no leader all the time.
 pub(super) const NO_LEADER: &str = "no leader was found in time";
@@ -128,6 +131,7 @@ pub(super) struct Node {
     pub(super) proposals: Proposals,
     pub(super) disk: Arc<Disk>,
     pub(super) ear: Ear,
+    pub(super) pace: Pace,
     pub(super) telling: Telling,
     /// The newest entry that is applied here; 0 for none.
     pub(super) applied: watch::Receiver<u64>,
@@ -182,6 +186,45 @@ impl Node {
         deadline(Instant::now(), heard_at)
     }
 
+    /// Calls the leader. Its answer is waited for until there is another one: a machine that stands
+    /// still keeps its connections open.
+    pub(super) async fn call_leader<A: DeserializeOwned>(
+        &self,
+        leader: &Target,
+        call: &str,
+        body: Vec<u8>,
+        deadline: Instant,
+    ) -> Result<A, CallError> {
+        let limit = deadline.saturating_duration_since(Instant::now());
+        tokio::select! {
+            answer = self.caller.post(leader, call, body, limit) => answer,
+            () = self.follows_another(leader.id) => {
+                let Target { id, address } = leader;
+                let text = format!("node {id} at {address} leads no longer and gave no answer");
+                Err(CallError::Unknown(text))
+            }
+        }
+    }
+
+    async fn follows_another(&self, leader: u64) {
+        let mut metrics = self.raft.metrics();
+        let another = metrics.wait_for(|m| m.current_leader.is_some_and(|id| id != leader));
+        if another.await.is_err() {
+            // Raft has stopped: no other one will come.
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(LAST_ANSWER).await;
+    }
+
+    /// Whether there is a leader that reaches this node; one that leads needs its majority.
+    pub(super) fn has_leader(&self) -> bool {
+        match self.place() {
+            Place::Here => true,
+            Place::There(_) => self.ear.heard_at().elapsed() < self.pace.times(QUORUM_LOST),
+            Place::Nowhere(_) => false,
+        }
+    }
+
     /// Waits until this node leads without a majority, and says so.
     pub(super) async fn loses_quorum(&self) -> String {
         let mut lost = self.quorum_lost.clone();
@@ -224,15 +267,17 @@ pub(super) async fn watch_quorum(
     metrics: watch::Receiver<RaftMetrics<u64, MemberNode>>,
     lost: watch::Sender<Option<String>>,
     silence: Silence,
+    pace: Pace,
 ) {
+    let limit = pace.times(QUORUM_LOST);
     let mut quorum = Quorum::default();
     loop {
         tokio::time::sleep(LOOK_AGAIN).await;
         let now = Instant::now();
         let unanswered = quorum.unanswered(&metrics.borrow(), now);
-        let since_lost = unanswered.and_then(|since| since.checked_sub(QUORUM_LOST));
+        let since_lost = unanswered.and_then(|since| since.checked_sub(limit));
         let why = since_lost.map(|since| {
-            let ms = (QUORUM_LOST + since).as_millis();
+            let ms = (limit + since).as_millis();
             format!("no majority of voters has answered this leader for {ms} ms")
         });
         silence.set(since_lost.is_some_and(is_silent));

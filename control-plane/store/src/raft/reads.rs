@@ -6,10 +6,7 @@
 use std::sync::Arc;
 
 use openraft::error::{CheckIsLeaderError, RaftError};
-use tokio::{
-    sync::{mpsc, oneshot},
-    time::Instant,
-};
+use tokio::sync::{mpsc, oneshot};
 
 use super::node::{NO_LEADER, Node, Place, Refusal};
 use crate::StoreError;
@@ -58,8 +55,7 @@ async fn catch_up(node: &Node) -> Result<(), Refusal> {
         let asked = match node.place() {
             Place::Here => read_index(node).await,
             Place::There(leader) => {
-                let limit = deadline.saturating_duration_since(Instant::now());
-                let answer = node.caller.post(&leader, "read-index", Vec::new(), limit).await;
+                let answer = node.call_leader(&leader, "read-index", Vec::new(), deadline).await;
                 answer.unwrap_or_else(|error| Err(error.into()))
             }
             Place::Nowhere(why) => Err(Refusal::Unavailable(why)),

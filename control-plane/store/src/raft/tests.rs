@@ -150,22 +150,6 @@ async fn a_file_that_is_not_ours_is_refused_by_name() {
     store.shutdown().await;
 }
 
-#[test]
-fn what_can_not_be_read_now_is_not_damaged() {
-    use std::io::ErrorKind::{InvalidData, PermissionDenied, StorageFull};
-    let path = || Path::new("store.redb").to_owned();
-    let open = |source| DiskError::Open { path: path(), source: Box::new(source) };
-    for (kind, is_damage) in [(InvalidData, true), (PermissionDenied, false), (StorageFull, false)]
-    {
-        let io = redb::StorageError::Io(kind.into());
-        assert_eq!(OpenError::from(open(io.into())).is_damage(), is_damage, "{kind}");
-        let mark = DiskError::Mark { path: path(), source: kind.into() };
-        assert_eq!(OpenError::from(mark).is_damage(), is_damage, "{kind}");
-    }
-    let in_use = open(redb::DatabaseError::DatabaseAlreadyOpen);
-    assert!(!OpenError::from(in_use).is_damage());
-}
-
 /// What a killed process leaves: the files as they are, without a word of good-bye.
 fn files_as_they_are(from: &Path) -> TempDir {
     let to = TempDir::new().unwrap();
@@ -218,6 +202,37 @@ async fn a_complete_last_commit_that_is_damaged_is_no_torn_one() {
     fs::write(dir.path().join("store.mark"), "{}\n00").unwrap();
     let Err(error) = Store::raft(config(dir.path())).await else { panic!("opened") };
     assert!(error.to_string().contains("store.mark") && error.is_damage(), "{error}");
+}
+
+/// Where Raft has stopped it is of no use to hear who else does not answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_has_stopped_says_that_alone() {
+    let dir = TempDir::new().unwrap();
+    let store = Store::raft(config(dir.path())).await.unwrap();
+    let node = Arc::clone(&RaftBackend::of(&store).node);
+    // Another voter that is not there: there is no majority from now on.
+    let other = BTreeMap::from([(2, MemberNode::of("b", "127.0.0.1:1"))]);
+    let add = openraft::ChangeMembers::AddNodes(other);
+    node.raft.change_membership(add, true).await.unwrap();
+    let promoting = tokio::spawn({
+        let raft = node.raft.clone();
+        let promote = openraft::ChangeMembers::AddVoterIds(BTreeSet::from([2]));
+        async move { raft.change_membership(promote, true).await }
+    });
+    let two_vote = |m: &RaftMetrics<u64, MemberNode>| {
+        m.membership_config.membership().voter_ids().count() == 2
+    };
+    node.metrics().wait_for(two_vote).await.unwrap();
+    let running = node.explain("what was found".to_owned()).await;
+    let expect = "no majority of voters: 1 of 2 answers (none from b at 127.0.0.1:1); ";
+    assert!(running.starts_with(expect) && running.contains("(what was found)"), "{running}");
+
+    node.raft.shutdown().await.unwrap();
+    assert_eq!(node.explain("what was found".to_owned()).await, "what was found");
+    let error = store.txn(Txn::create("/a", "1")).await.unwrap_err().to_string();
+    assert!(error.contains("Raft has stopped") && !error.contains("majority"), "{error}");
+    promoting.abort();
+    store.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -180,9 +180,8 @@ impl Batch {
     }
 
     async fn forward(&self, node: &Node, leader: &Target, deadline: Instant) -> Answer {
-        let limit = deadline.saturating_duration_since(Instant::now());
         let body = json(&self.commands);
-        let written: Written = node.caller.post::<Answer>(leader, "write", body, limit).await??;
+        let written = node.call_leader::<Answer>(leader, "write", body, deadline).await??;
         // What this node acknowledged, it also shows; committed it is anyway.
         node.applied(written.index, deadline).await;
         Ok(written)
@@ -285,6 +284,33 @@ impl Proposal {
             Err(_) => {
                 Err(Refusal::Unknown("no majority of voters confirmed it in time".to_owned()))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Txn;
+
+    #[test]
+    fn orders_of_other_nodes_are_answered_and_the_others_stay() {
+        let order = |key: &str, here_only: bool| {
+            let (reply, answer) = oneshot::channel();
+            (Command::Txn(Txn::create(key, "1")), Waiting { commands: 1, here_only, reply }, answer)
+        };
+        let (own, forwarded, own_too) = (order("/a", false), order("/b", true), order("/c", false));
+        let mut batch = Batch {
+            commands: [own.0.clone(), forwarded.0, own_too.0.clone()].into(),
+            waiting: vec![own.1, forwarded.1, own_too.1],
+        };
+        let refusal = Refusal::Unavailable("no leader is known".to_owned());
+        batch.refuse_forwarded(&refusal);
+        let mut told = forwarded.2;
+        assert_eq!(told.try_recv(), Ok(Err(refusal)));
+        assert_eq!(*batch.commands, [own.0, own_too.0]);
+        for mut answer in [own.2, own_too.2] {
+            assert_eq!(answer.try_recv(), Err(oneshot::error::TryRecvError::Empty));
         }
     }
 }

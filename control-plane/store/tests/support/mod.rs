@@ -25,7 +25,7 @@ use exo_store::{Begin, Peering, RaftConfig, Store, raft_routes};
 use tempfile::TempDir;
 use tokio::{
     net::TcpListener,
-    sync::oneshot,
+    sync::{oneshot, watch},
     task::JoinHandle,
     time::{Instant, timeout},
 };
@@ -55,6 +55,8 @@ pub struct Node {
     unanswered: Blocked,
     /// How often another node asked this one whether it would have it as its leader.
     asked: Arc<AtomicUsize>,
+    /// Takes calls on, and answers none, while it is set.
+    frozen: watch::Sender<bool>,
     running: Option<Running>,
 }
 
@@ -68,6 +70,7 @@ impl Node {
             blocked: Blocked::default(),
             unanswered: Blocked::default(),
             asked: Arc::default(),
+            frozen: watch::Sender::default(),
             running: None,
         };
         node.run(listener, client, begin).await;
@@ -85,6 +88,7 @@ impl Node {
         let store = Store::raft_with_peers(config, peering).await.unwrap();
         let (blocked, unanswered) = (Arc::clone(&self.blocked), Arc::clone(&self.unanswered));
         let asked = Arc::clone(&self.asked);
+        let frozen = self.frozen.clone();
         let cut = move |request: Request, next: Next| {
             let source = &request.headers()["x-exo-raft-source"];
             let source: u64 = source.to_str().unwrap().parse().unwrap();
@@ -93,7 +97,9 @@ impl Node {
             if !cut_off && request.uri().path().ends_with("/would-have") {
                 asked.fetch_add(1, Ordering::Relaxed);
             }
+            let mut frozen = frozen.subscribe();
             async move {
+                frozen.wait_for(|frozen| !frozen).await.unwrap();
                 if cut_off {
                     return StatusCode::SERVICE_UNAVAILABLE.into_response();
                 }
@@ -208,8 +214,15 @@ impl Cluster {
         self.node(to).blocked.lock().unwrap().insert(from);
     }
 
+    /// As if its machine stood still: it calls nobody, and whoever calls it waits.
+    pub fn freeze(&self, id: u64) {
+        self.silence(id);
+        self.node(id).frozen.send_replace(true);
+    }
+
     pub fn heal(&self) {
         for node in &self.nodes {
+            node.frozen.send_replace(false);
             node.blocked.lock().unwrap().clear();
             node.unanswered.lock().unwrap().clear();
         }
