@@ -54,7 +54,7 @@ pub(super) async fn run(args: &Events, server: &Server, out: &mut dyn Write) -> 
         _ => {}
     }
     let get = Get {
-        kind: "events".to_owned(),
+        kind: Some("events".to_owned()),
         names: Vec::new(),
         output: None,
         watch: args.watch,
