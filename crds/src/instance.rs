@@ -21,6 +21,8 @@ use serde::{Deserialize, Serialize};
     shortname = "instances",
     shortname = "ii",
     namespaced,
+    selectable = ".spec.model",
+    selectable = ".status.phase",
     doc = "A model to be served: how many copies, on which nodes, and how it is split over them.",
     category = "exo",
     category = "all",

@@ -14,6 +14,7 @@ mod node;
 mod quantity;
 pub mod runner;
 mod shard;
+pub mod transcode;
 pub mod yaml;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;

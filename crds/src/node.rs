@@ -17,6 +17,8 @@ use crate::{Quantity, TransportKind};
     kind = "Node",
     plural = "nodes",
     singular = "node",
+    selectable = ".spec.unschedulable",
+    selectable = ".status.chip",
     doc = "A machine that runs shards, as its agent describes it.",
     category = "exo",
     status = "NodeStatus",

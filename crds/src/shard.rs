@@ -21,6 +21,7 @@ use crate::{ModelSource, Quantity, ShardingKind};
     namespaced,
     selectable = ".spec.node",
     selectable = ".spec.instance",
+    selectable = ".status.phase",
     doc = "One rank of one copy of a model: made by the control plane, run by a node's agent.",
     category = "exo",
     category = "all",

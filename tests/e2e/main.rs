@@ -11,5 +11,6 @@ mod partitions;
 mod resources;
 mod samples;
 mod serving;
+mod slow_disk;
 mod voters;
 mod weights;

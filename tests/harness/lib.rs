@@ -205,12 +205,14 @@ pub struct Place {
     pub listen: String,
     /// Network namespace, if not this process's own.
     pub space: Option<String>,
+    /// Further environment of the processes.
+    pub env: Vec<(String, String)>,
 }
 
 impl Place {
     pub fn loopback(dir: &Path, models: &Path) -> Self {
         let (dir, models) = (dir.to_owned(), models.to_owned());
-        Self { dir, models, listen: "127.0.0.1".to_owned(), space: None }
+        Self { dir, models, listen: "127.0.0.1".to_owned(), space: None, env: vec![] }
     }
 }
 
@@ -272,6 +274,7 @@ impl Exo {
             .args(args)
             .env("EXO_MODEL_PATH", &place.models)
             .env_remove("EXO_HOME")
+            .envs(place.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)

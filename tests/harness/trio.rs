@@ -27,6 +27,13 @@ impl Trio {
         Self::start_at(args, |place, _| place)
     }
 
+    /// The same with more environment.
+    pub fn start_with(args: &[&str], env: &[(&str, &str)]) -> anyhow::Result<Self> {
+        let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let env: Vec<_> = env.collect();
+        Self::start_at(args, |place, _| Place { env: env.clone(), ..place })
+    }
+
     /// In a network namespace each, without agents.
     pub fn start_in(net: &Net, args: &[&str]) -> anyhow::Result<Self> {
         Self::start_at(args, |place, host| Place {

@@ -1,9 +1,11 @@
 //! Kubernetes' own types that are served beside the defined ones, and what is special about each:
 //! `Namespace`, `Secret`, `Event` (two groups, one storage), `Lease`, `CustomResourceDefinition`.
 
+mod types;
+
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::{
     error::Cause,
@@ -17,26 +19,13 @@ const SECRET: &str = "Secret";
 /// Group under which all events are stored; it can't be that of a definition.
 const CORE: &str = "core";
 const EVENTS_GROUP: &str = "events.k8s.io";
-/// Names of an event's fields: in the core group, where they are stored so, and in its own.
-const EVENT_FIELDS: [(&str, &str); 7] = [
-    ("involvedObject", "regarding"),
-    ("message", "note"),
-    ("source", "deprecatedSource"),
-    ("firstTimestamp", "deprecatedFirstTimestamp"),
-    ("lastTimestamp", "deprecatedLastTimestamp"),
-    ("count", "deprecatedCount"),
-    ("reportingComponent", "reportingController"),
-];
-
 /// All of them, in the order of discovery.
 pub(crate) fn resources() -> Result<Vec<Resource>, DefinitionError> {
-    let mut namespace = define("", NAMESPACE, "namespaces", "Cluster", &namespace_version())?;
+    let mut namespace = define("", NAMESPACE, "namespaces", "Cluster", &types::namespace())?;
     namespace.short_names = vec!["ns".to_owned()];
-    let secret = define("", SECRET, "secrets", "Namespaced", &secret_version())?;
-    let mut event =
-        define("", EVENT, "events", "Namespaced", &event_version(&core_event_fields()))?;
-    let mut own_event =
-        define(EVENTS_GROUP, EVENT, "events", "Namespaced", &event_version(&event_fields()))?;
+    let secret = define("", SECRET, "secrets", "Namespaced", &types::secret())?;
+    let mut event = define("", EVENT, "events", "Namespaced", &types::core_event())?;
+    let mut own_event = define(EVENTS_GROUP, EVENT, "events", "Namespaced", &types::own_event())?;
     for event in [&mut event, &mut own_event] {
         event.short_names = vec!["ev".to_owned()];
         event.storage_group = CORE.to_owned();
@@ -47,13 +36,13 @@ pub(crate) fn resources() -> Result<Vec<Resource>, DefinitionError> {
                 .map(|path| path.parse().expect("the literal is a path"))
                 .collect();
     }
-    let lease = define("coordination.k8s.io", "Lease", "leases", "Namespaced", &lease_version())?;
+    let lease = define("coordination.k8s.io", "Lease", "leases", "Namespaced", &types::lease())?;
     let mut definition = define(
         "apiextensions.k8s.io",
         "CustomResourceDefinition",
         "customresourcedefinitions",
         "Cluster",
-        &definition_version(),
+        &types::definition(),
     )?;
     definition.short_names = vec!["crd".to_owned(), "crds".to_owned()];
     definition.access = Access::ReadOnly;
@@ -90,173 +79,6 @@ fn define(
     Ok(resource)
 }
 
-fn any() -> Value {
-    json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
-}
-
-fn text() -> Value {
-    json!({"type": "string"})
-}
-
-fn nullable(format: &str) -> Value {
-    json!({"type": "string", "format": format, "nullable": true})
-}
-
-fn namespace_version() -> Value {
-    json!({
-        "schema": {"openAPIV3Schema": {"type": "object", "properties": {
-            "spec": {"type": "object", "properties": {
-                "finalizers": {"type": "array", "items": text()},
-            }},
-            "status": {"type": "object", "properties": {
-                "phase": text(),
-                "conditions": {"type": "array", "items": {"type": "object", "properties": {
-                    "type": text(), "status": text(), "reason": text(), "message": text(),
-                    "lastTransitionTime": {"type": "string", "format": "date-time"},
-                }}},
-            }},
-        }}},
-        "subresources": {"status": {}},
-        "selectableFields": [{"jsonPath": ".status.phase"}],
-        "additionalPrinterColumns": [
-            {"name": "Status", "type": "string", "jsonPath": ".status.phase"},
-            age(),
-        ],
-    })
-}
-
-fn age() -> Value {
-    json!({"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"})
-}
-
-fn secret_version() -> Value {
-    json!({
-        "schema": {"openAPIV3Schema": {"type": "object", "properties": {
-            "data": {"type": "object", "additionalProperties": {"type": "string"}},
-            "stringData": {"type": "object", "additionalProperties": {"type": "string"}},
-            "type": {"type": "string", "default": "Opaque"},
-            "immutable": {"type": "boolean"},
-        }}},
-        "selectableFields": [{"jsonPath": ".type"}],
-        "additionalPrinterColumns": [
-            {"name": "Type", "type": "string", "jsonPath": ".type"},
-            {"name": "Data", "type": "integer", "jsonPath": ".data"},
-            age(),
-        ],
-    })
-}
-
-fn lease_version() -> Value {
-    json!({
-        "schema": {"openAPIV3Schema": {"type": "object", "properties": {
-            "spec": {"type": "object", "properties": {
-                "holderIdentity": {"type": "string", "nullable": true},
-                "leaseDurationSeconds": {
-                    "type": "integer", "format": "int32", "minimum": 1, "nullable": true,
-                },
-                "acquireTime": nullable("date-time"),
-                "renewTime": nullable("date-time"),
-                "leaseTransitions": {
-                    "type": "integer", "format": "int32", "minimum": 0, "nullable": true,
-                },
-                "strategy": {"type": "string", "nullable": true},
-                "preferredHolder": {"type": "string", "nullable": true},
-            }},
-        }}},
-        "additionalPrinterColumns": [
-            {"name": "Holder", "type": "string", "jsonPath": ".spec.holderIdentity"},
-            age(),
-        ],
-    })
-}
-
-fn definition_version() -> Value {
-    json!({
-        "schema": {"openAPIV3Schema": {"type": "object", "properties": {
-            "spec": any(), "status": any(),
-        }}},
-        "additionalPrinterColumns": [
-            {"name": "Created At", "type": "string", "jsonPath": ".metadata.creationTimestamp"},
-        ],
-    })
-}
-
-/// What the core group's events have under names of their own.
-fn core_event_fields() -> Map<String, Value> {
-    let own = event_fields();
-    own.into_iter()
-        .map(|(name, schema)| {
-            let core = EVENT_FIELDS.iter().find(|(_, own)| *own == name);
-            (core.map_or(name, |(core, _)| (*core).to_owned()), schema)
-        })
-        .collect()
-}
-
-fn event_fields() -> Map<String, Value> {
-    let count = json!({"type": "integer", "format": "int32", "nullable": true});
-    let reference = json!({
-        "type": "object", "x-kubernetes-map-type": "atomic", "nullable": true, "properties": {
-            "apiVersion": text(), "kind": text(), "name": text(), "namespace": text(),
-            "uid": text(), "resourceVersion": text(), "fieldPath": text(),
-        },
-    });
-    let series = json!({"type": "object", "nullable": true, "properties": {
-        "count": {"type": "integer", "format": "int32"}, "lastObservedTime": nullable("date-time"),
-    }});
-    let fields = json!({
-        "regarding": reference,
-        "related": reference,
-        "note": {"type": "string", "nullable": true},
-        "reason": {"type": "string", "nullable": true},
-        "type": {"type": "string", "nullable": true},
-        "action": {"type": "string", "nullable": true},
-        "eventTime": nullable("date-time"),
-        "series": series,
-        "reportingController": {"type": "string", "nullable": true},
-        "reportingInstance": {"type": "string", "nullable": true},
-        "deprecatedSource": {"type": "object", "nullable": true, "properties": {
-            "component": text(), "host": text(),
-        }},
-        "deprecatedFirstTimestamp": nullable("date-time"),
-        "deprecatedLastTimestamp": nullable("date-time"),
-        "deprecatedCount": count,
-    });
-    let Value::Object(fields) = fields else { unreachable!("the literal above is a map") };
-    fields
-}
-
-fn event_version(fields: &Map<String, Value>) -> Value {
-    let (about, note, last, count, source) = if fields.contains_key("note") {
-        let source = ".reportingController";
-        ("regarding", "note", "deprecatedLastTimestamp", "deprecatedCount", source)
-    } else {
-        ("involvedObject", "message", "lastTimestamp", "count", ".reportingComponent")
-    };
-    let mut selectable: Vec<Value> =
-        ["kind", "namespace", "name", "uid", "apiVersion", "resourceVersion", "fieldPath"]
-            .iter()
-            .map(|field| json!({"jsonPath": format!(".{about}.{field}")}))
-            .collect();
-    for field in ["reason", "type", "reportingController", "reportingComponent"] {
-        if fields.contains_key(field) {
-            selectable.push(json!({"jsonPath": format!(".{field}")}));
-        }
-    }
-    json!({
-        "schema": {"openAPIV3Schema": {"type": "object", "properties": fields}},
-        "selectableFields": selectable,
-        "additionalPrinterColumns": [
-            {"name": "Last Seen", "type": "date", "jsonPath": format!(".{last}")},
-            {"name": "Type", "type": "string", "jsonPath": ".type"},
-            {"name": "Reason", "type": "string", "jsonPath": ".reason"},
-            {"name": "Object", "type": "string", "jsonPath": format!(".{about}")},
-            {"name": "Message", "type": "string", "jsonPath": format!(".{note}")},
-            {"name": "Source", "type": "string", "jsonPath": source, "priority": 1},
-            {"name": "Count", "type": "integer", "jsonPath": format!(".{count}"), "priority": 1},
-        ],
-    })
-}
-
 /// From the stored form to the resource's own.
 pub(crate) fn from_stored(resource: &Resource, object: &mut Value) {
     if is_own_event(resource) {
@@ -284,7 +106,7 @@ fn rename(
     let Some(fields) = object.as_object_mut() else {
         return;
     };
-    for pair in EVENT_FIELDS {
+    for pair in types::EVENT_FIELDS {
         let (from, to) = order(pair);
         if let Some(value) = fields.remove(from) {
             fields.insert(to.to_owned(), value);

@@ -1,7 +1,10 @@
 //! The server's clock, and times as Kubernetes writes them.
 
 use k8s_openapi::jiff::Timestamp;
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use time::{
+    OffsetDateTime, UtcOffset,
+    format_description::well_known::{Rfc2822, Rfc3339},
+};
 
 /// Now, in whole seconds as `metav1.Time` has it.
 pub(crate) fn now() -> OffsetDateTime {
@@ -12,6 +15,12 @@ pub(crate) fn now() -> OffsetDateTime {
 /// `2006-01-02T15:04:05Z`.
 pub(crate) fn format(time: OffsetDateTime) -> String {
     time.format(&Rfc3339).expect("a year of the clock has four digits")
+}
+
+/// As headers of HTTP have it: `Mon, 02 Jan 2006 15:04:05 GMT`.
+pub(crate) fn http_date(time: OffsetDateTime) -> String {
+    let text = time.to_offset(UtcOffset::UTC).format(&Rfc2822);
+    text.expect("a year of the clock has four digits").replace("+0000", "GMT")
 }
 
 /// `None` for a text that is not RFC 3339.

@@ -2,8 +2,8 @@
 
 use axum::{
     extract::{Path, State},
-    http::{HeaderMap, StatusCode, header},
-    response::{IntoResponse as _, Response},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::Response,
 };
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use serde_json::{Value, json};
@@ -14,6 +14,7 @@ use crate::{
     resource::{Access, Resource},
     review::REVIEWS,
     server::{ApiServer, Subresource, header_text, json_response},
+    tagged::Tagged,
 };
 
 /// Kubernetes' minor version whose wire protocol is spoken.
@@ -44,8 +45,19 @@ pub(crate) async fn paths(State(server): State<ApiServer>) -> Response {
         paths.push(format!("/apis/{group}"));
         paths.extend(versions(&server, group).iter().map(|v| format!("/apis/{group}/{v}")));
     }
-    let fixed =
-        ["/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/readyz", "/version"];
+    let fixed = [
+        "/healthz",
+        "/healthz/ping",
+        "/livez",
+        "/livez/ping",
+        "/metrics",
+        "/openapi/v2",
+        "/openapi/v3",
+        "/readyz",
+        "/readyz/ping",
+        "/readyz/store",
+        "/version",
+    ];
     paths.extend(fixed.map(str::to_owned));
     json_response(StatusCode::OK, &json!({"paths": paths}))
 }
@@ -86,7 +98,12 @@ fn aggregated(headers: &HeaderMap) -> Option<&'static str> {
 }
 
 /// All versions and resources of some groups in one answer.
-fn aggregated_list(server: &ApiServer, groups: &[&str], version: &str) -> Response {
+fn aggregated_list(
+    server: &ApiServer,
+    groups: &[&str],
+    version: &str,
+    headers: &HeaderMap,
+) -> Response {
     let items: Vec<Value> = groups.iter().map(|group| aggregated_group(server, group)).collect();
     let body = json!({
         "apiVersion": format!("apidiscovery.k8s.io/{version}"),
@@ -96,7 +113,9 @@ fn aggregated_list(server: &ApiServer, groups: &[&str], version: &str) -> Respon
     });
     let content_type =
         format!("application/json;g=apidiscovery.k8s.io;v={version};as=APIGroupDiscoveryList");
-    (StatusCode::OK, [(header::CONTENT_TYPE, content_type)], body.to_string()).into_response()
+    let mut response = Tagged::new(&content_type, body.to_string()).respond(headers);
+    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public"));
+    response
 }
 
 fn aggregated_group(server: &ApiServer, group: &str) -> Value {
@@ -161,7 +180,7 @@ fn aggregated_entry(entry: &Value, group: &str, version: &str) -> Value {
 
 pub(crate) async fn core_versions(State(server): State<ApiServer>, headers: HeaderMap) -> Response {
     if let Some(version) = aggregated(&headers) {
-        return aggregated_list(&server, &[""], version);
+        return aggregated_list(&server, &[""], version, &headers);
     }
     json_response(
         StatusCode::OK,
@@ -201,7 +220,7 @@ fn versions<'a>(server: &'a ApiServer, group: &str) -> Vec<&'a str> {
 pub(crate) async fn groups(State(server): State<ApiServer>, headers: HeaderMap) -> Response {
     let names = group_names(&server);
     if let Some(version) = aggregated(&headers) {
-        return aggregated_list(&server, &names, version);
+        return aggregated_list(&server, &names, version, &headers);
     }
     let groups: Vec<Value> =
         names.into_iter().filter_map(|name| group_value(&server, name)).collect();

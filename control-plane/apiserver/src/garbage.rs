@@ -5,6 +5,8 @@
 //! Runs where the store is led. Owners are known by uid only, and looked for among the objects of
 //! this server.
 
+mod namespaces;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     future::Future,
@@ -84,7 +86,7 @@ async fn collect(server: &ApiServer) -> Result<(), ApiError> {
                 carry_out(server, &graph, job).await?;
             }
         }
-        empty_namespaces(server, &graph).await?;
+        namespaces::empty(server, &graph).await?;
         let batch = match watch.next().await {
             Ok(batch) => batch,
             Err(StoreError::Closed) => return Ok(()),
@@ -149,7 +151,7 @@ fn retain(object: &mut Value, field: &str, keep: impl Fn(&Value) -> bool) {
     }
 }
 
-/// Changes one object, if it is still the one of that uid. It goes if nothing holds it any more. A
+/// Changes one object, if it is still the one of that uid, and if there is anything to change. It goes if nothing holds it any more. A
 /// conflict needs no further try: the other change is seen by the watch and judged anew.
 async fn edit(
     server: &ApiServer,
@@ -166,38 +168,17 @@ async fn edit(
     if object::uid(&object) != Some(uid) {
         return Ok(());
     }
+    let before = object.clone();
     change(&mut object);
+    if object == before {
+        return Ok(());
+    }
     let txn = if object::is_deleting(&object) && !object::is_held(&object) {
         Txn::delete(Arc::clone(key), entry.mod_revision)
     } else {
         Txn::replace(Arc::clone(key), entry.mod_revision, resource.encode(&object)?)
     };
     store.txn(txn).await?;
-    Ok(())
-}
-
-/// Deletes the content of namespaces that are to go; those that are empty go.
-async fn empty_namespaces(server: &ApiServer, graph: &Graph) -> Result<(), ApiError> {
-    for key in &graph.namespaces {
-        let name = key.rsplit('/').next().unwrap_or_default();
-        let mut is_empty = true;
-        for resource in server.resources().iter().filter(|r| r.namespaced) {
-            let prefix = resource.prefix(Some(name));
-            let query = ListQuery { prefix, ..ListQuery::default() };
-            for entry in &server.store().list(&query).await?.entries {
-                let any = Preconditions::default();
-                let policy = Propagation::Background;
-                let removed = verbs::remove(server.store(), resource, &entry.key, &any, policy);
-                is_empty &= !matches!(removed.await?, Some(verbs::Removed::Marked(_)));
-            }
-        }
-        if let (true, Some(node)) = (is_empty, graph.nodes.get(key)) {
-            edit(server, server.namespaces(), key, &node.uid, |object| {
-                object["spec"]["finalizers"] = Value::Array(Vec::new());
-            })
-            .await?;
-        }
-    }
     Ok(())
 }
 

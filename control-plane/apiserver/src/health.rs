@@ -1,44 +1,113 @@
-//! `/healthz`, `/livez` and `/readyz`, each with `?verbose`.
+//! `/healthz`, `/livez` and `/readyz`, each with `?verbose` and `?exclude=CHECK`, and every check by
+//! itself below them.
 
 use axum::{
-    extract::{RawQuery, State},
+    extract::{Path, RawQuery, State},
     http::StatusCode,
     response::{IntoResponse as _, Response},
 };
 
-use crate::{request::Query, server::ApiServer};
+use crate::{
+    error::ApiError,
+    request::{Query, values_of},
+    server::ApiServer,
+};
 
-/// A check's name, and what is wrong.
-type Check = (&'static str, Option<String>);
-
-/// Alive while it answers at all.
-pub(crate) async fn live(RawQuery(query): RawQuery) -> Response {
-    report("livez", query.as_deref(), &[("ping", None)])
+/// Something that may be wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Check {
+    /// Holds while anything is answered at all.
+    Ping,
+    Store,
 }
 
-pub(crate) async fn healthy(RawQuery(query): RawQuery) -> Response {
-    report("healthz", query.as_deref(), &[("ping", None)])
-}
-
+const LIVE: &[Check] = &[Check::Ping];
 /// Ready while the store answers.
-pub(crate) async fn ready(State(server): State<ApiServer>, RawQuery(query): RawQuery) -> Response {
-    let store = server.store().get("/").await.err().map(|error| error.to_string());
-    report("readyz", query.as_deref(), &[("ping", None), ("store", store)])
+const READY: &[Check] = &[Check::Ping, Check::Store];
+
+impl Check {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ping => "ping",
+            Self::Store => "store",
+        }
+    }
+
+    /// What is wrong.
+    async fn problem(self, server: &ApiServer) -> Option<String> {
+        match self {
+            Self::Ping => None,
+            Self::Store => server.store().get("/").await.err().map(|error| error.to_string()),
+        }
+    }
 }
 
-fn report(name: &str, query: Option<&str>, checks: &[Check]) -> Response {
-    let failed = checks.iter().any(|(_, problem)| problem.is_some());
+pub(crate) async fn live(State(server): State<ApiServer>, RawQuery(query): RawQuery) -> Response {
+    report(&server, "livez", query.as_deref(), LIVE).await
+}
+
+pub(crate) async fn healthy(
+    State(server): State<ApiServer>,
+    RawQuery(query): RawQuery,
+) -> Response {
+    report(&server, "healthz", query.as_deref(), LIVE).await
+}
+
+pub(crate) async fn ready(State(server): State<ApiServer>, RawQuery(query): RawQuery) -> Response {
+    report(&server, "readyz", query.as_deref(), READY).await
+}
+
+pub(crate) async fn live_check(
+    State(server): State<ApiServer>,
+    Path(name): Path<String>,
+) -> Result<Response, ApiError> {
+    one(&server, LIVE, &name).await
+}
+
+pub(crate) async fn ready_check(
+    State(server): State<ApiServer>,
+    Path(name): Path<String>,
+) -> Result<Response, ApiError> {
+    one(&server, READY, &name).await
+}
+
+async fn one(server: &ApiServer, checks: &[Check], name: &str) -> Result<Response, ApiError> {
+    let check = checks.iter().find(|check| check.name() == name).ok_or(ApiError::UnknownPath)?;
+    Ok(match check.problem(server).await {
+        None => "ok".into_response(),
+        Some(problem) => {
+            (StatusCode::SERVICE_UNAVAILABLE, format!("{name} failed: {problem}\n")).into_response()
+        }
+    })
+}
+
+async fn report(server: &ApiServer, name: &str, query: Option<&str>, checks: &[Check]) -> Response {
     // Given at all is enough, as in Kubernetes.
     let is_verbose = Query::parse(query).has("verbose");
+    let mut excluded = values_of(query, "exclude");
+    let mut failed = false;
+    let mut text = String::new();
+    for check in checks {
+        let check_name = check.name();
+        let given = excluded.len();
+        excluded.retain(|other| other != check_name);
+        if excluded.len() < given {
+            text += &format!("[+]{check_name} excluded: ok\n");
+            continue;
+        }
+        text += &match check.problem(server).await {
+            None => format!("[+]{check_name} ok\n"),
+            Some(problem) => {
+                failed = true;
+                format!("[-]{check_name} failed: {problem}\n")
+            }
+        };
+    }
+    if !excluded.is_empty() {
+        text += &format!("warn: there is no check {} to exclude\n", excluded.join(", "));
+    }
     if !failed && !is_verbose {
         return "ok".into_response();
-    }
-    let mut text = String::new();
-    for (check, problem) in checks {
-        text += &match problem {
-            None => format!("[+]{check} ok\n"),
-            Some(problem) => format!("[-]{check} failed: {problem}\n"),
-        };
     }
     let (code, outcome) = if failed {
         (StatusCode::SERVICE_UNAVAILABLE, "failed")

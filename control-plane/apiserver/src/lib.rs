@@ -31,8 +31,10 @@ mod schema;
 mod selector;
 mod server;
 mod table;
+mod tagged;
 
 mod verbs;
+mod wire;
 
 use axum::{Extension, Router};
 

@@ -4,6 +4,7 @@
 use std::{convert::Infallible, fmt::Write as _, sync::Arc};
 
 use axum::{
+    Extension,
     body::Body,
     http::{StatusCode, header},
     response::{IntoResponse as _, Response},
@@ -13,7 +14,7 @@ use exo_store::Entry;
 use futures::stream;
 use serde_json::Value;
 
-use crate::resource::Resource;
+use crate::{resource::Resource, wire::BodyBytes};
 
 /// Long lists go out in parts of about this size; shorter ones as a whole.
 const PART_BYTES: usize = 64 << 10;
@@ -76,14 +77,17 @@ impl ListBody {
         // Writing into a text can't fail.
         let _ = write!(self.tail, "],\"metadata\":{metadata}}}");
         self.end_text();
-        let is_short = self.bytes < PART_BYTES;
+        let bytes = self.bytes;
+        let is_short = bytes < PART_BYTES;
         let mut parts = Parts { resource: self.resource, pieces: self.pieces.into_iter() };
         let body = if is_short {
             parts.up_to(usize::MAX).into()
         } else {
             Body::from_stream(stream::iter(parts.map(Ok::<_, Infallible>)))
         };
-        (StatusCode::OK, [(header::CONTENT_TYPE, "application/json")], body).into_response()
+        let size = BodyBytes(u64::try_from(bytes).unwrap_or(u64::MAX));
+        let headers = [(header::CONTENT_TYPE, "application/json")];
+        (StatusCode::OK, Extension(size), headers, body).into_response()
     }
 }
 

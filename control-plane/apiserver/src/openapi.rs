@@ -3,42 +3,74 @@
 
 mod gnostic;
 
+use std::{collections::BTreeMap, sync::Arc};
+
 use axum::{
-    extract::{Path, State},
-    http::{HeaderMap, StatusCode, header},
+    extract::{Path, RawQuery, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
 use serde_json::{Map, Value, json};
 
 use crate::{
+    clock,
     error::ApiError,
+    request::Query,
     resource::Resource,
-    server::{ApiServer, header_text, json_response},
+    server::{ApiServer, header_text},
+    tagged::Tagged,
 };
 
 const META: &str = "io.k8s.apimachinery.pkg.apis.meta.v1";
 const SCHEMAS: &str = "#/components/schemas/";
 
-/// Index of the documents.
-pub(crate) async fn index(State(server): State<ApiServer>) -> Response {
-    let versions = group_versions(&server);
-    let paths: Map<String, Value> = versions
-        .iter()
-        .map(|version| {
-            let path = path_of(version);
-            let url = format!("/openapi/v3/{path}");
-            (path, json!({"serverRelativeURL": url}))
-        })
-        .collect();
-    json_response(StatusCode::OK, &json!({"paths": paths}))
+/// All documents. They change only with the program, and clients keep them by their tags.
+#[derive(Debug)]
+pub(crate) struct Documents {
+    index: Tagged,
+    /// By the path below `/openapi/v3/`.
+    version_3: BTreeMap<String, Tagged>,
+    version_2: Tagged,
+    version_2_protobuf: Tagged,
 }
 
-fn group_versions(server: &ApiServer) -> Vec<String> {
-    let resources = server.resources().iter();
-    let mut versions: Vec<String> = resources.map(|r| r.api_version()).collect();
-    versions.sort();
-    versions.dedup();
-    versions
+impl Documents {
+    pub(crate) fn write(resources: &[Arc<Resource>]) -> Self {
+        let all: Vec<&Resource> = resources.iter().map(|r| &**r).collect();
+        let mut groups: BTreeMap<String, Vec<&Resource>> = BTreeMap::new();
+        for resource in &all {
+            groups.entry(path_of(&resource.api_version())).or_default().push(resource);
+        }
+        let version_3: BTreeMap<String, Tagged> = groups
+            .into_iter()
+            .map(|(path, resources)| (path, Tagged::new(JSON, document_3(&resources))))
+            .collect();
+        let paths: Map<String, Value> = version_3
+            .iter()
+            .map(|(path, document)| {
+                (path.clone(), json!({"serverRelativeURL": address(path, document)}))
+            })
+            .collect();
+        let index = Tagged::new(JSON, json!({"paths": paths}).to_string());
+
+        let mut definitions = Value::Object(schemas(&all));
+        make_version_2(&mut definitions);
+        let paths = paths_2(&all);
+        let protobuf = gnostic::document(TITLE, env!("CARGO_PKG_VERSION"), &paths, &definitions);
+        let json =
+            json!({"swagger": "2.0", "info": info(), "paths": paths, "definitions": definitions});
+        Self {
+            index,
+            version_3,
+            version_2: Tagged::new(JSON, json.to_string()),
+            version_2_protobuf: Tagged::new(PROTOBUF_2, protobuf),
+        }
+    }
+}
+
+/// Where a document is, by its content: who asks there may keep the answer.
+fn address(path: &str, document: &Tagged) -> String {
+    format!("/openapi/v3/{path}?hash={}", document.hash())
 }
 
 /// Where an `apiVersion` is served.
@@ -46,37 +78,69 @@ fn path_of(version: &str) -> String {
     if version.contains('/') { format!("apis/{version}") } else { format!("api/{version}") }
 }
 
+/// Index of the documents.
+pub(crate) async fn index(State(server): State<ApiServer>, headers: HeaderMap) -> Response {
+    server.documents().index.respond(&headers)
+}
+
 /// Document of one group and version.
 pub(crate) async fn version_3(
     State(server): State<ApiServer>,
     Path((group, version)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    document_3(&server, &group, &version)
+    answer_3(&server, &format!("apis/{group}/{version}"), query.as_deref(), &headers)
 }
 
 /// Document of the core group.
-pub(crate) async fn core_version_3(State(server): State<ApiServer>) -> Result<Response, ApiError> {
-    document_3(&server, "", "v1")
+pub(crate) async fn core_version_3(
+    State(server): State<ApiServer>,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    answer_3(&server, "api/v1", query.as_deref(), &headers)
 }
 
-fn document_3(server: &ApiServer, group: &str, version: &str) -> Result<Response, ApiError> {
-    let resources: Vec<&Resource> = server
-        .resources()
-        .iter()
-        .map(|r| &**r)
-        .filter(|r| r.group == group && r.version == version)
-        .collect();
-    if resources.is_empty() {
-        return Err(ApiError::UnknownPath);
+/// How long a document may be kept whose hash the address names, as in Kubernetes.
+const LIFETIME: time::Duration = time::Duration::days(365);
+
+fn answer_3(
+    server: &ApiServer,
+    path: &str,
+    query: Option<&str>,
+    headers: &HeaderMap,
+) -> Result<Response, ApiError> {
+    let document = server.documents().version_3.get(path).ok_or(ApiError::UnknownPath)?;
+    let query = Query::parse(query);
+    let hash = query.get("hash");
+    if hash.is_some_and(|hash| hash != document.hash()) {
+        // Of another version of this program: here is the document as it is now.
+        let location = [(header::LOCATION, address(path, document))];
+        return Ok((StatusCode::MOVED_PERMANENTLY, location).into_response());
     }
+    let mut response = document.respond(headers);
+    if hash.is_some() {
+        let expires = clock::http_date(clock::now() + LIFETIME);
+        let headers = response.headers_mut();
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("public, immutable"));
+        // The part of the same that kubectl understands.
+        headers.extend(expires.parse().ok().map(|expires| (header::EXPIRES, expires)));
+    }
+    Ok(response)
+}
+
+fn document_3(resources: &[&Resource]) -> String {
     let document = json!({
         "openapi": "3.0.0",
         "info": info(),
-        "paths": paths(&resources),
-        "components": {"schemas": schemas(&resources)},
+        "paths": paths(resources),
+        "components": {"schemas": schemas(resources)},
     });
-    Ok(json_response(StatusCode::OK, &document))
+    document.to_string()
 }
+
+const JSON: &str = "application/json";
 
 /// Media type of OpenAPI 2 as a protocol buffer, the only form that kubectl reads. Old clients ask
 /// for it with an `@` that they themselves can't parse in an answer.
@@ -85,19 +149,12 @@ const PROTOBUF_2: &str = "application/com.github.proto-openapi.spec.v2.v1.0+prot
 /// The document of version 2: kubectl before 1.27 explains and validates by it, and looks there for
 /// what takes a dry run.
 pub(crate) async fn version_2(State(server): State<ApiServer>, headers: HeaderMap) -> Response {
-    let resources: Vec<&Resource> = server.resources().iter().map(|r| &**r).collect();
-    let mut definitions = Value::Object(schemas(&resources));
-    make_version_2(&mut definitions);
-    let paths = paths_2(&resources);
+    let documents = server.documents();
     let accept = header_text(&headers, header::ACCEPT).unwrap_or_default();
     if accept.replace('@', ".").contains(PROTOBUF_2) {
-        let headers = [(header::CONTENT_TYPE, PROTOBUF_2)];
-        let document = gnostic::document(TITLE, env!("CARGO_PKG_VERSION"), &paths, &definitions);
-        return (StatusCode::OK, headers, document).into_response();
+        return documents.version_2_protobuf.respond(&headers);
     }
-    let document =
-        json!({"swagger": "2.0", "info": info(), "paths": paths, "definitions": definitions});
-    json_response(StatusCode::OK, &document)
+    documents.version_2.respond(&headers)
 }
 
 /// References lead to `definitions`, and there is no `nullable`.
@@ -197,6 +254,7 @@ fn group_version_kind(resource: &Resource) -> Value {
 fn meta_schemas() -> Map<String, Value> {
     let text = |about: &str| json!({"type": "string", "description": about});
     let time = |about: &str| json!({"type": "string", "format": "date-time", "description": about});
+    let flag = |about: &str| json!({"type": "boolean", "description": about});
     let map = |about: &str| {
         json!({
             "type": "object", "description": about, "additionalProperties": {"type": "string"},
@@ -217,7 +275,10 @@ fn meta_schemas() -> Map<String, Value> {
             },
             "creationTimestamp": time("When the object was created."),
             "deletionTimestamp": time("When its deletion was asked for."),
-            "deletionGracePeriodSeconds": {"type": "integer", "format": "int64"},
+            "deletionGracePeriodSeconds": {
+                "type": "integer", "format": "int64",
+                "description": "Seconds that it has to end; always 0 here.",
+            },
             "labels": map("Keys and values that select and group objects."),
             "annotations": map("Keys and values that tools keep with an object."),
             "finalizers": {
@@ -238,21 +299,29 @@ fn meta_schemas() -> Map<String, Value> {
     });
     let owner = json!({
         "type": "object",
+        "description": "An object to which another one belongs.",
         "required": ["apiVersion", "kind", "name", "uid"],
         "properties": {
-            "apiVersion": {"type": "string"},
-            "kind": {"type": "string"},
-            "name": {"type": "string"},
-            "uid": {"type": "string"},
-            "controller": {"type": "boolean"},
-            "blockOwnerDeletion": {"type": "boolean"},
+            "apiVersion": text("Group and version of the owner."),
+            "kind": text("Kind of the owner."),
+            "name": text("Name of the owner."),
+            "uid": text("Which of the objects that ever had this name; the owner is known by it."),
+            "controller": flag("Whether the owner is what manages this object; one owner at most."),
+            "blockOwnerDeletion": flag(
+                "Whether an owner that is deleted in the foreground waits for this object.",
+            ),
         },
     });
     let list_meta = json!({
         "type": "object",
+        "description": "Metadata of a list.",
         "properties": {
-            "resourceVersion": {"type": "string"},
-            "continue": {"type": "string"},
+            "resourceVersion": text("The state that the list shows; a watch can go on from there."),
+            "continue": text("Where the list goes on, if it was cut by a limit."),
+            "remainingItemCount": {
+                "type": "integer", "format": "int64",
+                "description": "How many come after it, where no selector narrows the list.",
+            },
         },
     });
     [("ObjectMeta", object_meta), ("OwnerReference", owner), ("ListMeta", list_meta)]

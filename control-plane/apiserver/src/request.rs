@@ -12,16 +12,7 @@ pub(crate) struct Query(BTreeMap<String, String>);
 
 impl Query {
     pub(crate) fn parse(query: Option<&str>) -> Self {
-        let pairs = query.unwrap_or_default().split('&');
-        Self(
-            pairs
-                .filter(|pair| !pair.is_empty())
-                .map(|pair| {
-                    let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-                    (decode(name, true), decode(value, true))
-                })
-                .collect(),
-        )
+        Self(pairs(query).collect())
     }
 
     /// Absent and empty are the same.
@@ -52,6 +43,19 @@ impl Query {
             })
             .transpose()
     }
+}
+
+fn pairs(query: Option<&str>) -> impl Iterator<Item = (String, String)> {
+    let pairs = query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty());
+    pairs.map(|pair| {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        (decode(name, true), decode(value, true))
+    })
+}
+
+/// All values of a parameter that can be given several times.
+pub(crate) fn values_of(query: Option<&str>, name: &str) -> Vec<String> {
+    pairs(query).filter(|(given, _)| given == name).map(|(_, value)| value).collect()
 }
 
 /// Undoes percent-encoding; what is no valid UTF-8 afterwards is replaced.

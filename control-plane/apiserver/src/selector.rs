@@ -6,6 +6,11 @@ use serde_json::Value;
 
 use crate::{error::ApiError, object, resource::Resource};
 
+/// What selectors of Kubernetes' users call the node that an object is bound to; of the objects
+/// that have a node here, it is this field.
+const KUBERNETES_NODE: &str = "spec.nodeName";
+const NODE: &str = "spec.node";
+
 /// What a list or watch is narrowed to.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Selector {
@@ -38,10 +43,14 @@ impl Selector {
         resource: &Resource,
     ) -> Result<Self, ApiError> {
         let labels = parse_labels(labels.unwrap_or_default())?;
-        let fields = parse_fields(fields.unwrap_or_default())?;
-        for rule in &fields {
+        let mut fields = parse_fields(fields.unwrap_or_default())?;
+        let is_selectable = |field: &str| resource.selectable.iter().any(|(f, _)| f == field);
+        for rule in &mut fields {
+            if rule.field == KUBERNETES_NODE && is_selectable(NODE) {
+                NODE.clone_into(&mut rule.field);
+            }
             let known = matches!(rule.field.as_str(), "metadata.name" | "metadata.namespace")
-                || resource.selectable.iter().any(|(f, _)| *f == rule.field);
+                || is_selectable(&rule.field);
             if !known {
                 let own = resource.selectable.iter().map(|(field, _)| field.as_str());
                 let supported: Vec<_> =
@@ -251,6 +260,8 @@ mod tests {
         check("", "spec.node=m1", true);
         check("", "spec.node==m2", false);
         check("x=1", "spec.node!=m2", true);
+        check("", "spec.nodeName=m1", true);
+        check("", "spec.nodeName!=m1", false);
     }
 
     #[test]

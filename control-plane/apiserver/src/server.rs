@@ -1,6 +1,6 @@
 //! The server: its resources, and the way of a request to the verb that answers it.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use axum::{
     Router,
@@ -31,7 +31,7 @@ use crate::{
     resource::{Access, DefinitionError, Resource},
     review,
     table::Form,
-    verbs,
+    verbs, wire,
 };
 
 /// Resources served from a store. Clones share it.
@@ -44,6 +44,7 @@ struct Inner {
     /// The definitions as objects.
     definitions: Vec<Value>,
     seeded: OnceCell<()>,
+    documents: OnceLock<openapi::Documents>,
     metrics: Metrics,
     policy: Policy,
     flow: Flow,
@@ -82,10 +83,11 @@ impl ApiServer {
         let definitions = crds.iter().map(discovery::definition).collect();
         let metrics = Metrics::register(registry).map_err(ServerError::Metrics)?;
         let flow = Flow::new(limits);
-        let seeded = OnceCell::new();
+        let (seeded, documents) = (OnceCell::new(), OnceLock::new());
         // Who makes a server without a policy lets every identity do everything.
         let policy: Policy = Arc::new(|_| Ok(()));
-        let inner = Inner { store, resources, definitions, seeded, metrics, policy, flow };
+        let inner =
+            Inner { store, resources, definitions, seeded, documents, metrics, policy, flow };
         Ok(Self(Arc::new(inner)))
     }
 
@@ -122,6 +124,11 @@ impl ApiServer {
         &self.0.seeded
     }
 
+    /// What is served, described; written when it is first asked for.
+    pub(crate) fn documents(&self) -> &openapi::Documents {
+        self.0.documents.get_or_init(|| openapi::Documents::write(&self.0.resources))
+    }
+
     pub(crate) fn policy(&self) -> &Policy {
         &self.0.policy
     }
@@ -146,8 +153,11 @@ impl ApiServer {
 pub fn app(server: ApiServer) -> Router {
     let fixed = [
         ("/healthz", get(health::healthy)),
+        ("/healthz/{check}", get(health::live_check)),
         ("/livez", get(health::live)),
+        ("/livez/{check}", get(health::live_check)),
         ("/readyz", get(health::ready)),
+        ("/readyz/{check}", get(health::ready_check)),
         ("/version", get(discovery::version)),
         ("/api", get(discovery::core_versions)),
         ("/api/v1", get(discovery::core_resources)),
@@ -171,6 +181,7 @@ pub fn app(server: ApiServer) -> Router {
         .fallback(resource_request)
         .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed })
         .layer(middleware::from_fn_with_state(server.clone(), auth::require_identity))
+        .layer(middleware::from_fn(wire::present))
         .with_state(server)
 }
 
@@ -307,7 +318,8 @@ async fn answer(
     let (parts, body) = request.into_parts();
     let identity = parts.extensions.get::<Identity>().ok_or(ApiError::Unauthorized)?;
     let text = |name| header_text(&parts.headers, name);
-    let form = Form::negotiate(text(header::ACCEPT), query.get("includeObject"))?;
+    let is_watch = verb == Verb::Watch;
+    let form = Form::negotiate(text(header::ACCEPT), query.get("includeObject"), is_watch)?;
     let content_type = text(header::CONTENT_TYPE)
         .map(|t| t.split(';').next().unwrap_or(t).trim().to_ascii_lowercase());
     let call = Call {

@@ -21,6 +21,18 @@ pub(crate) enum Form {
     MetadataOnly,
 }
 
+/// A media range without its parameters.
+fn media_type(range: &str) -> &str {
+    range.split(';').next().unwrap_or_default().trim()
+}
+
+/// Whether YAML is what `Accept` names before all else that can be had.
+pub(crate) fn wants_yaml(accept: &str) -> bool {
+    let mut ranges = accept.split(',');
+    let first = ranges.find(|range| Form::of_media_range(range, RowObject::None).is_some());
+    first.is_some_and(|range| media_type(range) == YAML)
+}
+
 /// What a Table's row carries of its object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RowObject {
@@ -29,14 +41,16 @@ pub(crate) enum RowObject {
     Whole,
 }
 
-const ACCEPTED: &str = "application/json, application/json;as=Table;v=v1;g=meta.k8s.io, \
+pub(crate) const YAML: &str = "application/yaml";
+const ACCEPTED: &str = "application/json, application/yaml, application/json;as=Table;v=v1;g=meta.k8s.io, \
                         application/json;as=PartialObjectMetadata;v=v1;g=meta.k8s.io";
 
 impl Form {
-    /// From the `Accept` header and the `includeObject` parameter.
+    /// From the `Accept` header and the `includeObject` parameter. There are no streams of YAML.
     pub(crate) fn negotiate(
         accept: Option<&str>,
         include_object: Option<&str>,
+        is_stream: bool,
     ) -> Result<Self, ApiError> {
         let row = match include_object {
             None | Some("" | "Metadata") => RowObject::Metadata,
@@ -53,17 +67,17 @@ impl Form {
         };
         accept
             .split(',')
+            .filter(|range| !is_stream || media_type(range) != YAML)
             .find_map(|range| Self::of_media_range(range, row))
             .ok_or(ApiError::NotAcceptable(ACCEPTED))
     }
 
     fn of_media_range(range: &str, row: RowObject) -> Option<Self> {
-        let mut parts = range.split(';').map(str::trim);
-        if !matches!(parts.next()?, "application/json" | "*/*" | "application/*") {
+        if !matches!(media_type(range), "application/json" | YAML | "*/*" | "application/*") {
             return None;
         }
         let mut form = Self::Whole;
-        for parameter in parts {
+        for parameter in range.split(';').map(str::trim).skip(1) {
             match parameter.split_once('=') {
                 Some(("as", "Table")) => form = Self::Table(row),
                 Some(("as", "PartialObjectMetadata" | "PartialObjectMetadataList")) => {
@@ -267,7 +281,7 @@ mod tests {
     #[test]
     fn forms_follow_the_accept_header() {
         let check = |accept: &str, expect: Result<Form, ApiError>| {
-            assert_eq!(Form::negotiate(Some(accept), None), expect, "{accept}");
+            assert_eq!(Form::negotiate(Some(accept), None, false), expect, "{accept}");
         };
         let table = Form::Table(RowObject::Metadata);
         check("application/json", Ok(Form::Whole));
@@ -293,7 +307,7 @@ mod tests {
         for other in ["text/html", "application/vnd.kubernetes.protobuf", "application/cbor"] {
             check(other, Err(ApiError::NotAcceptable(ACCEPTED)));
         }
-        assert_eq!(Form::negotiate(None, Some("Object")), Ok(Form::Whole));
-        assert!(Form::negotiate(None, Some("All")).is_err());
+        assert_eq!(Form::negotiate(None, Some("Object"), false), Ok(Form::Whole));
+        assert!(Form::negotiate(None, Some("All"), false).is_err());
     }
 }

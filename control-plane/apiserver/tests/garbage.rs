@@ -67,3 +67,79 @@ async fn dependents_go_with_their_owner_even_if_it_left_before() {
     server.store.shutdown().await;
     collector.await.unwrap();
 }
+
+/// Why a namespace doesn't go is said where its users look.
+#[tokio::test]
+async fn namespaces_say_what_holds_them() {
+    let server = support::start();
+    let namespace = json!({
+        "apiVersion": "v1", "kind": "Namespace",
+        "metadata": {"name": "team", "finalizers": ["example.com/own"]},
+    });
+    server.call(Method::POST, "/api/v1/namespaces", Some(namespace)).await;
+    let shards = SHARDS.replace("default", "team");
+    for (name, finalizers) in [("free", json!([])), ("a", json!(["example.com/x"]))] {
+        let mut shard = shard(name, "m1", 0);
+        shard["metadata"]["finalizers"] = finalizers;
+        server.call(Method::POST, &shards, Some(shard)).await;
+    }
+    let mut b = shard("b", "m1", 1);
+    b["metadata"]["finalizers"] = json!(["example.com/x", "example.com/y"]);
+    server.call(Method::POST, &shards, Some(b)).await;
+    let collector = tokio::spawn(collect_garbage(server.server.clone(), std::future::pending()));
+    let team = "/api/v1/namespaces/team";
+    server.call(Method::DELETE, team, None).await;
+    // Type, status, reason and message of each condition, once they are so.
+    let told = async |expect: [&str; 2]| -> Value {
+        let mut watch = server.store.watch("/registry/core/namespaces/", 0);
+        let until = async {
+            loop {
+                let (_, team) = server.get(team).await;
+                let conditions = team["status"]["conditions"].as_array().cloned();
+                let text = |c: &Value| {
+                    let word = |field: &str| c[field].as_str().unwrap().to_owned();
+                    ["type", "status", "reason", "message"].map(word).join(" | ")
+                };
+                if conditions.iter().flatten().map(text).eq(expect.map(str::to_owned)) {
+                    return team;
+                }
+                watch.next().await.unwrap();
+            }
+        };
+        let told = tokio::time::timeout(Duration::from_secs(10), until).await;
+        told.unwrap_or_else(|_| panic!("it doesn't say {expect:?}"))
+    };
+    let first = told([
+        "NamespaceContentRemaining | True | SomeResourcesRemain | Still there: shards.exo.dev (2)",
+        "NamespaceFinalizersRemaining | True | SomeFinalizersRemain | Objects stay until who set \
+         these finalizers removes them: example.com/x (2), example.com/y (1)",
+    ])
+    .await;
+    assert_eq!(first["status"]["phase"], "Terminating");
+    let release = json!({"metadata": {"finalizers": null}});
+    server.call(Method::PATCH, &format!("{shards}/b"), Some(release.clone())).await;
+    let second = told([
+        "NamespaceContentRemaining | True | SomeResourcesRemain | Still there: shards.exo.dev (1)",
+        "NamespaceFinalizersRemaining | True | SomeFinalizersRemain | Objects stay until who set \
+         these finalizers removes them: example.com/x (1)",
+    ])
+    .await;
+    let since = "/status/conditions/0/lastTransitionTime";
+    assert_eq!(first.pointer(since), second.pointer(since), "it holds on");
+    server.call(Method::PATCH, &format!("{shards}/a"), Some(release.clone())).await;
+    told([
+        "NamespaceContentRemaining | False | ContentRemoved | Nothing of the content is left",
+        "NamespaceFinalizersRemaining | False | ContentHasNoFinalizers | No finalizer keeps any of \
+         the content",
+    ])
+    .await;
+    // Its own finalizer is the last to hold it; nothing more is written meanwhile.
+    let settled = server.store.revision();
+    server.call(Method::POST, SHARDS, Some(shard("other", "m1", 0))).await;
+    shards_become(&server, &["other"]).await;
+    assert_eq!(server.store.revision(), settled + 1);
+    server.call(Method::PATCH, team, Some(release)).await;
+    assert_eq!(server.get(team).await.0, 404);
+    server.store.shutdown().await;
+    collector.await.unwrap();
+}

@@ -214,7 +214,7 @@ async fn requests_that_make_no_sense_have_their_codes() {
         (&Method::DELETE, &format!("{a}/status"), 405, "MethodNotAllowed"),
         (&Method::POST, "/apis/exo.dev/v1alpha1/shards", 405, "MethodNotAllowed"),
         (&Method::POST, "/apis", 405, "MethodNotAllowed"),
-        (&get, &format!("{INSTANCES}?fieldSelector=spec.model=x"), 400, "BadRequest"),
+        (&get, &format!("{INSTANCES}?fieldSelector=spec.replicas=x"), 400, "BadRequest"),
         (&get, &format!("{INSTANCES}?labelSelector=a+b"), 400, "BadRequest"),
         (&get, &format!("{INSTANCES}?limit=many"), 400, "BadRequest"),
         (&get, &format!("{INSTANCES}?continue=garbage"), 400, "BadRequest"),
@@ -320,6 +320,9 @@ async fn updates_and_deletions_mind_their_preconditions() {
     let blind = without(created.clone(), "/metadata", "resourceVersion");
     let answer = server.call(Method::PUT, a, Some(blind)).await;
     assert_eq!(refusal(&answer).3, ["metadata.resourceVersion"]);
+    let absent = server.call(Method::PUT, &format!("{INSTANCES}/new"), Some(instance("new"))).await;
+    let said = "inferenceinstances.exo.dev \"new\" not found";
+    assert_eq!(refusal(&absent), (404, "NotFound", said, vec![]));
     let renamed = with(created.clone(), "/metadata", "name", json!("b"));
     assert_eq!(server.call(Method::PUT, a, Some(renamed)).await.0, 400);
     let other = with(created.clone(), "/metadata", "uid", json!("other"));
@@ -442,6 +445,83 @@ async fn discovery_lists_what_is_served() {
     let (_, document) = server.get(url.as_str().unwrap()).await;
     let schema = &document["components"]["schemas"]["dev.exo.v1alpha1.Shard"];
     assert_eq!(schema["properties"]["spec"]["properties"]["rank"]["type"], "integer");
+}
+
+#[tokio::test]
+async fn declared_fields_select() {
+    let server = support::start();
+    for (name, model) in [("a", "tiny"), ("b", "large")] {
+        let object = with(instance(name), "/spec", "model", json!(model));
+        server.call(Method::POST, INSTANCES, Some(object)).await;
+        server.call(Method::POST, SHARDS, Some(shard(name, &format!("m-{name}"), 0))).await;
+        server.call(Method::POST, NODES, Some(node(name))).await;
+    }
+    let cordon = json!({"spec": {"unschedulable": true}});
+    server.call(Method::PATCH, &format!("{NODES}/b"), Some(cordon)).await;
+    for kind in [INSTANCES, SHARDS] {
+        let ready = json!({"status": {"phase": "Ready"}});
+        let (code, body) =
+            server.call(Method::PATCH, &format!("{kind}/b/status"), Some(ready)).await;
+        assert_eq!(code, StatusCode::OK, "{body}");
+    }
+    for (path, selector, expect) in [
+        (INSTANCES, "spec.model=tiny", "a"),
+        (INSTANCES, "spec.model!=tiny", "b"),
+        (INSTANCES, "status.phase=Ready", "b"),
+        (INSTANCES, "status.phase!=Ready", "a"),
+        (SHARDS, "spec.node=m-a", "a"),
+        (SHARDS, "spec.nodeName=m-b", "b"),
+        (SHARDS, "status.phase=Ready", "b"),
+        (NODES, "spec.unschedulable=true", "b"),
+        (NODES, "spec.unschedulable!=true", "a"),
+    ] {
+        let (_, list) = server.get(&format!("{path}?fieldSelector={selector}")).await;
+        let items = list["items"].as_array().unwrap_or_else(|| panic!("{selector}: {list}"));
+        let names: Vec<_> = items.iter().map(|i| i["metadata"]["name"].as_str().unwrap()).collect();
+        assert_eq!(names, [expect], "{selector}");
+    }
+    // Where nothing has a node, there is none to select by.
+    let answer = server.get(&format!("{INSTANCES}?fieldSelector=spec.nodeName=m")).await;
+    assert!(refusal(&answer).2.contains("not supported: spec.nodeName"), "{}", answer.1);
+}
+
+/// Paths of the fields below a schema that nothing is said of.
+fn undescribed(schema: &Value, path: &str, found: &mut Vec<String>) {
+    for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+        let path = format!("{path}.{name}");
+        if field["description"].as_str().is_none_or(str::is_empty) {
+            found.push(path.clone());
+        }
+        undescribed(field, &path, found);
+        undescribed(&field["items"], &path, found);
+    }
+}
+
+#[tokio::test]
+async fn kubernetes_own_types_are_described() {
+    let server = support::start();
+    let mut found = Vec::new();
+    let mut kinds = Vec::new();
+    for path in [
+        "api/v1",
+        "apis/coordination.k8s.io/v1",
+        "apis/events.k8s.io/v1",
+        "apis/apiextensions.k8s.io/v1",
+    ] {
+        let (_, document) = server.get(&format!("/openapi/v3/{path}")).await;
+        for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
+            if name.ends_with("List") {
+                continue;
+            }
+            assert!(schema["description"].is_string(), "{name}");
+            kinds.extend(name.rsplit('.').next().map(str::to_owned));
+            undescribed(schema, name, &mut found);
+        }
+    }
+    assert!(found.is_empty(), "{found:?}");
+    for kind in ["Namespace", "Secret", "Event", "Lease", "CustomResourceDefinition"] {
+        assert!(kinds.iter().any(|k| k == kind), "{kind} in {kinds:?}");
+    }
 }
 
 /// The cells of a Table, as rows of text.

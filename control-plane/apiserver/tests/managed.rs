@@ -75,6 +75,30 @@ async fn conflicts_name_managers_and_fields() {
     );
 }
 
+/// Which object it is, the path says too.
+#[tokio::test]
+async fn a_configuration_without_a_name_has_that_of_its_path() {
+    let server = support::start();
+    let nameless = |replicas: u32| {
+        json!({
+            "apiVersion": "exo.dev/v1alpha1", "kind": "InferenceInstance",
+            "spec": {"model": "tiny", "replicas": replicas},
+        })
+    };
+    let (code, body) = apply(&server, "a", "fieldManager=one", &nameless(2)).await;
+    assert_eq!(code, StatusCode::CREATED, "{body}");
+    let metadata = &body["metadata"];
+    assert_eq!((&metadata["name"], &metadata["namespace"]), (&json!("a"), &json!("default")));
+    let (code, body) = apply(&server, "a", "fieldManager=one", &nameless(3)).await;
+    assert_eq!((code, &body["spec"]["replicas"]), (StatusCode::OK, &json!(3)));
+    for name in [json!("b"), json!(5), json!({})] {
+        let mut other = nameless(4);
+        other["metadata"] = json!({"name": name});
+        let (code, body) = apply(&server, "a", "fieldManager=one", &other).await;
+        assert_eq!(code, StatusCode::BAD_REQUEST, "{name}: {body}");
+    }
+}
+
 #[tokio::test]
 async fn conditions_of_several_managers_are_merged() {
     let server = support::start();

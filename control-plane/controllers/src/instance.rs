@@ -103,6 +103,10 @@ async fn look(
         return Ok(Action::await_change());
     };
     let decision = decide(&context.client, &instance).await?;
+    let adopts = decision.actions.iter().any(|action| matches!(action, Do::Adopt { .. }));
+    if adopts && !may_adopt(&api, &instance).await? {
+        return Ok(Action::requeue(RETRY_CONFLICT));
+    }
     if act(&context, &api, instance, &decision).await? == Acted::Refused {
         // What was just written calls for another decision.
         return Ok(Action::requeue(RETRY_CONFLICT));
@@ -136,6 +140,21 @@ enum Acted {
     Done,
     /// A shard was refused, which the status says now.
     Refused,
+}
+
+/// Whether the instance is still there to own shards. One that is deleted so that its shards run on
+/// lets go of them only after its deletion is written: whoever saw shards without an owner and asks
+/// this afterwards doesn't make them its own once more, to go with it.
+async fn may_adopt(
+    api: &Api<InferenceInstance>,
+    instance: &InferenceInstance,
+) -> Result<bool, WriteError> {
+    let name = instance.name_any();
+    let now = api.get_opt(&name).await;
+    let now = now.map_err(|e| WriteError::new(format!("reading {name}"), e))?;
+    Ok(now.is_some_and(|now| {
+        now.metadata.uid == instance.metadata.uid && now.metadata.deletion_timestamp.is_none()
+    }))
 }
 
 /// Writes the status first, on condition that the instance is still what was looked at: so an epoch

@@ -11,6 +11,8 @@
 mod instance;
 mod node;
 mod read;
+#[cfg(test)]
+mod testing;
 mod trigger;
 mod write;
 

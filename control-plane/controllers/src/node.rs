@@ -230,16 +230,8 @@ mod tests {
     /// Deleted, but held by an agent that is gone.
     async fn dying_shard(client: &Client, name: &str, node: &str) {
         let api: Api<Shard> = Api::namespaced(client.clone(), "default");
-        let shard = serde_json::from_value(json!({
-            "apiVersion": "exo.dev/v1alpha1", "kind": "Shard",
-            "metadata": {"name": name, "finalizers": [exo_crds::SHARD_FINALIZER]},
-            "spec": {"instance": "chat", "replica": 0, "epoch": 1, "node": node, "rank": 0,
-                "worldSize": 1, "sharding": "Pipeline", "layers": "0-7", "transport": "ring",
-                "seed": 1, "contextLength": 128, "maxConcurrency": 4, "fastSynch": true,
-                "model": {"name": "m", "source": {"path": "m"}, "modelType": "llama",
-                          "layers": 8}},
-        }))
-        .unwrap();
+        let mut shard = crate::testing::shard(name, node);
+        shard.metadata.finalizers = Some(vec![exo_crds::SHARD_FINALIZER.to_owned()]);
         api.create(&PostParams::default(), &shard).await.unwrap();
         api.delete(name, &kube::api::DeleteParams::default()).await.unwrap();
     }

@@ -107,20 +107,15 @@ pub(crate) fn elections(leadership: watch::Receiver<bool>) -> impl Stream<Item =
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+
     use super::*;
 
     fn shard(namespace: &str, name: &str, leaves: bool) -> Shard {
-        let time = leaves.then_some("2026-01-02T03:04:05Z");
-        serde_json::from_value(serde_json::json!({
-            "apiVersion": "exo.dev/v1alpha1", "kind": "Shard",
-            "metadata": {"namespace": namespace, "name": name, "deletionTimestamp": time},
-            "spec": {"instance": "chat", "replica": 0, "epoch": 1, "node": "a", "rank": 0,
-                "worldSize": 1, "sharding": "Pipeline", "layers": "0-7", "transport": "ring",
-                "seed": 1, "contextLength": 128, "maxConcurrency": 4, "fastSynch": true,
-                "model": {"name": "m", "source": {"path": "m"}, "modelType": "llama",
-                          "layers": 8}},
-        }))
-        .unwrap()
+        let mut shard = crate::testing::shard(name, "a");
+        shard.metadata.namespace = Some(namespace.to_owned());
+        shard.metadata.deletion_timestamp = leaves.then_some(Time(Timestamp::UNIX_EPOCH));
+        shard
     }
 
     #[test]

@@ -112,7 +112,10 @@ impl Cluster {
         api.patch_status(name, &PatchParams::default(), &patch).await.unwrap();
     }
 
-    async fn model_and_instance(&self) {
+    /// Two nodes, and an instance for both of them.
+    async fn populate(&self) {
+        self.node("a").await;
+        self.node("b").await;
         self.create(
             Api::<Model>::all(self.client.clone()),
             json!({
@@ -143,6 +146,39 @@ impl Cluster {
             }),
         )
         .await;
+    }
+
+    async fn uids(&self) -> Vec<String> {
+        let shards = self.shards().list(&ListParams::default()).await.unwrap();
+        shards.iter().map(|shard| shard.uid().unwrap()).collect()
+    }
+
+    /// Deletes the instance so that its shards run on; returns when it is gone.
+    async fn orphan(self: &Arc<Self>) {
+        let orphan = DeleteParams {
+            propagation_policy: Some(PropagationPolicy::Orphan),
+            ..DeleteParams::default()
+        };
+        self.instances().delete("chat", &orphan).await.unwrap();
+        let gone = |cluster: Arc<Cluster>| async move {
+            cluster.instances().get_opt("chat").await.unwrap().is_none().then_some(())
+        };
+        self.until("the instance's end", gone, self).await;
+    }
+
+    /// Returns when all shards are this instance's, and nobody else's.
+    async fn adopted(self: &Arc<Self>, instance: &InferenceInstance) {
+        let uid = instance.uid().unwrap();
+        let adopted = |cluster: Arc<Cluster>| {
+            let uid = uid.clone();
+            async move {
+                let shards = cluster.shards().list(&ListParams::default()).await.unwrap();
+                let is_own =
+                    |s: &Shard| matches!(s.owner_references(), [owner] if owner.uid == uid);
+                shards.iter().all(is_own).then_some(())
+            }
+        };
+        self.until("adoption", adopted, self).await;
     }
 
     async fn patch_status(&self, shard: &str, status: Value) {
@@ -212,6 +248,13 @@ impl Cluster {
         }
     }
 
+    /// Of the instance's condition of that type, while its reason is this one.
+    async fn message(&self, instance: &str, kind: &str, reason: &str) -> Option<String> {
+        let status = self.instances().get(instance).await.unwrap().status?;
+        let condition = status.conditions.into_iter().find(|c| c.type_ == kind)?;
+        (condition.reason == reason).then_some(condition.message)
+    }
+
     async fn ready_epoch(self: &Arc<Self>, epoch: u64) -> InferenceInstance {
         let ready = |cluster: Arc<Cluster>| async move {
             let instance = cluster.instances().get("chat").await.unwrap();
@@ -227,9 +270,7 @@ impl Cluster {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_instance_lives_through_failure_and_change() {
     let cluster = Arc::new(Cluster::start(true));
-    cluster.node("a").await;
-    cluster.node("b").await;
-    cluster.model_and_instance().await;
+    cluster.populate().await;
     let instance = cluster.ready_epoch(1).await;
     let status = instance.status.unwrap();
     assert_eq!(status.replicas[0].endpoint.as_deref(), Some("127.0.0.1:7002"));
@@ -251,9 +292,7 @@ async fn an_instance_lives_through_failure_and_change() {
     let nodes: Api<Node> = Api::all(cluster.client.clone());
     nodes.delete("b", &DeleteParams::default()).await.unwrap();
     let waiting = |cluster: Arc<Cluster>| async move {
-        let status = cluster.instances().get("chat").await.unwrap().status?;
-        let placed = status.conditions.into_iter().find(|c| c.type_ == "Placed")?;
-        (placed.reason == "Unplaceable").then_some(placed.message)
+        cluster.message("chat", "Placed", "Unplaceable").await
     };
     let message = cluster.until("a refusal", waiting, &cluster).await;
     assert!(message.starts_with("2 node(s) wanted, 1 usable: a: "), "{message}");
@@ -290,34 +329,51 @@ async fn an_instance_lives_through_failure_and_change() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn shards_that_were_left_running_are_adopted() {
     let cluster = Arc::new(Cluster::start(true));
-    cluster.node("a").await;
-    cluster.node("b").await;
-    cluster.model_and_instance().await;
+    cluster.populate().await;
     cluster.ready_epoch(1).await;
-    let list = async || cluster.shards().list(&ListParams::default()).await.unwrap().items;
-    let uids = |shards: &[Shard]| shards.iter().map(|s| s.uid().unwrap()).collect::<Vec<_>>();
-    let before = uids(&list().await);
-    let orphan = DeleteParams {
-        propagation_policy: Some(PropagationPolicy::Orphan),
-        ..DeleteParams::default()
-    };
-    cluster.instances().delete("chat", &orphan).await.unwrap();
-    let gone = |cluster: Arc<Cluster>| async move {
-        cluster.instances().get_opt("chat").await.unwrap().is_none().then_some(())
-    };
-    cluster.until("the instance's end", gone, &cluster).await;
-    assert_eq!(uids(&list().await), before);
+    let before = cluster.uids().await;
+    cluster.orphan().await;
+    assert_eq!(cluster.uids().await, before);
 
     cluster.instance().await;
     let instance = cluster.ready_epoch(1).await;
-    let adopted = |cluster: Arc<Cluster>| async move {
-        let shards = cluster.shards().list(&ListParams::default()).await.unwrap();
-        let owned = shards.iter().all(|shard| shard.owner_references().len() == 1);
-        owned.then_some(shards.items)
+    cluster.adopted(&instance).await;
+    assert_eq!(cluster.uids().await, before, "they ran on");
+}
+
+/// The instance is deleted, and its shards are let go, between two looks of one decision: at the
+/// instance and at the shards.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_that_are_let_go_meanwhile_are_not_taken_back() {
+    let (gate, is_open) = watch::channel(true);
+    let (held, mut is_held) = watch::channel(false);
+    let hold = move |request: Request, next: Next| {
+        // As the controller lists them; agents look into one namespace.
+        let lists = request.uri().path() == "/apis/exo.dev/v1alpha1/shards"
+            && !request.uri().query().unwrap_or_default().contains("watch=");
+        let (mut is_open, held) = (is_open.clone(), held.clone());
+        async move {
+            if lists && !*is_open.borrow_and_update() {
+                held.send_replace(true);
+                is_open.wait_for(|open| *open).await.unwrap();
+            }
+            next.run(request).await
+        }
     };
-    let shards = cluster.until("adoption", adopted, &cluster).await;
-    assert_eq!(uids(&shards), before, "they ran on");
-    assert!(shards.iter().all(|s| s.owner_references()[0].uid == instance.uid().unwrap()));
+    let wrap = |router: Router| router.layer(middleware::from_fn(hold));
+    let cluster = Arc::new(Cluster::start_with(true, wrap));
+    cluster.populate().await;
+    cluster.ready_epoch(1).await;
+    let before = cluster.uids().await;
+    gate.send_replace(false);
+    cluster.patch_status("chat-0-a1-0", json!({"tokensPerSecond": 1})).await;
+    is_held.wait_for(|held| *held).await.unwrap();
+    cluster.orphan().await;
+    gate.send_replace(true);
+    cluster.instance().await;
+    let instance = cluster.ready_epoch(1).await;
+    cluster.adopted(&instance).await;
+    assert_eq!(cluster.uids().await, before, "they ran on");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -341,13 +397,9 @@ async fn a_refused_shard_is_a_failure_that_waits() {
     };
     let cluster =
         Arc::new(Cluster::start_with(true, |router| router.layer(middleware::from_fn(refuse))));
-    cluster.node("a").await;
-    cluster.node("b").await;
-    cluster.model_and_instance().await;
+    cluster.populate().await;
     let failed = |cluster: Arc<Cluster>| async move {
-        let status = cluster.instances().get("chat").await.unwrap().status?;
-        let ready = status.conditions.into_iter().find(|c| c.type_ == "Ready")?;
-        (ready.reason == "ShardFailed").then_some(ready.message)
+        cluster.message("chat", "Ready", "ShardFailed").await
     };
     let message = cluster.until("the failure in the status", failed, &cluster).await;
     // The first wait may be too short to be seen.
@@ -378,9 +430,7 @@ async fn shards_are_listed_in_pages_and_only_when_there_is_a_reason() {
     };
     let wrap = |router: Router| router.layer(middleware::from_fn(count));
     let cluster = Arc::new(Cluster::start_with(true, wrap));
-    cluster.node("a").await;
-    cluster.node("b").await;
-    cluster.model_and_instance().await;
+    cluster.populate().await;
     cluster.ready_epoch(1).await;
     let rounds = |wanted: u32| {
         let nodes = Arc::clone(&nodes);
@@ -401,9 +451,7 @@ async fn shards_are_listed_in_pages_and_only_when_there_is_a_reason() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_instance_with_a_name_for_no_label_is_told_so() {
     let cluster = Arc::new(Cluster::start(true));
-    cluster.node("a").await;
-    cluster.node("b").await;
-    cluster.model_and_instance().await;
+    cluster.populate().await;
     let name = "n".repeat(64);
     cluster
         .create(
@@ -415,11 +463,11 @@ async fn an_instance_with_a_name_for_no_label_is_told_so() {
         )
         .await;
     let refused = |cluster: Arc<Cluster>| async move {
-        let status = cluster.instances().get(&"n".repeat(64)).await.unwrap().status?;
-        let ready = status.conditions.iter().find(|c| c.type_ == "Ready")?;
-        (ready.reason == "NameTooLong").then_some(status.replicas[0].epoch)
+        cluster.message(&"n".repeat(64), "Ready", "NameTooLong").await
     };
-    assert_eq!(cluster.until("a refusal", refused, &cluster).await, 0);
+    cluster.until("a refusal", refused, &cluster).await;
+    let status = cluster.instances().get(&"n".repeat(64)).await.unwrap().status.unwrap();
+    assert_eq!(status.replicas[0].epoch, 0);
     // The others are not held up.
     cluster.ready_epoch(1).await;
 }
@@ -427,9 +475,7 @@ async fn an_instance_with_a_name_for_no_label_is_told_so() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_the_leader_acts() {
     let cluster = Arc::new(Cluster::start(false));
-    cluster.node("a").await;
-    cluster.node("b").await;
-    cluster.model_and_instance().await;
+    cluster.populate().await;
     // Long enough for a leader to have acted many times.
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(cluster.instances().get("chat").await.unwrap().status, None);
@@ -440,9 +486,7 @@ async fn only_the_leader_acts() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_quiet_instance_is_not_written() {
     let cluster = Arc::new(Cluster::start(true));
-    cluster.node("a").await;
-    cluster.node("b").await;
-    cluster.model_and_instance().await;
+    cluster.populate().await;
     let before = cluster.ready_epoch(1).await;
     // Each is a reason to look again, none a reason to write.
     for speed in 0..5 {

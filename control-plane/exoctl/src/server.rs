@@ -87,7 +87,7 @@ impl Server {
     pub(crate) async fn connect(global: &Global) -> anyhow::Result<Self> {
         let (config, others, from) = config::load(global).await?;
         let namespace = Namespace::new(global, &config.default_namespace);
-        let (servers, note) = Servers::connect(config, &others).await?;
+        let (servers, note) = Servers::connect(&config, &others).await?;
         let client = servers.client();
         Ok(Self { client, servers, from, namespace, kinds: OnceCell::new(), note })
     }

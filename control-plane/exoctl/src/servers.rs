@@ -70,7 +70,7 @@ impl Servers {
     /// # Errors
     /// When the configuration can't be used.
     pub(crate) async fn connect(
-        config: Config,
+        config: &Config,
         others: &[String],
     ) -> anyhow::Result<(Arc<Self>, Option<String>)> {
         let servers = Self::new(config, others);
@@ -88,7 +88,7 @@ impl Servers {
         Ok((Arc::new(servers), note))
     }
 
-    fn new(config: Config, others: &[String]) -> Self {
+    fn new(config: &Config, others: &[String]) -> Self {
         let scheme = config.cluster_url.scheme_str().unwrap_or("https").to_owned();
         let port = config.cluster_url.port_u16().unwrap_or(443);
         let own = format!("{}:{port}", config.cluster_url.host().unwrap_or_default());
@@ -260,7 +260,7 @@ mod tests {
         let check = async |own: &str, others: &[&str], expect: &str, noted: bool| {
             let others: Vec<String> = others.iter().map(|other| (*other).to_owned()).collect();
             let begun = Instant::now();
-            let (servers, note) = Servers::connect(config(own), &others).await.unwrap();
+            let (servers, note) = Servers::connect(&config(own), &others).await.unwrap();
             assert_eq!(servers.url(), format!("http://{expect}"));
             assert_eq!(note.is_some(), noted, "{note:?}");
             let current = &servers.known[servers.current.load(Ordering::Relaxed)];
@@ -323,7 +323,7 @@ mod tests {
             let (own, count) = server(first).await;
             let (other, other_count) = server(Does::Answer(200)).await;
             let others = std::slice::from_ref(&other);
-            let (servers, _) = Servers::connect(config(&own), others).await.unwrap();
+            let (servers, _) = Servers::connect(&config(&own), others).await.unwrap();
             let request = || {
                 let request = Request::builder().method(method.clone()).uri("/x");
                 request.body(Body::empty()).unwrap()
@@ -359,7 +359,7 @@ mod tests {
         let (minority, asked) = server(Does::Answer(503)).await;
         let (up, _) = server(Does::Answer(201)).await;
         let others = [minority, nobody().await, up.clone()];
-        let servers = Arc::new(Servers::new(config(&nobody().await), &others));
+        let servers = Arc::new(Servers::new(&config(&nobody().await), &others));
         let request = Request::post("/x").body(Body::from(b"{}".to_vec())).unwrap();
         assert_eq!(servers.client().send(request).await.unwrap().status(), 201);
         assert_eq!(servers.url(), format!("http://{up}"));
@@ -370,7 +370,7 @@ mod tests {
     async fn where_nobody_can_the_first_one_answers() {
         let (own, own_count) = server(Does::Answer(503)).await;
         let (other, other_count) = server(Does::Answer(503)).await;
-        let (servers, _) = Servers::connect(config(&own), &[other]).await.unwrap();
+        let (servers, _) = Servers::connect(&config(&own), &[other]).await.unwrap();
         let request = Request::delete("/x").body(Body::empty()).unwrap();
         assert_eq!(servers.client().send(request).await.unwrap().status(), 503);
         assert_eq!(servers.url(), format!("http://{own}"));

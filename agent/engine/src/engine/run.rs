@@ -34,6 +34,16 @@ pub(super) struct Batch {
     pub(super) draws: bool,
 }
 
+/// What draws follow from, at the end of the layers.
+#[derive(Clone, Copy)]
+struct Ends<'a> {
+    /// The last state of each row, `[1, rows, width]`.
+    hidden: &'a Array,
+    rows: &'a [Fed],
+    /// `[rows]`: tokens that are fed, but not noted yet.
+    pending: Option<&'a Array>,
+}
+
 /// Draws of several rows, still on the device.
 struct Drawn {
     rows: Vec<RowId>,
@@ -228,7 +238,7 @@ impl Engine {
     }
 
     /// Feeds `tokens` `[1, positions]` to `rows`, each the same number. With `draws` it is only begun; else it is
-    /// waited for, and nothing comes of it. `pending` as for [`Engine::draw`].
+    /// waited for, and nothing comes of it. `pending` as in [`Ends`].
     ///
     /// Messages and sums run in the order in which they are handed to the device: each rank must hand over those of
     /// one pass before those of the next, and in the order of the other ranks.
@@ -269,21 +279,17 @@ impl Engine {
             timing::wait(|| eval(arrays.iter().copied())).map_err(|e| ranks.failure(e))?;
             return Ok(None);
         }
+        let ends = Ends { hidden: &hidden, rows, pending };
         let drawn = match &ranks {
-            Ranks::Alone => self.draw_alone(&hidden, rows, pending),
-            Ranks::Pipeline(pipeline) => self.draw_in_pipeline(pipeline, &hidden, rows, pending),
-            Ranks::Team(team) => self.draw_in_team(team, &hidden, rows, pending),
+            Ranks::Alone => self.draw_alone(ends),
+            Ranks::Pipeline(pipeline) => self.draw_in_pipeline(pipeline, ends),
+            Ranks::Team(team) => self.draw_in_team(team, ends),
         };
         drawn.map(Some)
     }
 
-    fn draw_alone(
-        &mut self,
-        hidden: &Array,
-        rows: &[Fed],
-        pending: Option<&Array>,
-    ) -> Result<Drawn, EngineError> {
-        let Draw { tokens, report } = self.draw(hidden, rows, pending)?;
+    fn draw_alone(&mut self, ends: Ends<'_>) -> Result<Drawn, EngineError> {
+        let (Draw { tokens, report }, rows) = (self.draw(ends)?, ends.rows);
         self.ranks.submit(&[&tokens, &report])?;
         let report = Some((report, self.spans(rows)));
         Ok(Drawn { rows: row_ids(rows), tokens, report })
@@ -293,13 +299,12 @@ impl Engine {
     fn draw_in_pipeline(
         &mut self,
         pipeline: &Pipeline,
-        hidden: &Array,
-        rows: &[Fed],
-        pending: Option<&Array>,
+        ends: Ends<'_>,
     ) -> Result<Drawn, EngineError> {
+        let Ends { hidden, rows, .. } = ends;
         let (ids, count) = (row_ids(rows), rows.len());
         if pipeline.is_last() {
-            let Draw { tokens, report } = self.draw(hidden, rows, pending)?;
+            let Draw { tokens, report } = self.draw(ends)?;
             self.ranks.submit(&[&tokens, &pipeline.send_report(&report)?])?;
             return Ok(Drawn { rows: ids, tokens, report: None });
         }
@@ -327,15 +332,10 @@ impl Engine {
 
     /// All ranks have done the same work on their parts of each layer; the first alone has the head and draws, so that
     /// all go on with the same tokens even where their sums differ by rounding.
-    fn draw_in_team(
-        &mut self,
-        team: &Team,
-        hidden: &Array,
-        rows: &[Fed],
-        pending: Option<&Array>,
-    ) -> Result<Drawn, EngineError> {
+    fn draw_in_team(&mut self, team: &Team, ends: Ends<'_>) -> Result<Drawn, EngineError> {
+        let Ends { hidden, rows, .. } = ends;
         if team.is_first() {
-            let Draw { tokens, report } = self.draw(hidden, rows, pending)?;
+            let Draw { tokens, report } = self.draw(ends)?;
             let tokens = self.within_vocabulary(&team.share_tokens(&tokens)?)?;
             self.ranks.submit(&[&tokens, &report])?;
             let report = Some((report, self.spans(rows)));
@@ -378,14 +378,8 @@ impl Engine {
         sample::spans(samplings, self.info.vocab_size)
     }
 
-    /// Draws from the last hidden state of each row, `[1, rows, width]`. `pending` `[rows]` are tokens that are fed,
-    /// but not noted yet.
-    fn draw(
-        &mut self,
-        hidden: &Array,
-        rows: &[Fed],
-        pending: Option<&Array>,
-    ) -> Result<Draw, EngineError> {
+    fn draw(&mut self, ends: Ends<'_>) -> Result<Draw, EngineError> {
+        let Ends { hidden, rows, pending } = ends;
         let logits = self.model.head(hidden)?.reshape(&[rows.len() as i32, -1])?;
         let mut counts = Vec::with_capacity(rows.len());
         for (index, fed) in rows.iter().enumerate() {

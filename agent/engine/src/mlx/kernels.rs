@@ -175,9 +175,13 @@ pub(crate) struct Products {
 /// What becomes of a product. The kernel is told by how many axes its second input has, which costs no array: these
 /// numbers.
 #[derive(Clone, Copy)]
-enum Product {
+pub(crate) enum Product {
+    /// That of `x` after RMS norm. The second input is the norm's weight, `[columns]`.
     Plain = 1,
+    /// `silu(gate) · up` of `x` after RMS norm; the matrix has the rows of the gate, then those of `up`. The second
+    /// input is the norm's weight, `[1, columns]`.
     Gated = 2,
+    /// Added to the second input, `[1, 1, rows]`.
     Onto = 3,
 }
 
@@ -200,38 +204,12 @@ impl Products {
         weight.ndim() == 2 && bytes.is_some_and(|bytes| weight.dim(1) * bytes % CHUNK_BYTES == 0)
     }
 
-    /// Those of `x` after RMS norm.
-    pub(crate) fn project(
+    /// `x`, the product's second input, and the matrix.
+    pub(crate) fn run(
         &self,
-        x: &Array,
-        norm: &Array,
-        weight: &Array,
+        product: Product,
+        [x, other, weight]: [&Array; 3],
     ) -> Result<Array, Exception> {
-        self.run(Product::Plain, [x, norm, weight])
-    }
-
-    /// `silu(gate) · up` of `x` after RMS norm; `weight` has the rows of the gate, then those of `up`. `norm` is
-    /// `[1, columns]` here.
-    pub(crate) fn project_gated(
-        &self,
-        x: &Array,
-        norm: &Array,
-        weight: &Array,
-    ) -> Result<Array, Exception> {
-        self.run(Product::Gated, [x, norm, weight])
-    }
-
-    /// Added to `residual`.
-    pub(crate) fn project_onto(
-        &self,
-        residual: &Array,
-        x: &Array,
-        weight: &Array,
-    ) -> Result<Array, Exception> {
-        self.run(Product::Onto, [x, residual, weight])
-    }
-
-    fn run(&self, product: Product, [x, other, weight]: [&Array; 3]) -> Result<Array, Exception> {
         let rows = match product {
             Product::Plain | Product::Onto => weight.dim(0),
             Product::Gated => weight.dim(0) / 2,

@@ -10,7 +10,7 @@ use mlx_rs::transforms::eval;
 use mlx_rs::{Array, Dtype};
 
 use super::attention::SingleAttention;
-use crate::mlx::kernels::{self, Attend, Products};
+use crate::mlx::kernels::{self, Attend, Product, Products};
 use crate::mlx::{Shapes, Traced, add, gated, reshape, rms_norm};
 use crate::nn::{Joint, Linear};
 
@@ -193,7 +193,9 @@ impl Step {
             return Err(Exception::custom(format!("a step of {} inputs", inputs.len())));
         };
         let projected = match &self.qkv_proj {
-            Projection::Kernel(weight) => self.products.project(x, &self.input_norm, weight)?,
+            Projection::Kernel(weight) => {
+                self.products.run(Product::Plain, [x, &self.input_norm, weight])?
+            }
             Projection::Operations(linear) => {
                 linear.forward(&rms_norm(x, Some(&self.input_norm), self.eps)?)?
             }
@@ -201,7 +203,9 @@ impl Step {
         let attended = self.attend.run(&projected, [keys, values], position)?;
         let x = self.onto(x, &attended, &self.o_proj)?;
         let inner = match &self.gate_up_proj {
-            Gated::Kernel { norm, weight } => self.products.project_gated(&x, norm, weight)?,
+            Gated::Kernel { norm, weight } => {
+                self.products.run(Product::Gated, [&x, norm, weight])?
+            }
             Gated::Operations(joint) => {
                 let normed = rms_norm(&x, Some(&self.post_norm), self.eps)?;
                 let [gate, up] = joint.forward(&normed)?;
@@ -214,7 +218,7 @@ impl Step {
     /// `x` plus the projection of `inner`.
     fn onto(&self, x: &Array, inner: &Array, projection: &Projection) -> Result<Array, Exception> {
         match projection {
-            Projection::Kernel(weight) => self.products.project_onto(x, inner, weight),
+            Projection::Kernel(weight) => self.products.run(Product::Onto, [inner, x, weight]),
             Projection::Operations(linear) => add(x, &linear.forward(inner)?),
         }
     }

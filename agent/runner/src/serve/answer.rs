@@ -83,6 +83,11 @@ impl Answer {
         Ok((answer, None))
     }
 
+    /// How many more tokens it may have.
+    pub(crate) fn tokens_left(&self) -> u32 {
+        self.tokens_max.saturating_sub(self.tokens)
+    }
+
     /// Takes the next token.
     pub(crate) fn push(&mut self, output: &StepOutput) -> Result<Pushed, TextError> {
         if self.eos_token_ids.contains(&output.token) {

@@ -39,6 +39,8 @@ pub(crate) enum RankCommand {
     },
     Prefill(Step),
     Decode(Vec<Feed>),
+    /// The rows of the last decode step once more, each fed what it drew. Nothing if that step was refused.
+    DecodeAgain,
     Close {
         seq: SeqId,
     },

@@ -134,7 +134,7 @@ fn run(executor: &mut impl Executor, extent: &Extent, round: &Round) -> Result<(
             }
         }
         let feeds: Vec<Feed> = open.iter().map(|&seq| Feed { seq, token: TOKEN, draw }).collect();
-        done(executor.decode(&feeds)?)?;
+        done(executor.decode(&feeds, false)?)?;
     }
     open.into_iter().try_for_each(|seq| executor.close(seq))
 }
@@ -206,7 +206,11 @@ mod tests {
             Ok(self.drawn(1))
         }
 
-        fn decode(&mut self, feeds: &[Feed]) -> Result<Stepped, Failure> {
+        fn has_others(&self) -> bool {
+            false
+        }
+
+        fn decode(&mut self, feeds: &[Feed], _: bool) -> Result<Stepped, Failure> {
             feeds.iter().for_each(|feed| self.feed(feed.seq, 1));
             self.batches.push(feeds.len());
             Ok(self.drawn(feeds.len()))

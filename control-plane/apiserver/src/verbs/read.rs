@@ -33,6 +33,9 @@ pub(crate) async fn list(call: &Call) -> Result<Response, ApiError> {
     if let Some(token) = page.next {
         metadata["continue"] = json!(token.encode());
     }
+    if let Some(remaining) = page.remaining {
+        metadata["remainingItemCount"] = json!(remaining);
+    }
     Ok(body.respond(&metadata))
 }
 
@@ -61,6 +64,8 @@ impl Continue {
 struct Page {
     revision: u64,
     next: Option<Continue>,
+    /// How many come after it, as far as that can be told without looking into them.
+    remaining: Option<usize>,
 }
 
 /// What the collection's keys begin with: narrowed to one key where the selector names one.
@@ -124,7 +129,9 @@ async fn read_page(
                 let before = at.checked_sub(1).map(|at| listing.entries[at].key.to_string());
                 let after = before.or(after).unwrap_or_default();
                 let next = Continue { revision: listing.revision, after };
-                return Ok(Page { revision: listing.revision, next: Some(next) });
+                let remaining = selector.is_empty().then(|| remaining(call, &prefix, &next));
+                let remaining = remaining.flatten();
+                return Ok(Page { revision: listing.revision, next: Some(next), remaining });
             }
             let as_stored = wanted_whole && selector.is_empty() && call.resource.is_plain(entry);
             let found = if as_stored {
@@ -144,10 +151,23 @@ async fn read_page(
             }
         }
         if !listing.more {
-            return Ok(Page { revision: listing.revision, next: None });
+            return Ok(Page { revision: listing.revision, next: None, remaining: None });
         }
         after = listing.entries.last().map(|entry| entry.key.to_string());
     }
+}
+
+/// Number of entries after the page's last one. They are of a revision that is here, and only their
+/// places are copied.
+fn remaining(call: &Call, prefix: &str, next: &Continue) -> Option<usize> {
+    let query = ListQuery {
+        prefix: prefix.to_owned(),
+        after: Some(next.after.clone()),
+        limit: 0,
+        revision: Some(next.revision),
+    };
+    // Compacted meanwhile: then the client's next page will tell it.
+    call.server.store().list_local(&query).ok().map(|listing| listing.entries.len())
 }
 
 /// The revision that a list must show. Without `Exact`, the newest state is never too old.

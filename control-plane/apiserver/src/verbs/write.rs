@@ -146,18 +146,27 @@ fn set_version(object: &mut Value, revision: u64) {
 pub(crate) async fn update(call: &Call) -> Result<Response, ApiError> {
     let Input { object: mut wanted, duplicates } = call.body_object()?;
     admission::check_identity(call, &mut wanted)?;
-    if object::resource_version(&wanted).is_none() && !builtin::updates_blindly(&call.resource) {
-        return Err(ApiError::Invalid {
-            subject: call.resource.subject(&call.name),
-            causes: vec![Cause {
-                reason: "FieldValueInvalid",
-                message: "Invalid value: 0x0: must be specified for an update".to_owned(),
-                field: "metadata.resourceVersion".to_owned(),
-            }],
-        });
-    }
-    let (object, warnings) = change(call, &duplicates, |_| Ok(wanted.clone())).await?;
+    let is_blind = object::resource_version(&wanted).is_none();
+    let replace = |_: &Value| {
+        // Only of what is there: of anything else, that is what the client must know.
+        if is_blind && !builtin::updates_blindly(&call.resource) {
+            return Err(names_no_version(call));
+        }
+        Ok(wanted.clone())
+    };
+    let (object, warnings) = change(call, &duplicates, replace).await?;
     Ok(call.respond(StatusCode::OK, object, &warnings))
+}
+
+fn names_no_version(call: &Call) -> ApiError {
+    ApiError::Invalid {
+        subject: call.resource.subject(&call.name),
+        causes: vec![Cause {
+            reason: "FieldValueInvalid",
+            message: "Invalid value: 0x0: must be specified for an update".to_owned(),
+            field: "metadata.resourceVersion".to_owned(),
+        }],
+    }
 }
 
 pub(crate) async fn patch(call: &Call) -> Result<Response, ApiError> {
@@ -188,6 +197,10 @@ async fn apply(call: &Call) -> Result<Response, ApiError> {
     let force = call.query.flag("force") == Some(true);
     let Input { object: mut config, duplicates } = call.apply_object()?;
     admission::check_identity(call, &mut config)?;
+    // Where the configuration leaves it out, the path says it.
+    if config.pointer("/metadata/name").is_none_or(|name| name.is_null() || name == "") {
+        object::set_metadata(&mut config, "name", Some(json!(call.name)));
+    }
     check_name(call, &config)?;
     if config.pointer("/metadata/managedFields").is_some_and(|m| !m.is_null()) {
         return Err(ApiError::BadRequest("metadata.managedFields must be nil".to_owned()));

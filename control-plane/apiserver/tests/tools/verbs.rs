@@ -222,9 +222,20 @@ async fn what_is_served_is_explained() {
     assert!(kubectl.ok("api-versions", "").await.contains("exo.dev/v1alpha1\n"));
     assert!(kubectl.ok("version", "").await.contains("exo"), "the server's version");
     assert!(kubectl.ok("get --raw /", "").await.contains("/apis/exo.dev/v1alpha1"));
-    assert_eq!(kubectl.ok("get --raw /readyz", "").await, "ok");
+    for check in ["readyz", "readyz/store", "livez/ping"] {
+        assert_eq!(kubectl.ok(&format!("get --raw /{check}"), "").await, "ok", "{check}");
+    }
     let explained = kubectl.ok("explain ii.spec.nodes", "").await;
     assert!(explained.contains("At most this many"), "{explained}");
+    for (field, about) in [
+        ("ns.spec", "How the namespace is to behave"),
+        ("secret.data", "in base64"),
+        ("lease.spec.holderIdentity", "Who holds the lease"),
+        ("event.involvedObject.name", "Name of the object"),
+    ] {
+        let explained = kubectl.ok(&format!("explain {field}"), "").await;
+        assert!(explained.contains(about), "{field}: {explained}");
+    }
     if kubectl.is_recent().await {
         let explained = kubectl.ok("explain secret --recursive", "").await;
         assert!(explained.contains("stringData"), "{explained}");

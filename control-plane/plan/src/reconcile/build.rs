@@ -157,7 +157,9 @@ pub(super) fn outdated(observed: &Observed<'_>, shards: &[&Shard]) -> bool {
             || spec.max_concurrency != wanted.max_concurrency
             || spec.fast_synch != wanted.fast_synch
             || spec.environment != wanted.environment
-            // Those that were adopted go on with the one that they have.
+            // Without one any will do: shards that were adopted, or whose instance had one, go on
+            // with theirs. It is for requests that bring none, and gateways, who know the
+            // instance's, let none through.
             || wanted.seed.is_some_and(|wanted| wanted != spec.seed)
             || nodes.min.is_some_and(|min| spec.world_size < min)
             || nodes.max.is_some_and(|max| spec.world_size > max)

@@ -7,6 +7,8 @@
 //! (Ongaro, "Consensus: Bridging Theory and Practice", 9.6), and stands when a majority would.
 //!
 //! None of this decides who leads: that do the votes alone, which openraft asks for and gives.
+//!
+//! All times but those that say how often something is looked at are multiplied by the node's [`Pace`].
 
 use std::{
     collections::BTreeSet,
@@ -22,7 +24,7 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout_at},
 };
 
-use super::{call::Target, network::json, node::Node};
+use super::{call::Target, network::json, node::Node, pace::Pace};
 
 /// A voter that heard nothing of a leader for a time between these, in milliseconds, looks for
 /// another one. A leader is heard every 225 ms at least, so that a call of its may be lost; and
@@ -61,7 +63,10 @@ impl Candidate {
 }
 
 /// What a node knows of leaders and candidates.
-pub(super) struct Ear(Mutex<Known>);
+pub(super) struct Ear {
+    known: Mutex<Known>,
+    pace: Pace,
+}
 
 #[derive(Clone, Copy)]
 struct Known {
@@ -73,12 +78,13 @@ struct Known {
 }
 
 impl Ear {
-    pub(super) fn new() -> Self {
-        Self(Mutex::new(Known { heard: Instant::now(), promised: None, standing: None }))
+    pub(super) fn new(pace: Pace) -> Self {
+        let known = Known { heard: Instant::now(), promised: None, standing: None };
+        Self { known: Mutex::new(known), pace }
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A leader called, or a vote was given; or this node leads, and is followed.
@@ -100,13 +106,14 @@ impl Ear {
     /// Whether this node would have another one lead, which has `own.last` itself.
     fn would_have(&self, other: Candidate, own: Candidate, now: Instant) -> bool {
         let mut known = self.known();
-        let hears_a_leader = now.saturating_duration_since(known.heard) < LEASE;
+        let silent = now.saturating_duration_since(known.heard);
+        let hears_a_leader = silent < self.pace.times(LEASE);
         let is_better = known.standing.is_some_and(|standing| standing.is_better_than(other));
         if hears_a_leader || is_better || other.last < own.last {
             return false;
         }
         known.standing = None;
-        known.promised = Some(now + PROMISE);
+        known.promised = Some(now + self.pace.times(PROMISE));
         true
     }
 
@@ -152,7 +159,8 @@ impl Node {
         let metrics = self.metrics();
         let metrics = metrics.borrow();
         let answered = metrics.millis_since_quorum_ack.map(Duration::from_millis);
-        metrics.state == ServerState::Leader && answered.is_some_and(|since| since < LEASE)
+        metrics.state == ServerState::Leader
+            && answered.is_some_and(|since| since < self.pace.times(LEASE))
     }
 
     /// Whom to ask, if this node is a voter.
@@ -174,13 +182,14 @@ impl Node {
 
 /// Stands for election whenever it is time, until Raft stops.
 pub(super) async fn keep(node: Arc<Node>) {
-    let mut patience = between(FIRST_PATIENCE_MS);
+    let pace = node.pace;
+    let mut patience = pace.times(between(FIRST_PATIENCE_MS));
     let mut is_new = true;
     let started = node.ear.heard_at();
     while node.metrics().borrow().running_state.is_ok() {
         if is_new && (node.leads() || node.ear.heard_at() > started) {
             is_new = false;
-            patience = between(PATIENCE_MS);
+            patience = pace.times(between(PATIENCE_MS));
         }
         if node.leads() {
             if node.is_followed() {
@@ -209,7 +218,7 @@ pub(super) async fn keep(node: Arc<Node>) {
         }
         election_over(&node).await;
         is_new = false;
-        patience = between(PATIENCE_MS);
+        patience = pace.times(between(PATIENCE_MS));
     }
 }
 
@@ -226,6 +235,7 @@ async fn rest(ear: &Ear, until: Instant) {
 async fn is_wanted(node: &Node, electorate: &Electorate) -> bool {
     let own = node.candidate();
     let began = Instant::now();
+    let limit = node.pace.times(ANSWER_LIMIT);
     {
         let mut known = node.ear.known();
         if known.promised.is_some_and(|until| until > began) {
@@ -237,13 +247,13 @@ async fn is_wanted(node: &Node, electorate: &Electorate) -> bool {
     for rival in electorate.rivals.iter().cloned() {
         let caller = node.caller.clone();
         asked.spawn(async move {
-            let answer = caller.post(&rival, "would-have", json(&own), ANSWER_LIMIT).await;
+            let answer = caller.post(&rival, "would-have", json(&own), limit).await;
             answer.unwrap_or(false).then_some(rival.id)
         });
     }
     let mut agreed = BTreeSet::from([node.id]);
     while !electorate.is_majority(&agreed)
-        && let Ok(Some(answer)) = timeout_at(began + ANSWER_LIMIT, asked.join_next()).await
+        && let Ok(Some(answer)) = timeout_at(began + limit, asked.join_next()).await
     {
         agreed.extend(answer.ok().flatten());
     }
@@ -256,7 +266,7 @@ async fn is_wanted(node: &Node, electorate: &Electorate) -> bool {
 /// Waits until this node leads, hears of a leader, or has waited long enough for either.
 async fn election_over(node: &Node) {
     let began = Instant::now();
-    let limit = began + between(ELECTION_OVER_MS);
+    let limit = began + node.pace.times(between(ELECTION_OVER_MS));
     let mut metrics = node.metrics();
     loop {
         let leads = metrics.borrow_and_update().state == ServerState::Leader;
@@ -289,7 +299,7 @@ mod tests {
 
     #[tokio::test]
     async fn another_one_is_wanted_only_when_no_leader_is_heard_and_it_has_all() {
-        let ear = Ear::new();
+        let ear = Ear::new(Pace::default());
         let (own, now) = (candidate(2, 10), Instant::now());
         let late = now + LEASE * 2;
         assert!(!ear.would_have(candidate(1, 10), own, now), "a leader was heard");
@@ -302,7 +312,7 @@ mod tests {
 
     #[tokio::test]
     async fn time_in_which_this_node_stood_still_does_not_count() {
-        let (ear, patience) = (Ear::new(), Duration::from_millis(500));
+        let (ear, patience) = (Ear::new(Pace::default()), Duration::from_millis(500));
         let due = ear.due(patience);
         let late = due + Duration::from_secs(1);
         ear.excuse(Duration::from_millis(300), late);
@@ -315,7 +325,7 @@ mod tests {
     async fn of_two_that_stand_the_better_one_goes_on() {
         let late = Instant::now() + LEASE * 2;
         let check = |own: Candidate, other: Candidate, gives_way: bool| {
-            let ear = Ear::new();
+            let ear = Ear::new(Pace::default());
             ear.known().standing = Some(own);
             assert_eq!(ear.would_have(other, own, late), gives_way, "{own:?} {other:?}");
             assert_eq!(ear.known().standing.is_none(), gives_way);

@@ -57,7 +57,8 @@ pub(super) enum Change {
     /// These learners become voters too.
     Promote { ids: BTreeSet<u64> },
     /// A voter becomes a learner first, and then leaves. In between it may be made a voter again, if
-    /// the leader is lost there and the node still answers: who ordered this repeats it.
+    /// the leader is lost there and the node still answers, and nobody is left who knows of the order:
+    /// whoever wants the node gone orders it again as long as it is a member.
     Remove { id: u64 },
     /// A node moved, or was given another name.
     Address {

@@ -17,6 +17,7 @@ mod mark;
 mod members;
 mod network;
 mod node;
+mod pace;
 mod reads;
 mod roll;
 mod routes;
@@ -55,6 +56,7 @@ use crate::{
         members::{Change, Changes},
         network::{Peers, Silence, Telling},
         node::Node,
+        pace::Pace,
         reads::Reads,
         writer::Writer,
     },
@@ -119,9 +121,10 @@ pub struct RaftConfig {
 
 /// Followers hear from the leader this often; a call to a follower may take as long.
 const HEARTBEAT_MS: u64 = 150;
-/// A follower that heard of its leader within the upper bound votes for no other one; when followers
+/// A voter has the lower bound to write its vote to disk and to answer. A follower that heard of its
+/// leader within the upper bound, which openraft wants larger, votes for no other one. When followers
 /// stand themselves is in [`election`].
-const ELECTION_MS: (u64, u64) = (300, 450);
+const ELECTION_MS: (u64, u64) = (440, 450);
 /// Log entries between snapshots: replaying so many takes well under a second.
 const SNAPSHOT_EVERY: u64 = 10_000;
 /// Log entries kept behind a snapshot, for followers that are a little behind.
@@ -162,12 +165,12 @@ fn fault(error: &dyn std::error::Error) -> OpenError {
     OpenError::Raft(error.to_string())
 }
 
-fn settings() -> Result<Arc<openraft::Config>, OpenError> {
+fn settings(pace: Pace) -> Result<Arc<openraft::Config>, OpenError> {
     let settings = openraft::Config {
         cluster_name: "exo".to_owned(),
         heartbeat_interval: HEARTBEAT_MS,
-        election_timeout_min: ELECTION_MS.0,
-        election_timeout_max: ELECTION_MS.1,
+        election_timeout_min: pace.times_ms(ELECTION_MS.0),
+        election_timeout_max: pace.times_ms(ELECTION_MS.1),
         snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_EVERY),
         max_in_snapshot_log_to_keep: KEEP_BEHIND_SNAPSHOT,
         snapshot_max_chunk_size: CHUNK_BYTES,
@@ -186,9 +189,16 @@ impl RaftBackend {
         peering: Option<Peering>,
     ) -> Result<Self, OpenError> {
         let path = config.dir.clone();
-        let disk = tokio::task::spawn_blocking(move || Disk::open(&path, config.node_id))
-            .await
-            .map_err(|error| OpenError::Raft(error.to_string()))??;
+        let opening = tokio::task::spawn_blocking(move || {
+            let disk = Disk::open(&path, config.node_id)?;
+            // Whoever can't write to the folder hears of it where something is to be written.
+            Ok::<_, DiskError>((disk, Pace::measure(&path).unwrap_or_default()))
+        });
+        let (disk, pace) = opening.await.map_err(|error| OpenError::Raft(error.to_string()))??;
+        if pace.is_slow() {
+            let folder = config.dir.display();
+            tracing::warn!(%folder, "the disk is slow: a new leader will take longer to be found");
+        }
         let disk = Arc::new(disk);
         let mut machine = StateMachine::load(&disk)?;
         let (shared, applied) = (Arc::clone(machine.shared()), machine.progress());
@@ -209,7 +219,7 @@ impl RaftBackend {
             telling: telling.clone(),
             silence: silence.clone(),
         };
-        let raft = NodeRaft::new(config.node_id, settings()?, peers, log, machine)
+        let raft = NodeRaft::new(config.node_id, settings(pace)?, peers, log, machine)
             .await
             .map_err(|e| fault(&e))?;
         let joins = peering.is_some_and(|p| p.begin == Begin::Join);
@@ -229,7 +239,8 @@ impl RaftBackend {
             caller,
             proposals,
             disk: Arc::clone(&disk),
-            ear: Ear::new(),
+            ear: Ear::new(pace),
+            pace,
             telling,
             applied,
             quorum_lost,
@@ -239,7 +250,7 @@ impl RaftBackend {
         let (sender, leadership) = watch::channel(now);
         let tasks = vec![
             tokio::spawn(follow_leadership(node.raft.server_metrics(), sender, leads_sender)),
-            tokio::spawn(node::watch_quorum(node.metrics(), quorum_sender, silence)),
+            tokio::spawn(node::watch_quorum(node.metrics(), quorum_sender, silence, pace)),
             tokio::spawn(election::keep(Arc::clone(&node))),
             tokio::spawn(snapshot_by_size(Arc::clone(&node), growth)),
             tokio::spawn(tell_address(Arc::clone(&node), config.name, config.address)),

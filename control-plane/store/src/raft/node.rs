@@ -24,6 +24,7 @@ use super::{
     election::Ear,
     members::Changes,
     network::{Silence, Telling},
+    pace::Pace,
 };
 use crate::StoreError;
 
@@ -130,6 +131,7 @@ pub(super) struct Node {
     pub(super) proposals: Proposals,
     pub(super) disk: Arc<Disk>,
     pub(super) ear: Ear,
+    pub(super) pace: Pace,
     pub(super) telling: Telling,
     /// The newest entry that is applied here; 0 for none.
     pub(super) applied: watch::Receiver<u64>,
@@ -218,7 +220,7 @@ impl Node {
     pub(super) fn has_leader(&self) -> bool {
         match self.place() {
             Place::Here => true,
-            Place::There(_) => self.ear.heard_at().elapsed() < QUORUM_LOST,
+            Place::There(_) => self.ear.heard_at().elapsed() < self.pace.times(QUORUM_LOST),
             Place::Nowhere(_) => false,
         }
     }
@@ -265,15 +267,17 @@ pub(super) async fn watch_quorum(
     metrics: watch::Receiver<RaftMetrics<u64, MemberNode>>,
     lost: watch::Sender<Option<String>>,
     silence: Silence,
+    pace: Pace,
 ) {
+    let limit = pace.times(QUORUM_LOST);
     let mut quorum = Quorum::default();
     loop {
         tokio::time::sleep(LOOK_AGAIN).await;
         let now = Instant::now();
         let unanswered = quorum.unanswered(&metrics.borrow(), now);
-        let since_lost = unanswered.and_then(|since| since.checked_sub(QUORUM_LOST));
+        let since_lost = unanswered.and_then(|since| since.checked_sub(limit));
         let why = since_lost.map(|since| {
-            let ms = (QUORUM_LOST + since).as_millis();
+            let ms = (limit + since).as_millis();
             format!("no majority of voters has answered this leader for {ms} ms")
         });
         silence.set(since_lost.is_some_and(is_silent));

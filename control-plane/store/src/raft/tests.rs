@@ -204,6 +204,37 @@ async fn a_complete_last_commit_that_is_damaged_is_no_torn_one() {
     assert!(error.to_string().contains("store.mark") && error.is_damage(), "{error}");
 }
 
+/// Where Raft has stopped it is of no use to hear who else does not answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_has_stopped_says_that_alone() {
+    let dir = TempDir::new().unwrap();
+    let store = Store::raft(config(dir.path())).await.unwrap();
+    let node = Arc::clone(&RaftBackend::of(&store).node);
+    // Another voter that is not there: there is no majority from now on.
+    let other = BTreeMap::from([(2, MemberNode::of("b", "127.0.0.1:1"))]);
+    let add = openraft::ChangeMembers::AddNodes(other);
+    node.raft.change_membership(add, true).await.unwrap();
+    let promoting = tokio::spawn({
+        let raft = node.raft.clone();
+        let promote = openraft::ChangeMembers::AddVoterIds(BTreeSet::from([2]));
+        async move { raft.change_membership(promote, true).await }
+    });
+    let two_vote = |m: &RaftMetrics<u64, MemberNode>| {
+        m.membership_config.membership().voter_ids().count() == 2
+    };
+    node.metrics().wait_for(two_vote).await.unwrap();
+    let running = node.explain("what was found".to_owned()).await;
+    let expect = "no majority of voters: 1 of 2 answers (none from b at 127.0.0.1:1); ";
+    assert!(running.starts_with(expect) && running.contains("(what was found)"), "{running}");
+
+    node.raft.shutdown().await.unwrap();
+    assert_eq!(node.explain("what was found".to_owned()).await, "what was found");
+    let error = store.txn(Txn::create("/a", "1")).await.unwrap_err().to_string();
+    assert!(error.contains("Raft has stopped") && !error.contains("majority"), "{error}");
+    promoting.abort();
+    store.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leader_that_starts_again_begins_a_new_term() {
     let dir = TempDir::new().unwrap();

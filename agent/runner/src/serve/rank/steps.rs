@@ -16,7 +16,7 @@ use tracing::warn;
 
 use super::super::{
     channel::{self, RankCommand, Sender},
-    driver::{Driver, Executor, Stepped},
+    driver::{self, Driver, Executor, Stepped},
     http::{Service, WAITING_MAX},
     report::{Failure, Reporter},
     request::{ModelLimits, ModelText},
@@ -55,6 +55,10 @@ pub(super) struct Ranks {
     /// There are no other ranks.
     alone: bool,
     memory: Memory,
+    /// The next decode step is what was told; on rank 0.
+    told: bool,
+    /// What a decode step would feed that was told ahead; on the others.
+    again: Option<Vec<Feed>>,
     /// The warm-up is over, which has one limit for all its steps.
     warm: bool,
     step_limit: Duration,
@@ -71,6 +75,8 @@ impl Ranks {
             runtime: start.runtime.clone(),
             senders: start.senders.clone(),
             alone: start.config.world_size == 1,
+            told: false,
+            again: None,
             warm: false,
             step_limit: step_limit(&start.config),
             steps: start.steps.clone(),
@@ -149,9 +155,11 @@ impl Ranks {
                     let result = self.watched(|engine| engine.step(&step));
                     warn_of_refusal(&stepped(result)?);
                 }
-                RankCommand::Decode(feeds) => {
-                    let result = self.watched(|engine| engine.decode(&feeds));
-                    warn_of_refusal(&stepped(result)?);
+                RankCommand::Decode(feeds) => self.follow_decode(&feeds)?,
+                RankCommand::DecodeAgain => {
+                    if let Some(feeds) = self.again.take() {
+                        self.follow_decode(&feeds)?;
+                    }
                 }
                 RankCommand::Close { seq } => self.engine.close(seq),
                 RankCommand::Ready => {
@@ -164,6 +172,16 @@ impl Ranks {
                 }
             }
         }
+        Ok(())
+    }
+
+    fn follow_decode(&mut self, feeds: &[Feed]) -> Result<(), Failure> {
+        let stepped = stepped(self.watched(|engine| engine.decode(feeds)))?;
+        warn_of_refusal(&stepped);
+        self.again = match &stepped {
+            Stepped::Done(outputs) => Some(driver::again(feeds, outputs)),
+            Stepped::Refused(_) => None,
+        };
         Ok(())
     }
 
@@ -218,9 +236,20 @@ impl Executor for Ranks {
         stepped(self.watched(|engine| engine.step(step)))
     }
 
-    fn decode(&mut self, feeds: &[Feed]) -> Result<Stepped, Failure> {
-        self.tell(|| RankCommand::Decode(feeds.to_vec()))?;
-        stepped(self.watched(|engine| engine.decode(feeds)))
+    fn decode(&mut self, feeds: &[Feed], again: bool) -> Result<Stepped, Failure> {
+        if !std::mem::take(&mut self.told) {
+            self.tell(|| RankCommand::Decode(feeds.to_vec()))?;
+        }
+        if again {
+            self.tell(|| RankCommand::DecodeAgain)?;
+        }
+        let stepped = stepped(self.watched(|engine| engine.decode(feeds)))?;
+        self.told = again && matches!(stepped, Stepped::Done(_));
+        Ok(stepped)
+    }
+
+    fn has_others(&self) -> bool {
+        !self.alone
     }
 
     fn close(&mut self, seq: SeqId) -> Result<(), Failure> {

@@ -1,6 +1,8 @@
 //! Several nodes: one store on all of them, whatever happens to a minority.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod members;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::{
@@ -325,85 +327,6 @@ async fn a_pause_of_all_nodes_is_no_reason_for_an_election() {
     cluster.shutdown().await;
 }
 
-/// What is left after the loss of a leader between the two steps of a change: until the second one
-/// is taken, majorities of the old voters and of the new ones are needed.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_change_of_voters_that_was_begun_is_completed() {
-    let mut cluster = Cluster::start(1).await;
-    cluster.join(2).await;
-    cluster.join(3).await;
-    // The first step is in the log of the only voter, and needs the learners to go on.
-    cluster.partition(&[1]);
-    let promoting = tokio::spawn({
-        let first = cluster.store(1);
-        async move { first.change_membership(BTreeSet::from([1, 2, 3])).await }
-    });
-    let voters = |id: u64| cluster.store(id).members().iter().filter(|m| m.is_voter).count();
-    cluster.until("the first step is taken", || voters(1) == 3).await;
-    promoting.abort();
-    cluster.stop(1).await;
-    cluster.restart(1).await;
-    cluster.heal();
-    cluster.leader().await;
-    let keeping: Vec<_> = (1..=3)
-        .map(|id| {
-            let store = cluster.store(id);
-            tokio::spawn(async move { store.keep_voters().await })
-        })
-        .collect();
-    let registries: Vec<_> = (1..=3)
-        .map(|id| {
-            let registry = prometheus::Registry::new();
-            cluster.store(id).register_metrics(&registry).unwrap();
-            registry
-        })
-        .collect();
-    let is_complete = |registry| gauges(registry, "exo_raft_voters_changing") == [0];
-    cluster.until("the second step is taken", || registries.iter().all(is_complete)).await;
-    // With a single set of voters the first one may be lost.
-    cluster.stop(1).await;
-    cluster.leader_among(&[2, 3]).await;
-    create(&cluster.store(2), "/a", "v").await;
-    keeping.into_iter().for_each(|task| task.abort());
-    cluster.shutdown().await;
-}
-
-/// The order outlives the office of the leader that began it, and leaves nothing behind there.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_change_that_a_deposed_leader_began_does_not_stop_others() {
-    let cluster = Cluster::start(3).await;
-    let old = cluster.leader().await;
-    let others: Vec<u64> = (1..=3).filter(|id| *id != old).collect();
-    let registry = prometheus::Registry::new();
-    cluster.store(old).register_metrics(&registry).unwrap();
-    cluster.partition(&[old]);
-    let removed = others[0];
-    let removing = tokio::spawn({
-        let store = cluster.store(old);
-        async move { store.remove_node(removed).await }
-    });
-    let begun = || gauges(&registry, "exo_raft_voters_changing") == [1];
-    cluster.until("the first step is in its log", begun).await;
-    let new = cluster.leader_among(&others).await;
-    for i in 0..20 {
-        create(&cluster.store(new), &format!("/{i}"), "v").await;
-    }
-    cluster.heal();
-    // The next leader is told too, and it is made.
-    timeout(LIMIT, removing).await.expect("it is answered").unwrap().unwrap();
-    let ids: Vec<u64> = cluster.store(others[1]).members().iter().map(|m| m.id).collect();
-    assert!(!ids.contains(&removed), "{ids:?}");
-
-    // When it leads again it makes changes as before.
-    let old_store = cluster.store(old);
-    old_store.change_membership(BTreeSet::from([old])).await.unwrap();
-    cluster.until("it leads again", || old_store.is_leader()).await;
-    let both = BTreeSet::from([old, others[1]]);
-    timeout(LIMIT, old_store.change_membership(both)).await.expect("it is its turn").unwrap();
-    assert_eq!(old_store.members().iter().filter(|m| m.is_voter).count(), 2);
-    cluster.shutdown().await;
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_far_behind_gets_a_snapshot_in_parts() {
     let mut cluster = Cluster::start(3).await;
@@ -484,40 +407,6 @@ async fn the_leader_tells_how_far_others_are_behind() {
     cluster.until("none is heard", || has(&registry_there) == [0] && has(&registry) == [0]).await;
     cluster.heal();
     cluster.until("one is heard", || has(&registry_there) == [1] && has(&registry) == [1]).await;
-    cluster.shutdown().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn nodes_join_and_leave() {
-    let mut cluster = Cluster::start(3).await;
-    create(&cluster.store(1), "/a", "1").await;
-    cluster.join(4).await;
-    let learner = cluster.store(4);
-    let is_voter =
-        |store: &Store, id: u64| store.members().iter().find(|m| m.id == id).map(|m| m.is_voter);
-    cluster.until("it knows itself", || is_voter(&learner, 4) == Some(false)).await;
-    // A learner serves like the others.
-    create(&learner, "/b", "1").await;
-    assert!(learner.get("/a").await.unwrap().is_some());
-
-    // It takes the leader's place: the order is given on the learner itself.
-    let leader = cluster.leader().await;
-    let voters: BTreeSet<u64> = (1..=4).filter(|id| *id != leader).collect();
-    learner.change_membership(voters).await.unwrap();
-    let others: Vec<u64> = (1..=4).filter(|id| *id != leader).collect();
-    cluster.leader_among(&others).await;
-    learner.remove_node(leader).await.unwrap();
-    cluster.until("it is gone", || is_voter(&learner, leader).is_none()).await;
-    cluster.until("it votes", || is_voter(&learner, 4) == Some(true)).await;
-    cluster.stop(leader).await;
-    // Still three voters: one of them may be lost.
-    let another = others.iter().copied().find(|id| *id != 4).unwrap();
-    cluster.stop(another).await;
-    create(&learner, "/c", "1").await;
-    assert!(learner.get("/b").await.unwrap().is_some());
-
-    let unknown = learner.change_membership(BTreeSet::from([4, 99])).await;
-    assert!(matches!(unknown, Err(StoreError::Invalid(_))), "{unknown:?}");
     cluster.shutdown().await;
 }
 
