@@ -433,7 +433,11 @@ fn part(
     };
     let needs_all = (part.first && part.last) || !team.is_alone();
     if part.layers.is_empty() || part.layers.end > all || (needs_all && part.layers.len() != all) {
-        return Err(EngineError::Layers(format!("{:?} of {all}", part.layers)));
+        let Range { start, end } = part.layers;
+        return Err(EngineError::Layers(format!(
+            "a rank was given {start}..{end}, but the model has {all} by its config.json: does the \
+             Model resource give another number?"
+        )));
     }
     Ok(part)
 }

@@ -193,5 +193,6 @@ fn names_what_is_wrong_with_the_configuration() {
         context_length: 0,
     };
     let error = Engine::load(&part, &mut |_| {}).err().expect("one rank alone needs all layers");
-    assert_eq!(error.to_string(), "layers do not fit: 0..2 of 3");
+    let told = "layers do not fit: a rank was given 0..2, but the model has 3 by its config.json";
+    assert!(error.to_string().starts_with(told), "{error}");
 }

@@ -103,6 +103,9 @@ pub(crate) struct Config {
     pub(crate) data_dir: PathBuf,
     /// Address that other nodes are told.
     pub(crate) address: IpAddr,
+    /// It is loopback only because the first peer was named so: the peer knows better, see
+    /// `control::settle_address`.
+    pub(crate) is_loopback_by_peer: bool,
     /// Where a node without a control plane serves its metrics.
     pub(crate) metrics: SocketAddr,
     pub(crate) role: Role,
@@ -224,9 +227,13 @@ impl RawArgs {
                 store,
             },
         };
-        let address = match self.listen {
-            Some(ip) if !ip.is_unspecified() => ip,
-            _ => own_address(self.peers.first().map(String::as_str)),
+        let (address, is_loopback_by_peer) = match (self.listen, self.peers.first()) {
+            (Some(ip), _) if !ip.is_unspecified() => (ip, false),
+            (_, None) => (own_address(None), false),
+            (_, Some(peer)) => {
+                let address = own_address(Some(peer));
+                (address, address.is_loopback())
+            }
         };
         for origin in &self.allow_origin {
             checked_origin(origin)?;
@@ -238,6 +245,7 @@ impl RawArgs {
             named,
             data_dir,
             address,
+            is_loopback_by_peer,
             metrics: SocketAddr::new(any, self.api_port),
             role,
             model_dirs: model_dirs.into_iter().flatten().filter(|p| p.is_absolute()).collect(),
@@ -345,7 +353,7 @@ fn name_from_host(host: &str) -> Option<String> {
 
 /// The address from which this machine would reach `peer`, or the network at large. Connecting a
 /// UDP socket sends nothing; it only asks the routing table.
-fn own_address(peer: Option<&str>) -> IpAddr {
+pub(crate) fn own_address(peer: Option<&str>) -> IpAddr {
     // Any address outside the LAN does; this one is set aside for documentation (RFC 5737).
     let target = peer.unwrap_or("192.0.2.1:9");
     let ask = || -> std::io::Result<IpAddr> {
@@ -412,6 +420,7 @@ impl Config {
             named: Named::default(),
             data_dir: data_dir.to_owned(),
             address: ip,
+            is_loopback_by_peer: false,
             metrics: SocketAddr::new(ip, 0),
             role: Role::Agent { peers: Vec::new() },
             model_dirs: Vec::new(),
@@ -528,5 +537,8 @@ mod tests {
             Role::Agent { peers: ["127.0.0.1:1", "h:2", "[::1]:3"].map(str::to_owned).to_vec() }
         );
         assert_eq!(config.address, IpAddr::V4(Ipv4Addr::LOCALHOST));
+        assert!(config.is_loopback_by_peer);
+        let listen = ["--no-control-plane", "--peers", "127.0.0.1:1", "--listen", "127.0.0.1"];
+        assert!(!parse(&listen).unwrap().is_loopback_by_peer, "that was asked for");
     }
 }

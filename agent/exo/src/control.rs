@@ -8,7 +8,7 @@
 //!
 //! Never: who votes (that is the store's matter).
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, anyhow, bail};
 use axum::{
@@ -29,7 +29,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use crate::{
-    config::StoreChoice,
+    config::{Config, StoreChoice, own_address},
     data_dir::{DataDir, NODE_USER_PREFIX, Standing},
     join, reach,
 };
@@ -98,6 +98,9 @@ struct ClusterInfo {
     name: String,
     /// The authority's certificate, PEM.
     ca: String,
+    /// As which address (`IP:port`) the node that answers is known to the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    address: Option<SocketAddr>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -169,11 +172,19 @@ pub(crate) struct Host {
     pub(crate) kind: StoreKind,
     pub(crate) ca: String,
     pub(crate) ca_key: String,
+    /// Of this node's API, as others are told it.
+    pub(crate) address: SocketAddr,
 }
 
 impl Host {
-    pub(crate) fn new(store: Store, kind: StoreKind, cluster: &str, authority: &Authority) -> Self {
+    pub(crate) fn new(
+        (store, kind): (Store, StoreKind),
+        cluster: &str,
+        authority: &Authority,
+        address: SocketAddr,
+    ) -> Self {
         Self {
+            address,
             store,
             kind,
             cluster: cluster.to_owned(),
@@ -222,7 +233,8 @@ async fn only(
 }
 
 async fn cluster(State(host): State<Arc<Host>>) -> Json<ClusterInfo> {
-    Json(ClusterInfo { name: host.cluster.clone(), ca: host.ca.clone() })
+    let address = Some(host.address);
+    Json(ClusterInfo { name: host.cluster.clone(), ca: host.ca.clone(), address })
 }
 
 async fn hand_over_key(
@@ -264,7 +276,12 @@ async fn add_member(
     match added.await {
         Ok(()) => {
             info!(node = name, address = new.address, "node is a member of the control plane");
-            Json(json!({})).into_response()
+            let members = host.store.members();
+            let mixed = one_machine_only(members.iter().map(|m| (&*m.name, &*m.address)));
+            if let Some(text) = &mixed {
+                warn!("{text}");
+            }
+            Json(json!({"warning": mixed})).into_response()
         }
         Err(error) => {
             warn!(node = name, %error, "node could not be made a member of the control plane");
@@ -272,6 +289,20 @@ async fn add_member(
             (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
         }
     }
+}
+
+/// What is wrong where some nodes (name and address) are known by loopback addresses and others are
+/// not: on each machine such an address is that machine's own.
+fn one_machine_only<'a>(nodes: impl Iterator<Item = (&'a str, &'a str)>) -> Option<String> {
+    let is_loopback = |(_, address): &(&str, &str)| {
+        address.parse::<SocketAddr>().is_ok_and(|address| address.ip().is_loopback())
+    };
+    let (here, elsewhere): (Vec<_>, Vec<_>) = nodes.partition(is_loopback);
+    let ((name, address), _) = (here.first()?, elsewhere.first()?);
+    Some(format!(
+        "node {name} is known to the others as {address}, which no other machine reaches: start it \
+         again with --listen and an address of the network"
+    ))
 }
 
 fn node_name(subject: Option<&Subject>) -> String {
@@ -322,7 +353,12 @@ pub(crate) async fn become_member(
             let new = NewMember { id, address: address.to_owned() };
             let url = format!("https://{peer}{MEMBERS_PATH}");
             match ask::<Value>(client.post(url).json(&new).timeout(ADD_LIMIT)).await {
-                Ok(_) => return data.end_joining(),
+                Ok(answer) => {
+                    if let Some(text) = answer["warning"].as_str() {
+                        warn!("{text}");
+                    }
+                    return data.end_joining();
+                }
                 Err(error) if !complained => {
                     warn!(peer, "can't join the control plane yet: {error:#}");
                 }
@@ -332,6 +368,26 @@ pub(crate) async fn become_member(
         complained = true;
         sleep(ASK_AGAIN).await;
     }
+}
+
+/// Another node on this machine may be named as `localhost` to this one, but the others must be told
+/// an address that works everywhere, unless the peer is known as loopback itself.
+pub(crate) async fn settle_address(config: &mut Config, peers: &[String]) -> anyhow::Result<()> {
+    if !std::mem::take(&mut config.is_loopback_by_peer) {
+        return Ok(());
+    }
+    let client = bootstrap_client()?;
+    for peer in peers {
+        let request = client.get(format!("https://{peer}{CLUSTER_PATH}")).timeout(ASK_LIMIT);
+        if let Ok(ClusterInfo { address: Some(known), .. }) = ask(request).await {
+            if !known.ip().is_loopback() {
+                config.address = own_address(Some(&known.to_string()));
+            }
+            return Ok(());
+        }
+    }
+    config.address = own_address(None);
+    Ok(())
 }
 
 /// Whether a peer belongs to the cluster whose data this node has; peers that don't answer prove
@@ -383,6 +439,19 @@ mod tests {
         assert!(Raft.check(Etcd).unwrap_err().to_string().contains("same --store"));
         assert!(Etcd.check(Raft).unwrap_err().to_string().contains("leave out --store"));
         assert_eq!(serde_json::to_string(&Etcd).unwrap(), r#""etcd""#);
+    }
+
+    #[test]
+    fn loopback_and_other_addresses_do_not_mix() {
+        let text = |nodes: &[(&'static str, &'static str)]| one_machine_only(nodes.iter().copied());
+        let (here, lan) = (("mac-1", "127.0.0.1:8443"), ("mac-2", "192.168.1.7:8443"));
+        assert_eq!(text(&[here, ("mac-2", "127.0.0.1:8444")]), None);
+        assert_eq!(text(&[lan, ("mac-3", "10.0.0.1:1")]), None);
+        let mixed = text(&[lan, here]).unwrap();
+        assert!(
+            mixed.starts_with("node mac-1 is known to the others as 127.0.0.1:8443"),
+            "{mixed}"
+        );
     }
 
     #[test]

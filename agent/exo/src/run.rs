@@ -57,9 +57,14 @@ pub(crate) async fn run(mut config: Config) -> anyhow::Result<()> {
             let mut start = control::start(data.standing(), &peers)?;
             let sockets = Sockets::bind(gateway, api).await?;
             let own = sockets.api.local_addr()?;
-            if let Start::Join(peers) = &mut start {
-                *peers = reach::others(std::mem::take(peers), own).await?;
-            }
+            let others = match &mut start {
+                Start::Join(peers) => {
+                    *peers = reach::others(std::mem::take(peers), own).await?;
+                    peers.clone()
+                }
+                Start::Resume | Start::Found => reach::others(peers, own).await.unwrap_or_default(),
+            };
+            control::settle_address(&mut config, &others).await?;
             match &start {
                 Start::Join(peers) => {
                     let name = (config.node_name.as_str(), config.cluster.as_str());
@@ -67,7 +72,6 @@ pub(crate) async fn run(mut config: Config) -> anyhow::Result<()> {
                     control::adopt(&data, peers, name, kind).await?;
                 }
                 Start::Resume => {
-                    let others = reach::others(peers, own).await.unwrap_or_default();
                     control::check_same_cluster(&data.authority_pem()?, &others).await?;
                 }
                 Start::Found => {}
@@ -77,7 +81,10 @@ pub(crate) async fn run(mut config: Config) -> anyhow::Result<()> {
             data.keep_names(&config)?;
             Box::pin(plane.run(&config, &data, (start, agent), signal)).await
         }
-        Role::Agent { peers } => run_agent_alone(&config, &data, &peers, signal).await,
+        Role::Agent { peers } => {
+            control::settle_address(&mut config, &peers).await?;
+            run_agent_alone(&config, &data, &peers, signal).await
+        }
     }
 }
 
@@ -172,7 +179,8 @@ impl ControlPlane {
         let router = exo_apiserver::app(server.clone());
         let own = OwnApi::new(router.clone());
         let kind = control::StoreKind::of(choice);
-        let control = control::Host::new(store.clone(), kind, &config.cluster, &authority);
+        let control =
+            control::Host::new((store.clone(), kind), &config.cluster, &authority, join_address);
         let host = join::Host {
             authority,
             store: store.clone(),
@@ -398,6 +406,9 @@ fn start_agent(
         address: config.address,
         tls: data.tls(),
     };
+    for dir in config.model_dirs.iter().filter(|dir| !dir.is_dir()) {
+        warn!("EXO_MODEL_PATH: {} is no folder", dir.display());
+    }
     let registry = registry.clone();
     Ok(Part::start("agent", |stop| async move {
         Ok(exo_agent::run(config, client, &registry, stop).await?)

@@ -55,6 +55,8 @@ struct Running {
     child: Child,
     /// `127.0.0.1:PORT` of the gateway.
     gateway: String,
+    /// `HOST:PORT` that other nodes are told.
+    join: String,
 }
 
 impl Drop for Running {
@@ -68,13 +70,16 @@ impl Drop for Running {
 fn start(mut command: Command) -> Running {
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let gateway = loop {
+    let mut value = |name: &str| loop {
         let line = lines.next().expect("the banner comes before the end").unwrap();
-        if let Some((_, url)) = line.split_once("http://") {
-            break url.trim_end_matches("/v1").to_owned();
+        if let Some(value) = line.trim().strip_prefix(name) {
+            break value.split_whitespace().next().unwrap_or_default().to_owned();
         }
     };
-    Running { child, gateway }
+    let gateway =
+        value("OpenAI API").trim_start_matches("http://").trim_end_matches("/v1").to_owned();
+    let join = value("join         exo --peers");
+    Running { child, gateway, join }
 }
 
 /// The head of the answer to a request that a page of `origin` makes.
@@ -88,6 +93,34 @@ fn ask(running: &Running, origin: &str) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer.split("\r\n\r\n").next().unwrap_or_default().to_lowercase()
+}
+
+#[test]
+fn a_node_that_is_named_localhost_is_told_to_others_by_an_address_of_the_network() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = |name: &str, args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_exo"));
+        command
+            .args(["--no-agent", "--port", "0", "--api-port", "0", "--name", name, "--data-dir"])
+            .arg(dir.path().join(name))
+            .args(args)
+            .env_remove("EXO_LOG")
+            .env_remove("EXO_HOME");
+        start(command)
+    };
+    let host = |running: &Running| running.join.rsplit_once(':').unwrap().0.to_owned();
+    let by_localhost = |peer: &Running| {
+        let (_, port) = peer.join.rsplit_once(':').unwrap();
+        format!("localhost:{port}")
+    };
+    // Of a machine without a network all addresses are loopback.
+    let first = node("first", &[]);
+    let second = node("second", &["--peers", &by_localhost(&first)]);
+    assert_eq!(host(&second), host(&first));
+    // Where the first one is for this machine alone, so is the second.
+    let alone = node("alone", &["--listen", "127.0.0.1"]);
+    let beside = node("beside", &["--peers", &by_localhost(&alone)]);
+    assert_eq!(host(&beside), "127.0.0.1");
 }
 
 #[test]

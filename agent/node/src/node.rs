@@ -105,7 +105,7 @@ pub(crate) async fn run(
                 failing = false;
                 continue;
             }
-            Ok(Err(error)) => error.to_string(),
+            Ok(Err(error)) => exo_recorder::problem(&error),
             Err(_) => format!("no answer within {} s", CALL_LIMIT.as_secs()),
         };
         if !failing {

@@ -126,7 +126,8 @@ pub(crate) async fn run<F: Facilities>(
                 }
                 Some(Err(error)) => {
                     if !interrupted {
-                        tracing::warn!(%error, "the watch for shards broke; will go on trying");
+                        let cause = exo_recorder::problem(&error);
+                        tracing::warn!(cause, "the watch for shards broke; will go on trying");
                     }
                     interrupted = true;
                     list_deadline = list_deadline.and_then(|_| source.deadline());

@@ -242,6 +242,7 @@ fn after_error(instance: &InferenceInstance, error: &WriteError) -> Action {
     if error.is_conflict() {
         return Action::requeue(RETRY_CONFLICT);
     }
-    tracing::warn!(instance = instance.name_any(), %error, cause = %error.source, "will try again");
+    let cause = exo_recorder::problem(&*error.source);
+    tracing::warn!(instance = instance.name_any(), %error, cause, "will try again");
     Action::requeue(RETRY)
 }

@@ -150,7 +150,8 @@ async fn mark_lost(api: &Api<Node>, node: &Node) -> Result<bool, WriteError> {
 /// A conflict means that somebody else was faster: the next round sees what they wrote.
 fn report(error: &WriteError) {
     if !error.is_conflict() {
-        tracing::warn!(%error, cause = %error.source, "node controller will try again");
+        let cause = exo_recorder::problem(&*error.source);
+        tracing::warn!(%error, cause, "node controller will try again");
     }
 }
 

@@ -1,5 +1,6 @@
 //! One module per command.
 
+mod api_resources;
 mod apply;
 mod complete;
 mod cordon;
@@ -64,6 +65,7 @@ pub(crate) async fn run(args: Args, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Drain(args) => cordon::drain(&args, &server, out).await,
         Command::Explain(args) => explain::run(&args, &server, out).await,
         Command::Top(args) => top::run(&args, &server, out).await,
+        Command::ApiResources(args) => api_resources::run(&args, &server, out).await,
         Command::Logs(args) => logs::run(&args, &server, out).await,
         // Done above: they need no server, or find it themselves.
         Command::Version(_)

@@ -17,8 +17,8 @@ const SYSTEM_HOME: &str = "/var/lib/exo";
 pub(crate) const NODE_NAME: &str = "node.exo.internal";
 
 /// Reads the configuration that `global` and the environment lead to, and the addresses of the other
-/// servers of its cluster.
-pub(crate) async fn load(global: &Global) -> anyhow::Result<(kube::Config, Vec<String>)> {
+/// servers of its cluster; last, what to call it in messages.
+pub(crate) async fn load(global: &Global) -> anyhow::Result<(kube::Config, Vec<String>, String)> {
     let (kubeconfig, from) = find(global)?;
     let options =
         KubeConfigOptions { context: global.context.clone(), ..KubeConfigOptions::default() };
@@ -30,7 +30,7 @@ pub(crate) async fn load(global: &Global) -> anyhow::Result<(kube::Config, Vec<S
     config.connect_timeout = Some(Duration::from_secs(5));
     // Whoever typed a command wants to know why it doesn't work, not to wait for minutes.
     config.default_retry = false;
-    Ok((config, others))
+    Ok((config, others, from))
 }
 
 /// The other servers of the context's cluster, as exo writes them down.

@@ -21,6 +21,21 @@ impl std::error::Error for Failures {}
 #[error("there are differences")]
 pub(crate) struct Differs;
 
+/// A failure, and what else the user may try.
+#[derive(Debug)]
+pub(crate) struct Hinted {
+    pub(crate) error: anyhow::Error,
+    pub(crate) hint: &'static str,
+}
+
+impl fmt::Display for Hinted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#}", self.error)
+    }
+}
+
+impl std::error::Error for Hinted {}
+
 /// Collects failures of a command that goes on with the rest.
 #[derive(Debug, Default)]
 pub(crate) struct Collector(Vec<anyhow::Error>);
@@ -55,11 +70,14 @@ impl Collector {
     }
 }
 
-/// What to print: a line for every failure.
+/// What to print: a line for every failure, then what may be tried.
 pub(crate) fn lines(error: &anyhow::Error) -> Vec<String> {
+    if let Some(Hinted { error, hint }) = error.downcast_ref::<Hinted>() {
+        return lines(error).into_iter().chain([(*hint).to_owned()]).collect();
+    }
     match error.downcast_ref::<Failures>() {
         Some(failures) => failures.0.iter().flat_map(lines).collect(),
-        None => vec![format!("{error:#}")],
+        None => vec![format!("error: {error:#}")],
     }
 }
 
@@ -125,8 +143,12 @@ pub(crate) fn is_unavailable(error: &anyhow::Error) -> bool {
     }
 }
 
-/// Turns a client error into one sentence. `server` says who was asked.
-pub(crate) fn explain(error: kube::Error, server: &str) -> anyhow::Error {
+/// What rustls says where the two sides have certificates of different clusters.
+const FOREIGN: [&str; 4] =
+    ["invalid peer certificate", "UnknownCA", "DecryptError", "CertificateUnknown"];
+
+/// Turns a client error into one sentence. `server` says who was asked, `kubeconfig` who said so.
+pub(crate) fn explain(error: kube::Error, server: &str, kubeconfig: &str) -> anyhow::Error {
     match error {
         kube::Error::Api(status) => Refused(status).into(),
         kube::Error::SerdeError(error) => {
@@ -137,7 +159,15 @@ pub(crate) fn explain(error: kube::Error, server: &str) -> anyhow::Error {
             while let Some(source) = cause.source() {
                 cause = source;
             }
-            anyhow::anyhow!("can't reach the API server at {server}: {cause}")
+            let cause = cause.to_string();
+            match FOREIGN.iter().any(|words| cause.contains(words)) {
+                true => anyhow::anyhow!(
+                    "the API server at {server} and {kubeconfig} don't belong together ({cause}): is \
+                     that file of an earlier or another cluster? --kubeconfig FILE or KUBECONFIG \
+                     names another one"
+                ),
+                false => anyhow::anyhow!("can't reach the API server at {server}: {cause}"),
+            }
         }
     }
 }
@@ -168,21 +198,36 @@ mod tests {
     }
 
     #[test]
+    fn a_kubeconfig_of_another_cluster_is_named() {
+        let text = |cause: &str| {
+            let error = kube::Error::Service(Box::new(io::Error::other(cause.to_owned())));
+            explain(error, "https://a:1", "/k").to_string()
+        };
+        let foreign = text("invalid peer certificate: BadSignature");
+        assert!(foreign.starts_with("the API server at https://a:1 and /k don't belong together"));
+        assert!(text("received fatal alert: UnknownCA").contains("/k"));
+        let down = text("Connection refused (os error 111)");
+        assert!(down.starts_with("can't reach the API server at https://a:1: "), "{down}");
+    }
+
+    #[test]
     fn every_failure_gets_its_line() {
         let mut collector = Collector::default();
         collector.note::<()>(Err(anyhow::anyhow!("one"))).unwrap();
         assert_eq!(collector.note(Ok(1)).unwrap(), Some(1));
         let two = anyhow::anyhow!("cause").context("two");
         collector.note::<()>(Err(two)).unwrap();
-        assert_eq!(lines(&collector.finish().unwrap_err()), ["one", "two: cause"]);
+        assert_eq!(lines(&collector.finish().unwrap_err()), ["error: one", "error: two: cause"]);
 
         let mut collector = Collector::default();
         collector.note::<()>(Err(anyhow::anyhow!("one"))).unwrap();
         let status = json!({"code": 503, "message": "no majority"});
         let lost = Refused(serde_json::from_value(status).unwrap());
         let ended = collector.note::<()>(Err(lost.into())).unwrap_err();
-        assert_eq!(lines(&ended), ["one", "no majority"]);
+        assert_eq!(lines(&ended), ["error: one", "error: no majority"]);
         assert!(is_unavailable(&ended));
+        let hinted = Hinted { error: ended, hint: "try again" }.into();
+        assert_eq!(lines(&hinted), ["error: one", "error: no majority", "try again"]);
 
         let pipe = io::Error::from(io::ErrorKind::BrokenPipe);
         let noted = Collector::default().note::<()>(Err(pipe.into()));

@@ -15,6 +15,8 @@ pub(crate) struct Kind {
     pub(crate) api: ApiResource,
     pub(crate) singular: String,
     pub(crate) namespaced: bool,
+    /// There are objects of it; others are mere questions.
+    has_list: bool,
     short_names: Vec<String>,
     /// Words for several kinds together, such as `all`.
     categories: Vec<String>,
@@ -46,11 +48,22 @@ impl fmt::Display for Whose {
 
 /// A word that names no kind.
 #[derive(Debug, thiserror::Error)]
-#[error("{whose} no resource type `{word}`{}", did_you_mean(.suggestion.as_deref()))]
+#[error("{whose} no resource type `{word}`{}", or_else(.suggestion.as_deref(), .known))]
 pub(crate) struct UnknownKind {
     whose: Whose,
     word: String,
     suggestion: Option<String>,
+    /// What there is.
+    known: String,
+}
+
+/// What was meant, else all that may have been.
+fn or_else(suggestion: Option<&str>, known: &str) -> String {
+    match suggestion {
+        None if known.is_empty() => String::new(),
+        None => format!("; there are {known}"),
+        suggestion => did_you_mean(suggestion),
+    }
 }
 
 /// The end of a message, when there is something to suggest.
@@ -72,6 +85,7 @@ impl Kind {
             },
             singular: names.singular.clone().unwrap_or_else(|| names.kind.to_lowercase()),
             namespaced: crd.spec.scope == "Namespaced",
+            has_list: true,
             short_names: names.short_names.clone().unwrap_or_default(),
             categories: names.categories.clone().unwrap_or_default(),
         }
@@ -100,6 +114,7 @@ impl Kind {
             },
             singular,
             namespaced: resource.namespaced,
+            has_list: resource.verbs.iter().any(|verb| verb == "list"),
             short_names: resource.short_names.unwrap_or_default(),
             categories: resource.categories.unwrap_or_default(),
         })
@@ -131,6 +146,15 @@ impl Kind {
     pub(crate) fn words(&self) -> impl Iterator<Item = &str> {
         let short = self.short_names.iter().map(String::as_str).filter(|name| name.len() > 2);
         [self.api.plural.as_str()].into_iter().chain(short.filter(|name| name.ends_with('s')))
+    }
+
+    pub(crate) fn short_names(&self) -> &[String] {
+        &self.short_names
+    }
+
+    /// What people call several of them.
+    fn word(&self) -> &str {
+        self.words().last().unwrap_or(&self.api.plural)
     }
 
     fn names(&self) -> impl Iterator<Item = &str> {
@@ -166,6 +190,17 @@ impl Kinds {
         self.kinds.iter()
     }
 
+    /// What there is, in the words that people use.
+    pub(crate) fn listed(&self) -> String {
+        let mut words: Vec<&str> = Vec::new();
+        for word in self.kinds.iter().filter(|kind| kind.has_list).map(Kind::word) {
+            if !words.contains(&word) {
+                words.push(word);
+            }
+        }
+        words.join(", ")
+    }
+
     /// By plural, singular, short name or kind in any case, optionally followed by `.group`.
     pub(crate) fn find(&self, word: &str) -> Result<&Kind, UnknownKind> {
         let lower = word.to_lowercase();
@@ -182,6 +217,7 @@ impl Kinds {
             whose: self.whose,
             word: word.to_owned(),
             suggestion: self.suggest(name),
+            known: self.listed(),
         })
     }
 
@@ -204,6 +240,7 @@ impl Kinds {
                     Some(known) => Some(format!("{} {kind}", known.api.api_version)),
                     None => closest(kind, kinds).map(str::to_owned),
                 },
+                known: String::new(),
             }
         })
     }
@@ -256,9 +293,10 @@ pub(crate) mod tests {
     use super::*;
 
     fn kind(group: &str, kind: &str, plural: &str, short: &[&str], namespaced: bool) -> Kind {
-        let resource = serde_json::from_value(json!({"name": plural, "kind": kind, "verbs": [],
+        let resource =
+            serde_json::from_value(json!({"name": plural, "kind": kind, "verbs": ["list"],
             "singularName": kind.to_lowercase(), "namespaced": namespaced, "shortNames": short}))
-        .unwrap();
+            .unwrap();
         let version = if group.is_empty() { "v1" } else { "v1alpha1" };
         Kind::discovered(group, version, resource).unwrap()
     }
@@ -296,7 +334,10 @@ pub(crate) mod tests {
             "the server has no resource type `sahrds`; did you mean `shards`?"
         );
         assert!(error("instnaces").ends_with("did you mean `instances`?"));
-        assert_eq!(error("pods"), "the server has no resource type `pods`");
+        assert_eq!(
+            error("pods"),
+            "the server has no resource type `pods`; there are nodes, shards, instances"
+        );
         let exact =
             |version: &str, kind: &str| kinds.find_exact(version, kind).unwrap_err().to_string();
         assert!(exact("exo.dev/v1alpha1", "Shrad").ends_with("did you mean `Shard`?"));

@@ -51,7 +51,7 @@ fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
     let mut err = io::stderr().lock();
     for line in error::lines(error) {
         // Nobody is left to tell when stderr is gone.
-        let _ = writeln!(err, "error: {line}");
+        let _ = writeln!(err, "{line}");
     }
     ExitCode::from(code)
 }

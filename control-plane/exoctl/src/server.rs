@@ -32,6 +32,8 @@ pub(crate) const STRATEGIC_PATCH: &str = "application/strategic-merge-patch+json
 pub(crate) struct Server {
     pub(crate) client: Client,
     servers: Arc<Servers>,
+    /// The kubeconfig, as messages call it.
+    from: String,
     namespace: Namespace,
     kinds: OnceCell<Kinds>,
     /// That not the server of the kubeconfig is asked.
@@ -83,11 +85,11 @@ pub(crate) type Query<'a> = [(&'a str, &'a str)];
 impl Server {
     /// Reads the configuration and finds a server that takes connections; asks nothing yet.
     pub(crate) async fn connect(global: &Global) -> anyhow::Result<Self> {
-        let (config, others) = config::load(global).await?;
+        let (config, others, from) = config::load(global).await?;
         let namespace = Namespace::new(global, &config.default_namespace);
         let (servers, note) = Servers::connect(&config, &others).await?;
         let client = servers.client();
-        Ok(Self { client, servers, namespace, kinds: OnceCell::new(), note })
+        Ok(Self { client, servers, from, namespace, kinds: OnceCell::new(), note })
     }
 
     pub(crate) fn namespace(&self) -> &str {
@@ -183,7 +185,7 @@ impl Server {
     }
 
     pub(crate) fn explain(&self, error: kube::Error) -> anyhow::Error {
-        explain(error, &self.servers.url())
+        explain(error, &self.servers.url(), &self.from)
     }
 
     /// kube's typed access, for its watch helpers.

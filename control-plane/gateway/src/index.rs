@@ -127,9 +127,12 @@ impl Index {
                 })
             })
             .collect();
-        let waiting_for = not_ready(object)
-            .filter(|why| !why.message.is_empty())
-            .map(|why| format!("{}: {}", why.reason, why.message));
+        let waiting_for = not_ready(object).filter(|why| !why.message.is_empty()).map(|why| {
+            match why.message.contains(why.reason) {
+                true => why.message.to_owned(),
+                false => format!("{}: {}", why.reason, why.message),
+            }
+        });
         let created = object.creation_timestamp().map_or(0, |time| time.0.as_second());
         self.instances.insert(
             key,

@@ -1,4 +1,5 @@
-//! Records Events for controllers and agents without keeping them waiting.
+//! Records Events for controllers and agents without keeping them waiting; and says for their logs
+//! what the API server answered.
 //!
 //! Events are a courtesy: what the queue has no room for and what the API refuses is dropped. What
 //! an event looks like is the matter of [`exo_crds::event`]; what is worth one, of the caller.
@@ -59,6 +60,23 @@ impl Recorder {
     {
         if let Err(error) = self.0.try_send((about.object_ref(&()), occurrence)) {
             tracing::debug!(%error, "an event is lost");
+        }
+    }
+}
+
+/// What the API server says, else what is at the bottom of a failed call: kube's own text adds the
+/// whole answer in Rust's notation.
+pub fn problem(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut cause = error;
+    loop {
+        match cause.downcast_ref::<kube::Error>() {
+            Some(kube::Error::Api(status)) if !status.message.is_empty() => {
+                return status.message.clone();
+            }
+            Some(_) | None => match cause.source() {
+                Some(source) => cause = source,
+                None => return cause.to_string(),
+            },
         }
     }
 }

@@ -79,6 +79,8 @@ pub(crate) enum Command {
     Top(Top),
     /// Prints the last lines that a failed shard's runner logged
     Logs(Logs),
+    /// Lists the kinds of resources that the server has
+    ApiResources(ApiResources),
     /// Prints the script that completes commands in a shell
     Completion(Completion),
     /// Prints the kubeconfig in use, for other Kubernetes clients
@@ -133,9 +135,9 @@ pub(crate) enum DryRun {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Get {
-    /// Kind (several with commas), or KIND/NAME
-    #[arg(value_name = "KIND", required = true)]
-    pub(crate) kind: String,
+    /// Kind (several with commas; `exoctl api-resources` lists them), or KIND/NAME
+    #[arg(value_name = "KIND")]
+    pub(crate) kind: Option<String>,
     #[arg(value_name = "NAME")]
     pub(crate) names: Vec<String>,
     /// wide, json, yaml, name, jsonpath=TEMPLATE, custom-columns=NAME:PATH,…
@@ -291,10 +293,10 @@ pub(crate) struct Explain {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) nodes: Option<u32>,
     /// How to split the model
-    #[arg(long, default_value = "auto", value_name = "HOW")]
+    #[arg(long, default_value = "auto", ignore_case = true, value_name = "HOW")]
     pub(crate) sharding: ShardingArg,
     /// How ranks talk
-    #[arg(long, default_value = "auto", value_name = "HOW")]
+    #[arg(long, default_value = "auto", ignore_case = true, value_name = "HOW")]
     pub(crate) transport: TransportArg,
     /// Tokens of context [default: the model's limit]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(16..))]
@@ -373,6 +375,13 @@ pub(crate) struct Logs {
     /// A shard
     #[arg(value_name = "SHARD")]
     pub(crate) shard: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ApiResources {
+    /// Leaves the header out
+    #[arg(long)]
+    pub(crate) no_headers: bool,
 }
 
 #[derive(Debug, clap::Args)]

@@ -54,7 +54,7 @@ pub(super) async fn run(args: &Events, server: &Server, out: &mut dyn Write) -> 
         _ => {}
     }
     let get = Get {
-        kind: "events".to_owned(),
+        kind: Some("events".to_owned()),
         names: Vec::new(),
         output: None,
         watch: args.watch,
@@ -83,6 +83,20 @@ fn capitalized(word: &str) -> String {
 /// The field selector of the events about an object.
 fn about_rule(kind: &Kind, name: &str) -> String {
     format!("involvedObject.kind={},involvedObject.name={name}", kind.api.kind)
+}
+
+/// The newest warning about an object, which may be gone.
+pub(super) async fn last_warning(
+    server: &Server,
+    kind: &Kind,
+    name: &str,
+) -> anyhow::Result<Option<Value>> {
+    let events = server.kinds().await?.find("events")?;
+    let rule = format!("{},type=Warning", about_rule(kind, name));
+    let path = events.path(Some(server.namespace()), None);
+    let mut list: Value = server.get(&path, &[("fieldSelector", &rule)], Form::Json).await?;
+    let items = select::take_items(&mut list, events);
+    Ok(items.into_iter().max_by(|a, b| last_seen(a).cmp(last_seen(b))))
 }
 
 /// The events about an object, the newest last.

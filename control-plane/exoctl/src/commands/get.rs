@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     cli::{Get, Output},
-    error::{Collector, is_not_found, is_unavailable},
+    error::{Collector, Hinted, is_not_found, is_unavailable},
     jsonpath::{JsonPath, compare},
     kinds::Kind,
     output::Objects,
@@ -24,7 +24,10 @@ use crate::{
 const EMPTY_WATCH_PAUSE: Duration = Duration::from_millis(250);
 
 pub(super) async fn run(args: &Get, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
-    let selected = select::read(server, &args.kind, &args.names).await?;
+    let Some(kind) = &args.kind else {
+        bail!("say what to get: {}", server.kinds().await?.listed());
+    };
+    let selected = select::read(server, kind, &args.names).await?;
     let named = selected.iter().any(|s| !s.names.is_empty());
     if named && args.select.is_given() {
         bail!("names go with neither a selector nor --all-namespaces");
@@ -42,10 +45,12 @@ pub(super) async fn run(args: &Get, server: &Server, out: &mut dyn Write) -> any
         None | Some(Output::Wide) => tables(args, server, &selected, out).await,
         Some(form) => objects(args, form, server, &selected, out).await,
     };
-    if !args.stale && got.as_ref().is_err_and(is_unavailable) {
-        note("--stale shows what this server had last");
+    match got {
+        Err(error) if !args.stale && is_unavailable(&error) => {
+            Err(Hinted { error, hint: "--stale shows what this server had last" }.into())
+        }
+        got => got,
     }
-    got
 }
 
 async fn tables(

@@ -1,14 +1,17 @@
-//! `exoctl logs`: what a shard's agent kept of its runner's log.
+//! `exoctl logs`: what a shard's agent kept of its runner's log; of shards that failed and were
+//! replaced, what their events tell.
 
 use std::io::Write;
 
 use anyhow::bail;
 use serde_json::Value;
 
-use super::select::checked;
+use super::{events, select::checked};
 use crate::{
     cli::Logs,
+    error::is_not_found,
     jsonpath::plain,
+    kinds::Kind,
     server::{Form, Server},
 };
 
@@ -16,19 +19,50 @@ pub(super) async fn run(args: &Logs, server: &Server, out: &mut dyn Write) -> an
     let name = args.shard.split_once('/').map_or(args.shard.as_str(), |(_, name)| name);
     let kind = server.own_kind("Shard").await?;
     let path = kind.path(Some(server.namespace()), Some(&checked(name)?));
-    let shard: Value = server.get(&path, &[], Form::Json).await?;
+    let shard: Value = match server.get(&path, &[], Form::Json).await {
+        Err(error) if is_not_found(&error) => match failure(server, kind, name).await {
+            Some(failure) => bail!("{failure}. It was replaced since"),
+            None => return Err(error),
+        },
+        got => got?,
+    };
     let status = &shard["status"];
     let lines = status["lastLogLines"].as_array().map(Vec::as_slice).unwrap_or_default();
     if lines.is_empty() {
+        let before = match before(&shard["spec"]) {
+            Some(before) => failure(server, kind, &before).await,
+            None => None,
+        };
         bail!(
             "no lines of shard {name} are kept: that happens when its runner fails, and it is {}; \
-             the whole log is exo's own on {}",
+             the whole log is exo's own on {}{}",
             status["phase"].as_str().unwrap_or("Pending"),
-            plain(&shard["spec"]["node"])
+            plain(&shard["spec"]["node"]),
+            before.map_or_else(String::new, |before| format!(". Before it, {before}"))
         );
     }
     for line in lines {
         writeln!(out, "{}", plain(line))?;
     }
     Ok(())
+}
+
+/// The shard in whose place this one came.
+fn before(spec: &Value) -> Option<String> {
+    let number = |field: &str| spec[field].as_u64();
+    let epoch = number("epoch")?.checked_sub(1)?;
+    let (replica, rank) = (number("replica")?, number("rank")?);
+    Some(format!("{}-{replica}-a{epoch}-{rank}", spec["instance"].as_str()?))
+}
+
+/// How a shard failed, if that is still known.
+async fn failure(server: &Server, kind: &Kind, name: &str) -> Option<String> {
+    let event = events::last_warning(server, kind, name).await.ok()??;
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    Some(format!(
+        "shard {name} failed with {}: {}; what its runner logged is in exo's own log on {}",
+        text(&event["reason"]),
+        text(&event["message"]),
+        text(&event["source"]["host"])
+    ))
 }

@@ -1,6 +1,6 @@
 //! `exoctl wait`, and the waiting of `apply` and `delete`.
 
-use std::{io::Write, time::Duration};
+use std::{collections::BTreeSet, io::Write, time::Duration};
 
 use anyhow::bail;
 use futures::{StreamExt as _, pin_mut};
@@ -213,6 +213,8 @@ impl State {
             ("", "") => format!("{kind} is {}", text("status")),
             ("", message) => message.to_owned(),
             (reason, "") => reason.to_owned(),
+            // It says so itself.
+            (reason, message) if message.contains(&format!(": {reason}: ")) => message.to_owned(),
             // One sentence: what it does, and how far each rank is.
             (reason @ "Starting", message) => format!("{reason}, {message}"),
             (reason, message) => format!("{reason}: {message}"),
@@ -240,20 +242,72 @@ fn describe(goal: &Goal) -> String {
     }
 }
 
-/// Tells each new state once.
+/// Tells each new state once, and of a failure that comes again only that.
 #[derive(Debug, Default)]
 struct Teller {
+    /// The last state.
     last: Option<String>,
+    /// The last failure, without the shard that told it.
+    failure: Option<String>,
+    /// How far the tries after it were told to have come.
+    tries: BTreeSet<String>,
 }
 
 impl Teller {
     fn tell(&mut self, target: &Target<'_>, goal: &Goal, now: &str) {
         // Deletions are quick and their states are dull.
-        if *goal != Goal::Delete && self.last.as_deref() != Some(now) {
-            eprintln!("{}: {now}", target.name);
-            self.last = Some(now.to_owned());
+        if *goal == Goal::Delete {
+            return;
+        }
+        if let Some(line) = self.line(now) {
+            eprintln!("{}: {line}", target.name);
         }
     }
+
+    /// What is to be told of a state.
+    fn line(&mut self, now: &str) -> Option<String> {
+        let is_known = self.last.as_deref() == Some(now);
+        self.last = Some(now.to_owned());
+        if is_known { None } else { self.news(now) }
+    }
+
+    fn news(&mut self, now: &str) -> Option<String> {
+        let (text, failures) = split_failures(now);
+        match failures {
+            // A try after failures: it is news as long as it comes further than those before.
+            Some((_, tail)) if tail.starts_with("before") => {
+                self.tries.insert(text.to_owned()).then(|| text.to_owned())
+            }
+            Some((count, tail)) => {
+                let failure = of_any_shard(text);
+                if self.failure.as_deref() == Some(failure) {
+                    let tail = tail.strip_prefix("in a row, ").unwrap_or(tail);
+                    return Some(format!("failed {count} times like that, {tail}"));
+                }
+                (self.failure, self.tries) = (Some(failure.to_owned()), BTreeSet::new());
+                Some(now.to_owned())
+            }
+            // What is stopped because of it.
+            None if self.failure.as_ref().is_some_and(|failure| now.contains(failure)) => None,
+            None => Some(now.to_owned()),
+        }
+    }
+}
+
+/// The controller's words about failures, at the end of a message: `; 3 failure(s) …`.
+fn split_failures(text: &str) -> (&str, Option<(&str, &str)>) {
+    let split = || {
+        let (before, tail) = text.split_once(" failure(s) ")?;
+        let (head, count) = before.rsplit_once("; ")?;
+        count.parse::<u32>().ok().map(|_| (head, Some((count, tail))))
+    };
+    split().unwrap_or((text, None))
+}
+
+/// A failure without its `shard NAME on NODE: `: each try has new names, and ranks fail alike.
+fn of_any_shard(failure: &str) -> &str {
+    let of_shard = failure.split_once("shard ").and_then(|(_, rest)| rest.split_once(": "));
+    of_shard.map_or(failure, |(_, what)| what)
 }
 
 #[cfg(test)]
@@ -284,9 +338,50 @@ mod tests {
         let starting = json!({"status": {"conditions": [{"type": "Ready", "status": "False",
             "reason": "Starting", "message": "rank 0 Loading on a, rank 1 Ready on b"}]}});
         check(starting, not_yet("Starting, rank 0 Loading on a, rank 1 Ready on b"));
+        let missing = json!({"status": {"conditions": [{"type": "Ready", "status": "False",
+            "reason": "WeightsNotFound", "message": "shard a on b: WeightsNotFound: no `x`"}]}});
+        check(missing, not_yet("shard a on b: WeightsNotFound: no `x`"));
         let bare = json!({"status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}});
         check(bare, not_yet("ready is Unknown"));
         assert_eq!(State::of(&ready, None, None), not_yet("it does not exist yet"));
+    }
+
+    #[test]
+    fn the_same_failure_is_told_once() {
+        let mut teller = Teller::default();
+        let mut check = |now: &str, expect: Option<&str>| {
+            assert_eq!(teller.line(now).as_deref(), expect, "{now}");
+        };
+        let starting = "Starting, rank 0 Pending on a, rank 1 Pending on b";
+        let missing = "WeightsNotFound: no folder `x`";
+        check(starting, Some(starting));
+        let first = format!(
+            "shard tiny-0-a1-1 on b: {missing}; 1 failure(s) in a row, next try after 08:00:01Z"
+        );
+        check(&first, Some(&first));
+        check(&first, None);
+        check(&format!("Stopping: shard tiny-0-a1-1 on b: {missing}; waiting for it"), None);
+        let again = |phase: &str, count: u32| {
+            let last = format!("shard tiny-0-a{count}-1 on b: {missing}");
+            format!("Starting, rank 0 {phase} on a; {count} failure(s) before, the last: {last}")
+        };
+        check(&again("Pending", 1), Some("Starting, rank 0 Pending on a"));
+        check(
+            &format!(
+                "shard tiny-0-a2-0 on a: {missing}; 2 failure(s) in a row, next try after 08:00:04Z"
+            ),
+            Some("failed 2 times like that, next try after 08:00:04Z"),
+        );
+        check(&again("Pending", 2), None);
+        check(&again("Loading", 2), Some("Starting, rank 0 Loading on a"));
+        let other = "ShardFailed: shard tiny-0-a3-0 on a: RunnerExited: killed by signal 9; \
+                     3 failure(s) in a row, next try after 08:00:09Z";
+        check(other, Some(other));
+        check(&again("Pending", 3), Some("Starting, rank 0 Pending on a"));
+        check(
+            "the newest change has not been looked at",
+            Some("the newest change has not been looked at"),
+        );
     }
 
     #[test]

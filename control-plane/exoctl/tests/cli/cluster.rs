@@ -191,6 +191,27 @@ impl Cluster {
         }
     }
 
+    /// What an agent tells of a shard that failed and is gone by now.
+    pub(crate) async fn create_failure_event(&self, shard: &str) {
+        let api = Api::<Event>::namespaced(self.client.clone(), "default");
+        let time = Time(Timestamp::from_second(Timestamp::now().as_second()).unwrap());
+        for (kind, reason, message) in [
+            ("Warning", "RunnerExited", "the runner was killed by signal 9"),
+            ("Normal", "Stopped", "the runner was stopped"),
+        ] {
+            let event = serde_json::from_value(json!({
+                "metadata": {"name": format!("{shard}.{}", reason.to_lowercase())},
+                "involvedObject": {"apiVersion": "exo.dev/v1alpha1", "kind": "Shard",
+                    "name": shard, "namespace": "default"},
+                "type": kind, "reason": reason, "message": message, "count": 1,
+                "firstTimestamp": time, "lastTimestamp": time,
+                "source": {"component": "exo-agent", "host": "mac-2"},
+            }))
+            .unwrap();
+            api.create(&PostParams::default(), &event).await.unwrap();
+        }
+    }
+
     /// Does what agent and controller do when an instance of two ranks can't be loaded.
     pub(crate) async fn fail(&self, name: &str, permanent: bool) {
         let shards = Api::<exo_crds::Shard>::namespaced(self.client.clone(), "default");

@@ -31,6 +31,10 @@ async fn check(name: &str) {
                 "nodes report" => cluster.create_nodes().await,
                 "shards move to mac-1" => cluster.move_shards("mac-1").await,
                 "chat had events" => cluster.create_events("chat").await,
+                "shards before had failed" => {
+                    cluster.create_failure_event("llama-0-a0-0").await;
+                    cluster.create_failure_event("chat-0-a2-1").await;
+                }
                 "chat is ready" => cluster.set_ready("chat", true).await,
                 "chat is not ready" => cluster.set_ready("chat", false).await,
                 "chat is starting" => cluster.set_starting("chat").await,

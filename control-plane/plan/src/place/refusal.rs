@@ -42,10 +42,17 @@ pub enum Why {
          several together need"
     )]
     Unlinked { transport: TransportKind, linked: u32, usable: u32 },
-    #[error("{layers} layers need {needed}, and {nodes} node(s) can hold only {held} of them")]
+    #[error("the model's {layers} layers need {needed}, and {}", room(*.nodes, *.held))]
     Memory { layers: u32, needed: Quantity, nodes: u32, held: u64 },
     #[error("each of {ranks} rank(s) needs {needed}, the first {first}")]
     ShareMemory { ranks: u32, needed: Quantity, first: Quantity },
+}
+
+fn room(nodes: u32, held: u64) -> String {
+    match held {
+        0 => format!("none of {nodes} node(s) has room for even one of them"),
+        held => format!("{nodes} node(s) have room for only {held} of them"),
+    }
 }
 
 /// What one node lacks, or what it could hold.

@@ -67,9 +67,15 @@ fn says_what_each_node_lacks() {
     check(
         &[node_state("a", 100 * MIB), node_state("b", (OVERHEAD_MIB + 4) * MIB)],
         |_| {},
-        "8 layers need 272Mi, and 2 node(s) can hold only 2 of them: \
+        "the model's 8 layers need 272Mi, and 2 node(s) have room for only 2 of them: \
          a: 100Mi free, one layer and its overhead need 258Mi; \
          b: 260Mi free, room for 2 layer(s)",
+    );
+    check(
+        &[node_state("a", 100 * MIB)],
+        |_| {},
+        "the model's 8 layers need 272Mi, and none of 1 node(s) has room for even one of them: \
+         a: 100Mi free, one layer and its overhead need 258Mi",
     );
     check(
         &[ready()],
@@ -170,7 +176,9 @@ fn nodes_that_can_not_reach_each_other_are_named() {
     // Here it is the memory: they would not do together either.
     let one = |i: &mut InferenceInstanceSpec| i.nodes.max = Some(1);
     let rooms = "a: 265Mi free, room for 4 layer(s); b: 265Mi free, room for 4 layer(s)";
-    let few = format!("8 layers need 272Mi, and 1 node(s) can hold only 4 of them: {rooms}");
+    let few = format!(
+        "the model's 8 layers need 272Mi, and 1 node(s) have room for only 4 of them: {rooms}"
+    );
     check(&nodes(1), one, &few);
     check(&nodes(2), one, &few);
 }

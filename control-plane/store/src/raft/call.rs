@@ -22,6 +22,9 @@ pub(super) const TARGET: &str = "x-exo-raft-target";
 /// Larger calls are refused.
 pub(super) const BODY_LIMIT_BYTES: usize = 64 << 20;
 
+/// How the texts of calls begin that got no answer.
+pub(super) const NO_CALL: &str = "calling node ";
+
 /// How a node with an empty folder begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Begin {
@@ -133,7 +136,7 @@ impl Caller {
             .send()
             .await;
         let response = sent.map_err(|error| {
-            let text = format!("calling node {id} at {address}: {}", chain(&error));
+            let text = format!("{NO_CALL}{id} at {address}: {}", bottom(&error));
             if error.is_connect() { CallError::NotDone(text) } else { CallError::Unknown(text) }
         })?;
         let status = response.status();
@@ -159,6 +162,15 @@ fn refusal(to: &Target, status: StatusCode, body: &Bytes) -> CallError {
     } else {
         CallError::Unknown(text)
     }
+}
+
+/// What is at the bottom of an error: what lies above is the client's own affair.
+pub(super) fn bottom(error: &dyn Error) -> String {
+    let mut last = error;
+    while let Some(cause) = last.source() {
+        last = cause;
+    }
+    last.to_string()
 }
 
 /// An error with its causes, in one line.

@@ -33,7 +33,7 @@ use tokio_rustls::{
     rustls::{ClientConfig, pki_types::ServerName},
 };
 
-use super::call::{CallError, Target, chain};
+use super::call::{CallError, NO_CALL, Target, bottom};
 
 /// A machine on the LAN answers sooner or not at all.
 const OPEN_LIMIT: Duration = Duration::from_secs(3);
@@ -72,7 +72,7 @@ impl Line {
         outcome
             .unwrap_or_else(|_| Err(format!("no answer in {} ms", limit.as_millis()).into()))
             .map_err(|error| {
-                let text = format!("calling node {} at {}: {}", to.id, to.address, chain(&*error));
+                let text = format!("{NO_CALL}{} at {}: {}", to.id, to.address, bottom(&*error));
                 if is_sent.load(Ordering::Relaxed) {
                     CallError::Unknown(text)
                 } else {

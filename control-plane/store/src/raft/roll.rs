@@ -9,7 +9,10 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use super::{call::Target, node::Node};
+use super::{
+    call::{NO_CALL, Target},
+    node::Node,
+};
 
 /// A node that answers at all does so within this time.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
@@ -85,9 +88,9 @@ fn lacking<'c>(
     configs.iter().find(|voters| voters.intersection(answered).count() * 2 <= voters.len())
 }
 
-/// What was found is told too, unless it says no more than that.
+/// What was found is told too, unless it says no more than that: so does a call that failed.
 fn with_found(no_majority: String, found: &str) -> String {
-    match found.starts_with(NO_MAJORITY) {
+    match [NO_MAJORITY, NO_CALL].iter().any(|known| found.starts_with(known)) {
         true => no_majority,
         false => format!("{no_majority} ({found})"),
     }
@@ -144,6 +147,10 @@ mod tests {
         // Its figures would make a new text of the same trouble each time.
         assert_eq!(
             text("no majority of voters has answered this leader for 1503 ms"),
+            "no majority of voters: 1 of 3 answers"
+        );
+        assert_eq!(
+            text("calling node 7 at 10.0.0.7:8443: Connection refused (os error 111)"),
             "no majority of voters: 1 of 3 answers"
         );
     }

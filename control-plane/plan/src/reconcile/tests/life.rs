@@ -218,7 +218,7 @@ fn memory_promised_to_one_replica_is_not_given_to_the_next() {
     world.instance.spec.replicas = 2;
     world.settle();
     assert_eq!(world.names(), ["chat-0-a1-0"]);
-    assert!(world.message("Placed").contains("can hold only 4 of them"));
+    assert!(world.message("Placed").contains("have room for only 4 of them"));
     // Still true once the first shard exists but does not hold its memory yet.
     world.set("chat-0-a1-0", ShardPhase::Loading);
     world.settle();
