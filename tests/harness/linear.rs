@@ -1,9 +1,16 @@
 //! Checks that what clients saw of one register could have happened one operation after the other.
-//!
-//! The search is Wing and Gong's, with Lowe's memory of the configurations that led nowhere: any
-//! operation that began before the first end of those not yet placed may come next.
+//! The search is that of the crate `todc-utils`; here is what a register is, and what became of
+//! operations whose end nobody knows.
 
 use std::collections::HashSet;
+
+use todc_utils::{
+    linearizability::{
+        WGLChecker,
+        history::{Action, History},
+    },
+    specifications::Specification,
+};
 
 /// One operation of one client on the register.
 #[derive(Clone, Debug)]
@@ -28,39 +35,34 @@ pub enum Kind {
     },
 }
 
-/// Operations already placed, and the register's value after them.
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct Configuration {
-    placed: Vec<u64>,
-    value: u64,
-}
+/// A register that begins with 0.
+struct Register;
 
-impl Configuration {
-    fn has(&self, op: usize) -> bool {
-        self.placed[op / 64] & (1 << (op % 64)) != 0
+impl Specification for Register {
+    type State = u64;
+    /// And whether it is known to have happened.
+    type Operation = (Kind, bool);
+
+    fn init() -> u64 {
+        0
     }
 
-    fn with(&self, op: usize, value: u64) -> Self {
-        let mut placed = self.placed.clone();
-        placed[op / 64] |= 1 << (op % 64);
-        Self { placed, value }
-    }
-}
-
-/// The value after the operation; `None` if it can't have happened at this value.
-fn apply(kind: &Kind, value: u64) -> Option<u64> {
-    match kind {
-        Kind::Read(seen) => (*seen == value).then_some(value),
-        Kind::Write(new) => Some(*new),
-        Kind::Cas { from, to, done: true } => (*from == value).then_some(*to),
-        Kind::Cas { from, done: false, .. } => (*from != value).then_some(value),
+    fn apply((kind, known): &Self::Operation, value: &u64) -> (bool, u64) {
+        match kind {
+            Kind::Read(seen) => (seen == value || !known, *value),
+            Kind::Write(new) => (true, *new),
+            // Nobody knows what it found.
+            Kind::Cas { from, to, .. } if !known => {
+                (true, if from == value { *to } else { *value })
+            }
+            Kind::Cas { from, to, done: true } => (from == value, *to),
+            Kind::Cas { from, done: false, .. } => (from != value, *value),
+        }
     }
 }
 
-/// Whether the register, beginning with `initial`, could have been used like this.
-pub fn is_linearizable(initial: u64, ops: &[Op]) -> bool {
-    let mut ops = ops.to_vec();
-    ops.sort_by_key(|op| op.start);
+/// Whether the register, beginning with 0, could have been used like this.
+pub fn is_linearizable(ops: &[Op]) -> bool {
     // What ended unknown and was never seen need not have happened: first without it, for each of
     // those doubles the search.
     let seen: HashSet<u64> = ops
@@ -81,42 +83,23 @@ pub fn is_linearizable(initial: u64, ops: &[Op]) -> bool {
         })
         .cloned()
         .collect();
-    search(initial, &certain) || (certain.len() < ops.len() && search(initial, &ops))
+    search(&certain) || (certain.len() < ops.len() && search(ops))
 }
 
-/// `ops` by their starts.
-fn search(initial: u64, ops: &[Op]) -> bool {
-    let first = Configuration { placed: vec![0; ops.len().div_ceil(64)], value: initial };
-    let mut tried: HashSet<Configuration> = HashSet::new();
-    let mut stack = vec![first];
-    while let Some(now) = stack.pop() {
-        let mut first_end = u64::MAX;
-        let mut next = Vec::new();
-        for (at, op) in ops.iter().enumerate().filter(|(at, _)| !now.has(*at)) {
-            // Neither this one nor any later one may come now, or end sooner.
-            if op.start > first_end {
-                break;
-            }
-            first_end = first_end.min(op.end.unwrap_or(u64::MAX));
-            next.push(at);
-        }
-        if first_end == u64::MAX {
-            return true;
-        }
-        next.retain(|at| ops[*at].start <= first_end);
-        // The one on top of the stack is tried first: what is known to have happened, soonest end
-        // first.
-        next.sort_by_key(|at| std::cmp::Reverse(ops[*at].end.unwrap_or(u64::MAX)));
-        for at in next {
-            if let Some(value) = apply(&ops[at].kind, now.value) {
-                let configuration = now.with(at, value);
-                if tried.insert(configuration.clone()) {
-                    stack.push(configuration);
-                }
-            }
-        }
+fn search(ops: &[Op]) -> bool {
+    // At one and the same time, what begins does so before anything ends. What is not known to have
+    // ended does so last of all, where it may also have had no effect that anybody saw.
+    let mut events = Vec::new();
+    for (client, op) in ops.iter().enumerate() {
+        let operation = (op.kind.clone(), op.end.is_some());
+        events.push(((op.start, false), (client, Action::Call(operation.clone()))));
+        let end = (op.end.unwrap_or(u64::MAX), true);
+        events.push((end, (client, Action::Response(operation))));
     }
-    false
+    events.sort_by_key(|(time, _)| *time);
+    let actions: Vec<_> = events.into_iter().map(|(_, action)| action).collect();
+    // The crate knows no history without operations.
+    actions.is_empty() || WGLChecker::<Register>::is_linearizable(History::from_actions(actions))
 }
 
 #[cfg(test)]
@@ -126,7 +109,7 @@ mod tests {
     fn check(wanted: bool, ops: &[(u64, Option<u64>, Kind)]) {
         let ops: Vec<_> =
             ops.iter().map(|(s, e, kind)| Op { start: *s, end: *e, kind: kind.clone() }).collect();
-        assert_eq!(is_linearizable(0, &ops), wanted, "{ops:?}");
+        assert_eq!(is_linearizable(&ops), wanted, "{ops:?}");
     }
 
     #[test]
@@ -170,8 +153,8 @@ mod tests {
             ops.push(Op { start: i * 10, end: Some(i * 10 + 14), kind: Kind::Write(i) });
             ops.push(Op { start: i * 10 + 1, end: Some(i * 10 + 13), kind: Kind::Read(i) });
         }
-        assert!(is_linearizable(0, &ops));
+        assert!(is_linearizable(&ops));
         ops.push(Op { start: 1_500, end: Some(1_501), kind: Kind::Read(100) });
-        assert!(!is_linearizable(0, &ops));
+        assert!(!is_linearizable(&ops));
     }
 }
