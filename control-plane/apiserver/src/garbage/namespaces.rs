@@ -11,6 +11,7 @@ use crate::{
     clock,
     error::{ApiError, qualified},
     object,
+    resource::Resource,
     server::ApiServer,
     verbs::{self, Preconditions, Propagation},
 };
@@ -50,11 +51,20 @@ async fn delete_content(server: &ApiServer, namespace: &Arc<str>) -> Result<Rema
         let query = ListQuery { prefix: resource.prefix(Some(name)), ..ListQuery::default() };
         let store = server.store();
         for entries in store.list(&query).await?.entries.chunks(verbs::AT_ONCE) {
-            let doomed = entries.iter().map(|e| (e.key.to_string(), Preconditions::default()));
-            let policy = Propagation::Background;
+            let mut doomed = Vec::new();
+            for entry in entries {
+                let object = resource.decode(entry)?;
+                if object::is_deleting(&object) {
+                    // It has been told before, and waits for its finalizers.
+                    remains.add(resource, &object);
+                } else {
+                    doomed.push((entry.key.to_string(), Preconditions::default()));
+                }
+            }
+            let (doomed, policy) = (doomed.into_iter(), Propagation::Background);
             for removed in verbs::remove_together(store, resource, doomed, policy).await {
                 if let Some(verbs::Removed::Marked(object)) = removed? {
-                    remains.add(&qualified(&resource.plural, &resource.group), &object);
+                    remains.add(resource, &object);
                 }
             }
         }
@@ -63,8 +73,9 @@ async fn delete_content(server: &ApiServer, namespace: &Arc<str>) -> Result<Rema
 }
 
 impl Remains {
-    fn add(&mut self, resource: &str, object: &Value) {
-        *self.objects.entry(resource.to_owned()).or_default() += 1;
+    fn add(&mut self, resource: &Resource, object: &Value) {
+        let resource = qualified(&resource.plural, &resource.group);
+        *self.objects.entry(resource).or_default() += 1;
         for finalizer in object::finalizers(object) {
             *self.finalizers.entry(finalizer.to_owned()).or_default() += 1;
         }
