@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use axum::body::Body;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use exo_crds::document::{self, Document};
+use http_body_util::BodyExt as _;
 use serde_json::Value;
 use tokio::time::timeout;
 
@@ -18,15 +19,32 @@ use crate::{
 /// Larger bodies are refused, as in Kubernetes; and larger objects, however they came about.
 pub(crate) const MAX_BODY_BYTES: usize = 3 << 20;
 
+/// Of a body that is too large, so much is read and forgotten: clients that are still sending when
+/// the answer comes often don't see it.
+const MAX_FORGOTTEN_BYTES: usize = 32 << 20;
+
 /// Reads a body that must be whole within `limit`.
 pub(crate) async fn read(body: Body, limit: Duration) -> Result<Bytes, ApiError> {
-    use http_body_util::{BodyExt as _, LengthLimitError, Limited};
-    let body = timeout(limit, Limited::new(body, MAX_BODY_BYTES).collect()).await;
-    match body.map_err(|_| ApiError::SlowBody(limit))? {
-        Ok(body) => Ok(body.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(ApiError::TooLarge(MAX_BODY_BYTES)),
-        Err(error) => Err(ApiError::BadRequest(format!("reading the body: {error}"))),
+    timeout(limit, collect(body)).await.map_err(|_| ApiError::SlowBody(limit))?
+}
+
+async fn collect(mut body: Body) -> Result<Bytes, ApiError> {
+    let mut whole = BytesMut::new();
+    let mut bytes = 0;
+    while let Some(frame) = body.frame().await {
+        let frame =
+            frame.map_err(|error| ApiError::BadRequest(format!("reading the body: {error}")))?;
+        let Ok(part) = frame.into_data() else {
+            continue;
+        };
+        bytes += part.len();
+        if bytes <= MAX_BODY_BYTES {
+            whole.extend_from_slice(&part);
+        } else if bytes > MAX_FORGOTTEN_BYTES {
+            break;
+        }
     }
+    if bytes > MAX_BODY_BYTES { Err(ApiError::TooLarge(MAX_BODY_BYTES)) } else { Ok(whole.into()) }
 }
 
 /// An object that came with a request.

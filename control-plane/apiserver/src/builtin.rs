@@ -186,13 +186,29 @@ fn prepare_secret(object: &mut Value) -> Vec<Cause> {
         }
     }
     let data = object.get("data").and_then(Value::as_object);
-    data.into_iter()
-        .flatten()
-        .filter(|(_, value)| value.as_str().is_some_and(|text| STANDARD.decode(text).is_err()))
-        .map(|(name, _)| Cause {
-            reason: "FieldValueInvalid",
-            message: "Invalid value: must be base64".to_owned(),
-            field: format!("data.{name}"),
-        })
-        .collect()
+    let mut causes = Vec::new();
+    let mut bytes = 0;
+    for (name, value) in data.into_iter().flatten() {
+        match value.as_str().map(|text| STANDARD.decode(text)) {
+            Some(Ok(data)) => bytes += data.len(),
+            Some(Err(_)) => causes.push(Cause {
+                reason: "FieldValueInvalid",
+                message: "Invalid value: must be base64".to_owned(),
+                field: format!("data.{name}"),
+            }),
+            // The schema refuses it.
+            None => {}
+        }
+    }
+    if bytes > MAX_SECRET_BYTES {
+        causes.push(Cause {
+            reason: "FieldValueTooLong",
+            message: format!("Too long: may not be more than {MAX_SECRET_BYTES} bytes"),
+            field: "data".to_owned(),
+        });
+    }
+    causes
 }
+
+/// Of all data of one secret, as in Kubernetes.
+const MAX_SECRET_BYTES: usize = 1 << 20;

@@ -2,8 +2,9 @@
 //! dependents (foreground), or to be forgotten by them (orphan), go once they can; namespaces that
 //! are deleted are emptied; events expire.
 //!
-//! Runs where the store is led. Owners are known by uid only, and looked for among the objects of
-//! this server.
+//! Runs where the store is led. Owners are known by uid, and looked for among the objects of this
+//! server; whether owners of kinds that it doesn't serve exist can't be known here, and what has such
+//! an owner stays.
 
 mod namespaces;
 
@@ -72,7 +73,7 @@ async fn collect(server: &ApiServer) -> Result<(), ApiError> {
     let (mut graph, revision) = {
         let query = ListQuery { prefix: PREFIX.to_owned(), ..ListQuery::default() };
         let listing = store.list(&query).await?;
-        let mut graph = Graph::default();
+        let mut graph = Graph::new(server.resources());
         for entry in &listing.entries {
             graph.apply(&entry.key, Some(&object::decode(entry)?));
         }
@@ -252,6 +253,8 @@ enum Job {
 /// Who owns whom.
 #[derive(Debug, Default)]
 struct Graph {
+    /// `apiVersion` and kind of what can be known to exist or not.
+    kinds: BTreeSet<(String, String)>,
     nodes: BTreeMap<Arc<str>, Node>,
     /// Keys of the objects that exist.
     uids: BTreeMap<String, Arc<str>>,
@@ -266,18 +269,21 @@ struct Node {
     uid: String,
     /// uids, each with whether this blocks its deletion in the foreground.
     owners: BTreeMap<String, bool>,
+    /// One of the owners is of a kind that is not served.
+    has_unknown_owner: bool,
     deleting: bool,
     foreground: bool,
     orphan: bool,
 }
 
 impl Node {
-    fn new(object: &Value) -> Self {
+    fn new(object: &Value, kinds: &BTreeSet<(String, String)>) -> Self {
         let deleting = object::is_deleting(object);
         let finalizers = object::finalizers(object);
         Self {
             uid: object::uid(object).unwrap_or_default().to_owned(),
             owners: object::owners(object).map(|(uid, blocks)| (uid.to_owned(), blocks)).collect(),
+            has_unknown_owner: object::owner_kinds(object).any(|kind| !kinds.contains(&kind)),
             deleting,
             foreground: deleting && finalizers.contains(&FOREGROUND),
             orphan: deleting && finalizers.contains(&ORPHAN),
@@ -286,10 +292,15 @@ impl Node {
 }
 
 impl Graph {
+    fn new(resources: &[Arc<Resource>]) -> Self {
+        let kinds = resources.iter().map(|r| (r.api_version(), r.kind.clone())).collect();
+        Self { kinds, ..Self::default() }
+    }
+
     /// Takes in what a key holds now. Returns where there may be something to do by it.
     fn apply(&mut self, key: &Arc<str>, object: Option<&Value>) -> BTreeSet<Arc<str>> {
         let mut suspects = BTreeSet::new();
-        let new = object.map(Node::new);
+        let new = object.map(|object| Node::new(object, &self.kinds));
         if let Some(old) = self.nodes.remove(key) {
             for owner in old.owners.keys() {
                 if let Some(keys) = self.dependents.get_mut(owner) {
@@ -351,7 +362,23 @@ impl Graph {
         if node.foreground {
             return self.foreground_jobs(key, node, dependents);
         }
-        if self.is_orphan(node) { vec![Job::Delete(Arc::clone(key))] } else { Vec::new() }
+        self.jobs_of_dependent(key, node)
+    }
+
+    /// It goes with the last of its owners; before that, it forgets those that are gone.
+    fn jobs_of_dependent(&self, key: &Arc<str>, node: &Node) -> Vec<Job> {
+        if node.deleting || node.has_unknown_owner {
+            return Vec::new();
+        }
+        let is_absent = |owner: &&String| !self.uids.contains_key(*owner);
+        let absent: Vec<&String> = node.owners.keys().filter(is_absent).collect();
+        if !absent.is_empty() && absent.len() == node.owners.len() {
+            return vec![Job::Delete(Arc::clone(key))];
+        }
+        absent
+            .into_iter()
+            .map(|owner| Job::Disown { key: Arc::clone(key), owner: owner.clone() })
+            .collect()
     }
 
     fn foreground_jobs(
@@ -399,13 +426,6 @@ impl Graph {
         let owner = self.uids.get(uid).and_then(|key| self.nodes.get(key));
         owner.is_some_and(|owner| owner.foreground)
     }
-
-    /// It has owners, none of them exists, and it isn't on its way out already.
-    fn is_orphan(&self, node: &Node) -> bool {
-        !node.deleting
-            && !node.owners.is_empty()
-            && node.owners.keys().all(|owner| !self.uids.contains_key(owner))
-    }
 }
 
 #[cfg(test)]
@@ -415,13 +435,18 @@ mod tests {
     use super::*;
 
     fn object(uid: &str, owners: &[&str]) -> Value {
-        let owners: Vec<Value> = owners.iter().map(|uid| json!({"uid": uid})).collect();
+        let owner = |uid: &&str| json!({"apiVersion": "v1", "kind": "Secret", "uid": uid});
+        let owners: Vec<Value> = owners.iter().map(owner).collect();
         json!({"metadata": {"uid": uid, "ownerReferences": owners}})
+    }
+
+    fn graph() -> Graph {
+        Graph::new(&builtin::resources().unwrap().into_iter().map(Arc::new).collect::<Vec<_>>())
     }
 
     #[test]
     fn garbage_is_what_lost_its_last_owner() {
-        let mut graph = Graph::default();
+        let mut graph = graph();
         let key = |name: &str| -> Arc<str> { name.into() };
         let mut apply = |name: &str, object: Option<Value>| -> Vec<String> {
             let suspects = graph.apply(&key(name), object.as_ref());
@@ -431,7 +456,7 @@ mod tests {
         assert!(apply("b", Some(object("2", &[]))).is_empty());
         assert!(apply("c", Some(object("3", &["1", "2"]))).is_empty());
         assert!(apply("d", Some(object("4", &["3"]))).is_empty());
-        assert!(apply("a", None).is_empty(), "the other owner is left");
+        assert_eq!(apply("a", None), ["c"], "the other owner is left");
         assert_eq!(apply("b", None), ["c"]);
         assert_eq!(apply("c", None), ["d"]);
         assert_eq!(apply("e", Some(object("5", &["9"]))), ["e"], "an owner that never was");
@@ -439,6 +464,35 @@ mod tests {
         assert!(apply("f", Some(object("6", &[]))).is_empty());
         assert!(apply("g", Some(object("7", &["6"]))).is_empty());
         assert_eq!(apply("f", Some(object("8", &[]))), ["g"]);
+    }
+
+    #[test]
+    fn absent_owners_are_forgotten_and_unknown_kinds_may_exist() {
+        let mut graph = graph();
+        let key: Arc<str> = "x".into();
+        let mut jobs = |owners: Value| {
+            let object = json!({"metadata": {"uid": "x", "ownerReferences": owners}});
+            graph.apply(&"a".into(), Some(&object_a()));
+            graph.apply(&key, Some(&object));
+            graph.jobs(&key)
+        };
+        fn object_a() -> Value {
+            object("1", &[])
+        }
+        let owner = |version: &str, kind: &str, uid: &str| json!({"apiVersion": version, "kind": kind, "uid": uid});
+        let (here, gone) = (owner("v1", "Secret", "1"), owner("v1", "Secret", "2"));
+        let delete = [Job::Delete("x".into())];
+        assert_eq!(jobs(json!([here])), []);
+        assert_eq!(jobs(json!([gone])), delete);
+        let disown = Job::Disown { key: "x".into(), owner: "2".into() };
+        assert_eq!(jobs(json!([gone, here])), [disown]);
+        for (version, kind) in
+            [("apps/v1", "Deployment"), ("v2", "Secret"), ("v1", "Pod"), ("", "")]
+        {
+            let unknown = owner(version, kind, "3");
+            assert_eq!(jobs(json!([unknown])), [], "{version} {kind}");
+            assert_eq!(jobs(json!([unknown, gone])), [], "{version} {kind}");
+        }
     }
 
     #[tokio::test]
@@ -474,12 +528,17 @@ mod tests {
 
     #[test]
     fn owners_wait_for_their_dependents_or_let_them_go() {
-        let mut graph = Graph::default();
+        let mut graph = graph();
         let key = |name: &str| -> Arc<str> { name.into() };
         let dependent = |owners: &[(&str, bool)]| {
             let owners: Vec<Value> = owners
                 .iter()
-                .map(|(uid, blocks)| json!({"uid": uid, "blockOwnerDeletion": blocks}))
+                .map(|(uid, blocks)| {
+                    json!({
+                        "apiVersion": "v1", "kind": "Secret", "uid": uid,
+                        "blockOwnerDeletion": blocks,
+                    })
+                })
                 .collect();
             json!({"metadata": {"uid": "d", "ownerReferences": owners}})
         };

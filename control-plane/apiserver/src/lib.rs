@@ -32,7 +32,6 @@ mod selector;
 mod server;
 mod table;
 mod tagged;
-
 mod verbs;
 mod wire;
 

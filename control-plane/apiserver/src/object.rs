@@ -50,10 +50,22 @@ pub(crate) fn is_held(object: &Value) -> bool {
     !finalizers(object).is_empty() || is_namespace && content.is_some_and(|f| !f.is_empty())
 }
 
+fn owner_references(object: &Value) -> impl Iterator<Item = &Value> {
+    let owners = object.pointer("/metadata/ownerReferences");
+    owners.and_then(Value::as_array).map_or(&[][..], Vec::as_slice).iter()
+}
+
+/// `apiVersion` and kind of the owners.
+pub(crate) fn owner_kinds(object: &Value) -> impl Iterator<Item = (String, String)> {
+    owner_references(object).map(|owner| {
+        let text = |field: &str| owner.get(field).and_then(Value::as_str).unwrap_or_default();
+        (text("apiVersion").to_owned(), text("kind").to_owned())
+    })
+}
+
 /// uids of the owners, each with whether this blocks the owner's deletion in the foreground.
 pub(crate) fn owners(object: &Value) -> impl Iterator<Item = (&str, bool)> {
-    let owners = object.pointer("/metadata/ownerReferences");
-    owners.and_then(Value::as_array).map_or(&[][..], Vec::as_slice).iter().filter_map(|owner| {
+    owner_references(object).filter_map(|owner| {
         let blocks = owner.get("blockOwnerDeletion").and_then(Value::as_bool);
         Some((owner.get("uid")?.as_str()?, blocks == Some(true)))
     })
@@ -127,6 +139,14 @@ pub(crate) fn encode(object: &Value, convert: impl Fn(&mut Value)) -> Result<Str
         return Err(ApiError::TooLarge(MAX_BODY_BYTES));
     }
     Ok(text)
+}
+
+/// As in Kubernetes: of keys and values of all annotations together.
+pub(crate) const MAX_ANNOTATION_BYTES: usize = 256 << 10;
+
+/// Keys and values of all annotations together.
+pub(crate) fn annotation_bytes(annotations: &Map<String, Value>) -> usize {
+    annotations.iter().map(|(key, value)| key.len() + value.as_str().map_or(0, str::len)).sum()
 }
 
 /// What a label may hold: also the last part of its key, if it is not empty.

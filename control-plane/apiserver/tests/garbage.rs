@@ -61,9 +61,14 @@ async fn dependents_go_with_their_owner_even_if_it_left_before() {
     server.call(Method::PATCH, &format!("{SHARDS}/a-1"), Some(free)).await;
     shards_become(&server, &["free"]).await;
 
+    // Of kinds that are not served, nobody here knows what exists.
+    let mut foreign = shard("foreign", "m1", 0);
+    foreign["metadata"]["ownerReferences"] =
+        json!([{"apiVersion": "apps/v1", "kind": "Deployment", "name": "d", "uid": "d"}]);
+    server.call(Method::POST, SHARDS, Some(foreign)).await;
     // An object whose owner is gone already doesn't stay.
     server.call(Method::POST, SHARDS, Some(owned("late", &owner))).await;
-    shards_become(&server, &["free"]).await;
+    shards_become(&server, &["foreign", "free"]).await;
     server.store.shutdown().await;
     collector.await.unwrap();
 }

@@ -3,12 +3,22 @@
 
 mod support;
 
+use std::{
+    convert::Infallible,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
 use axum::{
     body::Body,
     http::{Method, Request, StatusCode},
 };
+use bytes::Bytes;
 use exo_apiserver::{ApiServer, app};
 use exo_store::Store;
+use futures::StreamExt as _;
 use serde_json::{Value, json};
 use support::{INSTANCES, NODES, SHARDS, instance, node, shard};
 use tower::ServiceExt as _;
@@ -288,6 +298,45 @@ async fn media_types_and_sizes_are_checked() {
     assert_eq!(send(Method::POST, INSTANCES, json, json, deep).await, 400);
 }
 
+/// Over HTTP/2 a client that is cut off while it sends never sees why.
+#[tokio::test]
+async fn bodies_that_are_too_large_are_read_to_their_end() {
+    let server = support::start();
+    let part = Bytes::from(vec![b' '; 1 << 20]);
+    for (parts, is_read) in [(4, true), (100, false)] {
+        let left = Arc::new(AtomicUsize::new(parts));
+        let counted = Arc::clone(&left);
+        let part = part.clone();
+        let stream = futures::stream::repeat_with(move || {
+            counted.fetch_sub(1, Ordering::Relaxed);
+            Ok::<_, Infallible>(part.clone())
+        });
+        let body = Body::from_stream(stream.take(parts));
+        let request = Request::post(INSTANCES).header("content-type", "application/json");
+        let (code, _, _) = server.send(request.body(body).unwrap()).await;
+        assert_eq!(code.as_u16(), 413);
+        assert_eq!(left.load(Ordering::Relaxed) == 0, is_read, "{parts} MiB");
+    }
+}
+
+#[tokio::test]
+async fn deletions_of_many_leave_none() {
+    let server = support::start();
+    for n in 0..100 {
+        let mut object = shard(&format!("s{n}"), "m", n);
+        if n % 10 == 0 {
+            object["metadata"]["finalizers"] = json!(["a.b/c"]);
+        }
+        server.call(Method::POST, SHARDS, Some(object)).await;
+    }
+    let (code, list) = server.call(Method::DELETE, SHARDS, None).await;
+    assert_eq!((code.as_u16(), list["items"].as_array().unwrap().len()), (200, 100));
+    let (_, left) = server.get(SHARDS).await;
+    let left = left["items"].as_array().unwrap();
+    assert_eq!(left.len(), 10, "their finalizers hold them");
+    assert!(left.iter().all(|s| s["metadata"]["deletionTimestamp"].is_string()));
+}
+
 #[tokio::test]
 async fn without_identity_only_health_and_version_answer() {
     let registry = prometheus::Registry::new();
@@ -327,6 +376,18 @@ async fn updates_and_deletions_mind_their_preconditions() {
     assert_eq!(server.call(Method::PUT, a, Some(renamed)).await.0, 400);
     let other = with(created.clone(), "/metadata", "uid", json!("other"));
     assert_eq!(server.call(Method::PUT, a, Some(other)).await.0, 409);
+    let made = created["metadata"]["creationTimestamp"].as_str().unwrap();
+    for (time, code) in [
+        (json!(made), 200),
+        (json!(made.replace('Z', "+00:00")), 200),
+        (json!(null), 200),
+        (json!("2020-01-01T00:00:00Z"), 422),
+        (json!("yesterday"), 422),
+    ] {
+        let patch = json!({"metadata": {"creationTimestamp": time}});
+        let (found, body) = server.call(Method::PATCH, a, Some(patch)).await;
+        assert_eq!(found.as_u16(), code, "{time}: {body}");
+    }
     let stale = json!({"metadata": {"resourceVersion": "99"}, "spec": {"replicas": 3}});
     assert_eq!(server.call(Method::PATCH, a, Some(stale)).await.0, 409);
 

@@ -99,6 +99,60 @@ async fn a_configuration_without_a_name_has_that_of_its_path() {
     }
 }
 
+/// kubectl finds there what it applied last, whichever way it did.
+#[tokio::test]
+async fn what_kubectl_applied_last_is_renewed() {
+    const LAST: &str = "kubectl.kubernetes.io/last-applied-configuration";
+    let server = support::start();
+    let mut created = instance("a");
+    created["metadata"]["annotations"] = json!({LAST: instance("a").to_string(), "x": "y"});
+    server.call(Method::POST, INSTANCES, Some(created)).await;
+    let mut config = instance("a");
+    config["spec"]["replicas"] = json!(3);
+    let last = |object: &Value| {
+        let text = object["metadata"]["annotations"][LAST].as_str()?;
+        Some(serde_json::from_str::<Value>(text).unwrap())
+    };
+    let (_, other) = apply(&server, "a", "fieldManager=other&force=true", &config).await;
+    assert_eq!(last(&other), Some(instance("a")), "that is kubectl's alone");
+    config["metadata"]["annotations"] = json!({"x": "y"});
+    let (code, applied) = apply(&server, "a", "fieldManager=kubectl&force=true", &config).await;
+    config["metadata"]["namespace"] = json!("default");
+    assert_eq!((code.as_u16(), last(&applied)), (200, Some(config.clone())), "{applied}");
+    let (_, again) = apply(&server, "a", "fieldManager=kubectl", &config).await;
+    assert_eq!(again["metadata"]["resourceVersion"], applied["metadata"]["resourceVersion"]);
+    // Where it would be too long there is none, and the object can be applied all the same.
+    config["metadata"]["annotations"]["x"] = json!("y".repeat(200 << 10));
+    let (code, applied) = apply(&server, "a", "fieldManager=kubectl", &config).await;
+    assert_eq!((code.as_u16(), last(&applied)), (200, None), "{:.300}", applied.to_string());
+    // It doesn't contain itself.
+    let mut given = instance("c");
+    given["metadata"]["annotations"] = json!({LAST: "{}"});
+    apply(&server, "c", "fieldManager=kubectl", &given).await;
+    let (_, applied) = apply(&server, "c", "fieldManager=kubectl", &given).await;
+    let mut expect = instance("c");
+    expect["metadata"] = json!({"name": "c", "namespace": "default", "annotations": {}});
+    assert_eq!(last(&applied), Some(expect));
+    // Who never applied without the server gets none.
+    let (_, new) = apply(&server, "b", "fieldManager=kubectl", &instance("b")).await;
+    assert_eq!(last(&new), None);
+}
+
+#[tokio::test]
+async fn applied_fields_must_be_declared() {
+    let server = support::start();
+    for query in ["", "&fieldValidation=Ignore", "&fieldValidation=Warn"] {
+        let mut config = instance("a");
+        config["spec"]["bogus"] = json!(1);
+        let query = format!("fieldManager=one{query}");
+        let (code, body) = apply(&server, "a", &query, &config).await;
+        let said = "failed to create typed patch object (default/a; exo.dev/v1alpha1, \
+                    Kind=InferenceInstance): .spec.bogus: field not declared in schema";
+        assert_eq!((code.as_u16(), &body["message"]), (400, &json!(said)));
+    }
+    assert_eq!(server.get(&format!("{INSTANCES}/a")).await.0, 404);
+}
+
 #[tokio::test]
 async fn conditions_of_several_managers_are_merged() {
     let server = support::start();
@@ -236,6 +290,21 @@ async fn secrets_and_namespaces_mind_their_own_rules() {
     assert_eq!(change(json!({"stringData": {"a": "d"}})).await, (422, json!("data")));
     assert_eq!(change(json!({"immutable": null})).await, (422, json!("immutable")));
     assert_eq!(change(json!({"metadata": {"labels": {"a": "b"}}})).await.0, 200);
+    for (bytes, code) in [(1 << 20, 201), ((1 << 20) + 1, 422)] {
+        let secret = json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": format!("s{code}")},
+            "stringData": {"a": "x".repeat(bytes - 1), "b": "y"},
+        });
+        let (found, body) = server.call(Method::POST, secrets, Some(secret)).await;
+        assert_eq!(found.as_u16(), code, "{:.300}", body.to_string());
+        if code == 422 {
+            let cause = &body["details"]["causes"][0];
+            assert_eq!(
+                (&cause["field"], &cause["reason"]),
+                (&json!("data"), &json!("FieldValueTooLong"))
+            );
+        }
+    }
 
     let team = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "team"}});
     server.call(Method::POST, "/api/v1/namespaces", Some(team)).await;

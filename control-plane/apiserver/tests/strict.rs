@@ -95,12 +95,14 @@ async fn changes_are_read_as_strictly() {
     let scaled = r#"{"kind": "Scale", "apiVersion": "autoscaling/v1", "metadata": {"name": "a"},
                      "spec": {"replicas": 1, "replicas": 1}}"#;
     let applied = format!("{a}?fieldManager=m&force=1");
+    // What is applied must be known besides.
+    let [json, yaml] = [TWICE, TWICE_YAML].map(|text| text.replace("modle", "seed"));
     for (method, path, content_type, body, told) in [
         (Method::PUT, &a, JSON, whole.as_str(), "duplicate field \"spec.model\""),
         (Method::PATCH, &a, MERGE, r#"{"spec": {"seed": 1, "seed": 1}}"#, "\"spec.seed\""),
         (Method::PATCH, &a, json_patch, operation, "json patch duplicate field \"[0].path\""),
-        (Method::PATCH, &applied, APPLY, TWICE, "duplicate field \"spec.model\""),
-        (Method::PATCH, &applied, APPLY, TWICE_YAML, "duplicate field \"spec.model\""),
+        (Method::PATCH, &applied, APPLY, &json, "duplicate field \"spec.model\""),
+        (Method::PATCH, &applied, APPLY, &yaml, "duplicate field \"spec.model\""),
         (Method::PUT, &scale, JSON, scaled, "duplicate field \"spec.replicas\""),
         (Method::PATCH, &scale, MERGE, r#"{"spec": {"replicas": 1, "replicas": 1}}"#, "replicas"),
     ] {

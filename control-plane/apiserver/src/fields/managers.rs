@@ -6,7 +6,10 @@ use super::{
     set::{FieldSet, Step},
     typed::{self, Difference},
 };
-use crate::{clock::is_time, object};
+use crate::{
+    clock::is_time,
+    object::{self, MAX_ANNOTATION_BYTES, annotation_bytes},
+};
 
 /// Stands for whoever wrote what was there before fields were managed.
 const BEFORE_FIRST_APPLY: &str = "before-first-apply";
@@ -315,7 +318,26 @@ pub(crate) fn apply(
     }
     entries.push(entry);
     store(&mut object, entries);
+    if author.manager == KUBECTL && author.subresource.is_empty() {
+        renew_last_applied(&mut object, config);
+    }
     Ok(object)
+}
+
+/// What kubectl applied by itself is what it goes by when it does so again: where there is such an
+/// annotation, it must not fall behind. One that would be too long goes, as in Kubernetes.
+fn renew_last_applied(object: &mut Value, config: &Value) {
+    let annotations = object.pointer_mut("/metadata/annotations").and_then(Value::as_object_mut);
+    let Some(annotations) = annotations.filter(|a| a.contains_key(LAST_APPLIED)) else {
+        return;
+    };
+    let mut config = config.clone();
+    let own = config.pointer_mut("/metadata/annotations").and_then(Value::as_object_mut);
+    own.and_then(|own| own.remove(LAST_APPLIED));
+    annotations.insert(LAST_APPLIED.to_owned(), json!(format!("{config}\n")));
+    if annotation_bytes(annotations) > MAX_ANNOTATION_BYTES {
+        annotations.remove(LAST_APPLIED);
+    }
 }
 
 /// kubectl keeps what it applied by itself in an annotation. What it has from there is its own when

@@ -48,12 +48,14 @@ async fn delete_content(server: &ApiServer, namespace: &Arc<str>) -> Result<Rema
     let mut remains = Remains::default();
     for resource in server.resources().iter().filter(|r| r.namespaced) {
         let query = ListQuery { prefix: resource.prefix(Some(name)), ..ListQuery::default() };
-        for entry in &server.store().list(&query).await?.entries {
-            let any = Preconditions::default();
+        let store = server.store();
+        for entries in store.list(&query).await?.entries.chunks(verbs::AT_ONCE) {
+            let doomed = entries.iter().map(|e| (e.key.to_string(), Preconditions::default()));
             let policy = Propagation::Background;
-            let removed = verbs::remove(server.store(), resource, &entry.key, &any, policy).await?;
-            if let Some(verbs::Removed::Marked(object)) = removed {
-                remains.add(&qualified(&resource.plural, &resource.group), &object);
+            for removed in verbs::remove_together(store, resource, doomed, policy).await {
+                if let Some(verbs::Removed::Marked(object)) = removed? {
+                    remains.add(&qualified(&resource.plural, &resource.group), &object);
+                }
             }
         }
     }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::{
     builtin, clock,
     error::{ApiError, Cause},
-    object,
+    object::{self, MAX_ANNOTATION_BYTES, annotation_bytes},
     resource::Resource,
     schema,
     server::{Call, Subresource},
@@ -57,12 +57,10 @@ const IGNORED_METADATA_FIELDS: [&str; 1] = ["selfLink"];
 const SERVER_FIELDS: [&str; 5] =
     ["uid", "creationTimestamp", "generation", "deletionTimestamp", "deletionGracePeriodSeconds"];
 /// Unknown fields and the like that a client is told of at once, as in Kubernetes.
-const MAX_FAULTS_TOLD: usize = 100;
+pub(super) const MAX_FAULTS_TOLD: usize = 100;
 /// Of a DNS subdomain, and of the label of one.
 const MAX_NAME: usize = 253;
 const MAX_LABEL: usize = 63;
-/// As in Kubernetes: keys and values of all annotations together.
-const MAX_ANNOTATION_BYTES: usize = 256 << 10;
 
 /// Prunes, defaults and validates `object`; returns warnings about what was pruned, and about
 /// `duplicates`. The fields' managers are left as they are.
@@ -99,14 +97,29 @@ pub(super) fn prune(
     object: &mut Value,
     duplicates: &[String],
 ) -> Result<Vec<String>, ApiError> {
-    let resource = &call.resource;
-    let validation = FieldValidation::of(call)?;
+    let unknown = prune_unknown(&call.resource, object);
+    judge(call, unknown, duplicates)
+}
+
+/// Removes unknown fields; returns their paths.
+pub(super) fn prune_unknown(resource: &Resource, object: &mut Value) -> Vec<String> {
     if resource.builtin {
         // Kubernetes' own decoder makes nothing of nulls.
         schema::drop_nulls(None, object);
     }
     let mut unknown = prune_metadata(object);
     unknown.extend(resource.schema.prune(object));
+    unknown
+}
+
+/// Refuses unknown fields and `duplicates` where the client wants that; returns warnings.
+pub(super) fn judge(
+    call: &Call,
+    unknown: Vec<String>,
+    duplicates: &[String],
+) -> Result<Vec<String>, ApiError> {
+    let resource = &call.resource;
+    let validation = FieldValidation::of(call)?;
     let unknown = unknown.into_iter().map(|path| format!("unknown field \"{path}\""));
     let faults: Vec<String> =
         duplicates.iter().cloned().chain(unknown).take(MAX_FAULTS_TOLD).collect();
@@ -274,13 +287,8 @@ fn metadata_causes(object: &Value, of_namespace: bool) -> Vec<Cause> {
     for field in ["labels", "annotations"] {
         string_map_causes(object, field, &mut causes);
     }
-    let annotations = object.pointer("/metadata/annotations");
-    let bytes: usize = annotations
-        .and_then(Value::as_object)
-        .into_iter()
-        .flatten()
-        .map(|(k, v)| k.len() + v.as_str().map_or(0, str::len))
-        .sum();
+    let annotations = object.pointer("/metadata/annotations").and_then(Value::as_object);
+    let bytes = annotations.map_or(0, annotation_bytes);
     if bytes > MAX_ANNOTATION_BYTES {
         causes.push(invalid(
             "metadata.annotations",

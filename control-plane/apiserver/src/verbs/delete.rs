@@ -2,6 +2,7 @@
 
 use axum::{http::StatusCode, response::Response};
 use exo_store::{Store, Txn, TxnOutcome};
+use futures::future::join_all;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -269,23 +270,7 @@ pub(crate) async fn delete_collection(call: &Call) -> Result<Response, ApiError>
     let dry_run = call.dry_run()? || options.only_tries;
     let (objects, revision) = read::matching(call).await?;
     if !dry_run {
-        let mut changed = false;
-        for object in &objects {
-            let namespace = object::namespace(object);
-            let key = call.resource.key(namespace, object::name(object));
-            // Another one of the same name, made meanwhile, is not meant.
-            let preconditions = Preconditions {
-                uid: object::uid(object).map(str::to_owned),
-                resource_version: None,
-            };
-            let store = call.server.store();
-            let removed = remove(store, &call.resource, &key, &preconditions, propagation);
-            match removed.await {
-                Ok(removed) => changed |= removed.is_some(),
-                Err(ApiError::Conflict { .. }) => {}
-                Err(error) => return Err(halfway(error, changed)),
-            }
-        }
+        remove_matching(call, &objects, propagation).await?;
     }
     let metadata = json!({"resourceVersion": revision.to_string()});
     let mut body = call.form.begin_list(&call.resource);
@@ -294,6 +279,52 @@ pub(crate) async fn delete_collection(call: &Call) -> Result<Response, ApiError>
         body.push(&call.form.item(&call.resource, object, now));
     }
     Ok(body.respond(&metadata))
+}
+
+async fn remove_matching(
+    call: &Call,
+    objects: &[Value],
+    propagation: Propagation,
+) -> Result<(), ApiError> {
+    let mut changed = false;
+    for objects in objects.chunks(AT_ONCE) {
+        let doomed = objects.iter().map(|object| {
+            let key = call.resource.key(object::namespace(object), object::name(object));
+            // Another one of the same name, made meanwhile, is not meant.
+            let uid = object::uid(object).map(str::to_owned);
+            (key, Preconditions { uid, resource_version: None })
+        });
+        let store = call.server.store();
+        let mut stopped = None;
+        for removed in remove_together(store, &call.resource, doomed, propagation).await {
+            match removed {
+                Ok(removed) => changed |= removed.is_some(),
+                Err(ApiError::Conflict { .. }) => {}
+                Err(error) => stopped = Some(error),
+            }
+        }
+        if let Some(error) = stopped {
+            return Err(halfway(error, changed));
+        }
+    }
+    Ok(())
+}
+
+/// Objects that are deleted at once: the store writes together what comes together, so that so many
+/// take hardly longer than one.
+pub(crate) const AT_ONCE: usize = 32;
+
+/// [`remove`] of several keys at once, of which there should be at most [`AT_ONCE`].
+pub(crate) async fn remove_together(
+    store: &Store,
+    resource: &Resource,
+    doomed: impl Iterator<Item = (String, Preconditions)>,
+    propagation: Propagation,
+) -> Vec<Result<Option<Removed>, ApiError>> {
+    let removals = doomed.map(async |(key, preconditions)| {
+        remove(store, resource, &key, &preconditions, propagation).await
+    });
+    join_all(removals).await
 }
 
 /// What stopped a deletion of several objects. That nothing was done holds for the last one only.

@@ -11,7 +11,8 @@ mod write;
 
 pub(crate) use admission::fill_type;
 pub(crate) use delete::{
-    FOREGROUND, ORPHAN, Preconditions, Propagation, Removed, delete, delete_collection, remove,
+    AT_ONCE, FOREGROUND, ORPHAN, Preconditions, Propagation, Removed, delete, delete_collection,
+    remove, remove_together,
 };
 pub(crate) use read::{get, list};
 pub(crate) use watch::watch;

@@ -205,7 +205,9 @@ async fn apply(call: &Call) -> Result<Response, ApiError> {
     if config.pointer("/metadata/managedFields").is_some_and(|m| !m.is_null()) {
         return Err(ApiError::BadRequest("metadata.managedFields must be nil".to_owned()));
     }
-    let warnings = admission::prune(call, &mut config, &duplicates)?;
+    let unknown = admission::prune_unknown(&call.resource, &mut config);
+    let warnings = admission::judge(call, unknown.clone(), &duplicates)?;
+    check_declared(call, &unknown)?;
     let typed = call.resource.schema.typed();
     schema::drop_nulls(Some(typed), &mut config);
     restrict(call, &mut config);
@@ -236,6 +238,27 @@ async fn apply(call: &Call) -> Result<Response, ApiError> {
         }
     }
     Err(ApiError::modified(call.resource.subject(&call.name)))
+}
+
+/// An applied configuration has no fields that nobody could own, however fields are validated.
+fn check_declared(call: &Call, unknown: &[String]) -> Result<(), ApiError> {
+    if unknown.is_empty() {
+        return Ok(());
+    }
+    let resource = &call.resource;
+    let place = call.namespace.as_deref().unwrap_or_default();
+    let faults: Vec<String> = unknown
+        .iter()
+        .take(admission::MAX_FAULTS_TOLD)
+        .map(|path| format!(".{path}: field not declared in schema"))
+        .collect();
+    Err(ApiError::BadRequest(format!(
+        "failed to create typed patch object ({place}/{}; {}, Kind={}): {}",
+        call.name,
+        resource.api_version(),
+        resource.kind,
+        faults.join(", ")
+    )))
 }
 
 /// Leaves of a configuration what the subresource can change.
@@ -360,7 +383,28 @@ fn check_target(call: &Call, current: &Value, wanted: &mut Value) -> Result<(), 
     }
     admission::check_identity(call, wanted)?;
     check_name(call, wanted)?;
-    check_version(call, current, wanted)
+    check_version(call, current, wanted)?;
+    check_creation(call, current, wanted)
+}
+
+/// When it was made stays; clients may write the same time otherwise, or leave it out.
+fn check_creation(call: &Call, current: &Value, wanted: &Value) -> Result<(), ApiError> {
+    const FIELD: &str = "creationTimestamp";
+    let Some(given) = object::text(wanted, FIELD) else {
+        return Ok(());
+    };
+    let time = |text: Option<&str>| text.and_then(clock::parse);
+    if time(Some(given)) == time(object::text(current, FIELD)) {
+        return Ok(());
+    }
+    Err(ApiError::Invalid {
+        subject: call.resource.subject(&call.name),
+        causes: vec![Cause {
+            reason: "FieldValueInvalid",
+            message: format!("Invalid value: {}: field is immutable", json!(given)),
+            field: format!("metadata.{FIELD}"),
+        }],
+    })
 }
 
 fn check_name(call: &Call, wanted: &Value) -> Result<(), ApiError> {

@@ -1,7 +1,8 @@
-//! Clients that were not written here, against the server, over a socket: kubectl and the Python
-//! client. Skipped where there is none, but not in CI.
+//! Clients that were not written here, against the server, over a socket: kubectl, curl and the
+//! Python client. Skipped where there is none, but not in CI.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod curl;
 mod kubectl;
 mod objects;
 mod odd;

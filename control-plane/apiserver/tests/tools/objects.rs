@@ -148,6 +148,13 @@ async fn fields_are_applied_by_several_managers() {
     kubectl.ok("apply -f -", &instance("1")).await;
     let applied = kubectl.ok(apply, &instance("2")).await;
     assert_eq!(applied, format!("{name} serverside-applied\n"));
+    // The client finds what it applied so, and takes away what it leaves out later.
+    let longer = instance("2").replace("replicas: 2", "replicas: 2, contextLength: 512");
+    kubectl.ok(apply, &longer).await;
+    let last = kubectl.ok("apply view-last-applied ii llama", "").await;
+    assert!(last.contains("contextLength: 512") && last.contains("replicas: 2"), "{last}");
+    kubectl.ok("apply -f -", &instance("2")).await;
+    assert_eq!(kubectl.ok("get ii llama -o jsonpath={.spec.contextLength}", "").await, "");
     let other = format!("{apply} --field-manager=other");
     let message = kubectl.fails(&other, &instance("3")).await;
     assert!(message.contains("conflict with \"kubectl\": .spec.replicas"), "{message}");
