@@ -26,8 +26,8 @@ setup: ## get MLX and write .cargo/config.toml (every target does this when need
 build: setup ## build all binaries, optimised, into target/release
 	$(CARGO) build --release --locked $(BINARIES) $(FEATURES)
 
-run: build ## start a two-shard cluster with the built-in tiny model, in the foreground
-	@$(PYTHON) deploy/demo.py run --bin $(PROFILE_DIR)
+run: build ## start a two-shard cluster with the built-in tiny model, in the foreground; PORT=N API_PORT=N choose its ports
+	@$(PYTHON) deploy/demo.py run --bin $(PROFILE_DIR) $(if $(PORT),--port $(PORT)) $(if $(API_PORT),--api-port $(API_PORT))
 
 demo: build ## the same, ask one question, show the answer and timings, shut down
 	@$(PYTHON) deploy/demo.py demo --bin $(PROFILE_DIR)

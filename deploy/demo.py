@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,35 @@ QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
 # From process start to the addresses; a laptop needs one second.
 BANNER_LIMIT_S = 60
+# How to choose a port: this script's flag, make's variable; and the usual one.
+PORTS = {"gateway": ("--port", "PORT", 8080), "cluster API": ("--api-port", "API_PORT", 8443)}
+
+
+def check_ports(ports):
+    """Ends with one message that names each port that is taken, by whom, and how to choose."""
+    taken = []
+    for (what, (_, variable, _)), port in zip(PORTS.items(), ports):
+        with socket.socket() as probe:
+            # As exo does: a port whose last connections are still closing is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                taken.append(f"port {port} of the {what} can't be had ({error.strerror}"
+                             f"{holder(port)}): choose another with `make run {variable}=N`")
+    if taken:
+        sys.exit("\n".join(taken))
+
+
+def holder(port):
+    """The process that listens on a port, where lsof can tell."""
+    command = ["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return f"; `lsof -i:{port}` or `ss -ltnp` tells by whom"
+    fields = {line[0]: line[1:] for line in lines}
+    return f" by {fields['c']}, process {fields['p']}" if {"c", "p"} <= fields.keys() else ""
 
 
 class Cluster:
@@ -74,10 +104,15 @@ class Cluster:
                     return endpoints
         finally:
             deadline.cancel()
-        sys.exit(f"exo stopped at start, or said nothing for {BANNER_LIMIT_S} s:\n"
-                 f"{self.log('mac-1')}")
+        status = process.wait()
+        killed = status == -signal.SIGKILL
+        cause = f"said nothing for {BANNER_LIMIT_S} s" if killed else "stopped at start"
+        # It has been told: `stop` need not do so again.
+        self.processes.clear()
+        sys.exit(f"exo {cause}:\n{self.log('mac-1')}")
 
     def log(self, name):
+        """The end of a node's log."""
         return (self.home / f"{name}.log").read_text(errors="replace")[-4000:]
 
     def exoctl(self, *args, **kwargs):
@@ -131,14 +166,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("mode", choices=["run", "demo"])
     parser.add_argument("--bin", type=pathlib.Path, default=ROOT / "target" / "release")
-    parser.add_argument("--port", type=int, help="gateway [run: 8080; demo: any free one]")
-    parser.add_argument("--api-port", type=int, help="cluster API [run: 8443; demo: any free one]")
+    for what, (flag, _, usual) in PORTS.items():
+        parser.add_argument(flag, type=int, help=f"{what} [run: {usual}; demo: any free one]")
     args = parser.parse_args()
     if not (args.bin / "exo").exists():
         sys.exit(f"{args.bin / 'exo'} is missing: run `make build` first")
     serve = args.mode == "run"
-    ports = (args.port if args.port is not None else (8080 if serve else 0),
-             args.api_port if args.api_port is not None else (8443 if serve else 0))
+    given = (args.port, args.api_port)
+    usual = [usual if serve else 0 for _, _, usual in PORTS.values()]
+    ports = [default if port is None else port for port, default in zip(given, usual)]
+    check_ports(ports)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     cluster = Cluster(args.bin.resolve(), ports)
@@ -187,11 +224,18 @@ def instructions(cluster, base):
 
 
 def wait_until_stopped(cluster):
-    while all(process.poll() is None for _, process in cluster.processes):
+    """Returns when mac-1 has ended. mac-2 may be killed and started again, to see what happens."""
+    (_, first), (name, second) = cluster.processes
+    told = False
+    while first.poll() is None:
+        if second.poll() is not None and not told:
+            command = " ".join(str(word) for word in second.args)
+            print(f"\n{name} ended with status {second.returncode}. To start it again:\n\n"
+                  f"  EXO_MODEL_PATH={MODELS} {command}\n", file=sys.stderr)
+            cluster.processes.remove((name, second))
+            told = True
         time.sleep(0.5)
-    for name, process in cluster.processes:
-        if process.poll() is not None:
-            print(f"{name} stopped:\n{cluster.log(name)}", file=sys.stderr)
+    print(f"mac-1 stopped:\n{cluster.log('mac-1')}", file=sys.stderr)
 
 
 if __name__ == "__main__":

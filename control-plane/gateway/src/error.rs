@@ -182,7 +182,10 @@ impl ApiError {
         match code {
             ErrorCode::InvalidRequest => Self::malformed(message),
             ErrorCode::ContextLengthExceeded => {
-                Self { code: Some("context_length_exceeded"), ..Self::invalid("messages", message) }
+                // The prompt alone may fit.
+                let asked = message.starts_with("max_tokens");
+                let param = if asked { "max_tokens" } else { "messages" };
+                Self { code: Some("context_length_exceeded"), ..Self::invalid(param, message) }
             }
             ErrorCode::Unavailable => Self::unavailable(message),
         }

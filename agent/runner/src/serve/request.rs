@@ -199,8 +199,8 @@ fn tokens_max(
     let room = u32::try_from(context_length - prompt_tokens).unwrap_or(u32::MAX);
     match request.max_tokens {
         Some(asked) if asked > room => Err(Refusal::too_long(format!(
-            "the prompt has {prompt_tokens} tokens, max_tokens asks for {asked}, the context has \
-             {context_length}"
+            "max_tokens asks for {asked}, but the prompt has {prompt_tokens} tokens of the context's \
+             {context_length}: {room} are left"
         ))),
         asked => Ok(asked.unwrap_or(room)),
     }

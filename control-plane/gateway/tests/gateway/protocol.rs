@@ -271,6 +271,13 @@ async fn a_runners_verdict_on_the_request_is_passed_on() {
         assert_eq!(answer.await.unwrap().status(), 400);
     }
     assert_eq!(*runner.seen.lock().unwrap(), 4, "nothing is tried twice");
+    let answer = cluster.ask(&hello(false));
+    let message = "max_tokens asks for 9: 8 are left";
+    let verdict =
+        GenerateEvent::Error { code: ErrorCode::ContextLengthExceeded, message: message.into() };
+    runner.next().await.refuse(StatusCode::BAD_REQUEST, verdict);
+    let error: Value = answer.await.unwrap().json().await.unwrap();
+    assert_eq!(error["error"]["param"], "max_tokens");
 }
 
 #[tokio::test]

@@ -433,8 +433,9 @@ async fn follow_leadership(
     loop {
         tell(leadership(&metrics.borrow_and_update()));
         if metrics.changed().await.is_err() {
-            // Raft has stopped: nobody leads through this node.
-            tell(Leadership::default());
+            // Raft has stopped: nobody leads through this node, which is no news of the cluster.
+            set_if_changed(&leads, false);
+            set_if_changed(&leadership_sender, Leadership::default());
             return;
         }
     }
