@@ -27,7 +27,7 @@ build: setup ## build all binaries, optimised, into target/release
 	$(CARGO) build --release --locked $(BINARIES) $(FEATURES)
 
 run: build ## start a two-shard cluster with the built-in tiny model, in the foreground; PORT=N API_PORT=N choose its ports
-	@$(PYTHON) deploy/demo.py run --bin $(PROFILE_DIR) $(if $(PORT),--port $(PORT)) $(if $(API_PORT),--api-port $(API_PORT))
+	@$(PYTHON) deploy/demo.py run --bin $(PROFILE_DIR) $(if $(filter command%,$(origin PORT)),--port $(PORT)) $(if $(filter command%,$(origin API_PORT)),--api-port $(API_PORT))
 
 demo: build ## the same, ask one question, show the answer and timings, shut down
 	@$(PYTHON) deploy/demo.py demo --bin $(PROFILE_DIR)

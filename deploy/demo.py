@@ -41,9 +41,14 @@ def check_ports(ports):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
+                # macOS lets this one in beside a listener on all addresses.
+                with socket.socket() as caller:
+                    why = "somebody answers" if port and not caller.connect_ex(("127.0.0.1", port)) else None
             except OSError as error:
-                taken.append(f"port {port} of the {what} can't be had ({error.strerror}"
-                             f"{holder(port)}): choose another with `make run {variable}=N`")
+                why = error.strerror
+        if why:
+            taken.append(f"port {port} of the {what} can't be had ({why}{holder(port)}): "
+                         f"choose another with `make run {variable}=N`")
     if taken:
         sys.exit("\n".join(taken))
 

@@ -67,8 +67,9 @@ pub(crate) async fn others(peers: Vec<String>, own: SocketAddr) -> anyhow::Resul
     let mut others = Vec::new();
     for peer in &peers {
         // Names that mean nothing now are left to whoever asks them.
-        let addresses = lookup_host(peer.as_str()).await.into_iter().flatten();
-        if addresses.into_iter().any(|address| is_own(address, own)) {
+        let found = lookup_host(peer.as_str()).await.into_iter().flatten();
+        let addresses: Vec<SocketAddr> = found.collect();
+        if names_only(&addresses, own) {
             warn!(peer, "this is the node itself: it is not asked");
         } else {
             others.push(peer.clone());
@@ -82,6 +83,13 @@ pub(crate) async fn others(peers: Vec<String>, own: SocketAddr) -> anyhow::Resul
         );
     }
     Ok(others)
+}
+
+/// Whether what a peer's name stands for is this node and no other. One name may stand for several
+/// nodes; that of this machine, for several addresses of which not all are listened on.
+fn names_only(addresses: &[SocketAddr], own: SocketAddr) -> bool {
+    let is_other = |a: &SocketAddr| !is_own(*a, own) && !a.ip().is_loopback();
+    addresses.iter().any(|a| is_own(*a, own)) && !addresses.iter().any(is_other)
 }
 
 /// Whether a call to `address` would reach the listener at `own`.
@@ -109,6 +117,20 @@ mod tests {
         let limit = Duration::from_millis(300);
         let request = client.post(format!("https://{address}/")).timeout(limit);
         send("peer", request, limit).await.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_name_of_several_nodes_is_not_this_node_alone() {
+        let check = |addresses: &[&str], own: &str, wanted: bool| {
+            let parsed: Vec<SocketAddr> = addresses.iter().map(|a| a.parse().unwrap()).collect();
+            assert_eq!(names_only(&parsed, own.parse().unwrap()), wanted, "{addresses:?} {own}");
+        };
+        check(&["127.0.0.1:8443"], "127.0.0.1:8443", true);
+        check(&["[::1]:8443", "127.0.0.1:8443"], "127.0.0.1:8443", true);
+        check(&["127.0.0.1:8444"], "127.0.0.1:8443", false);
+        check(&["192.0.2.1:8443"], "192.0.2.1:8443", true);
+        check(&["192.0.2.1:8443", "192.0.2.2:8443"], "192.0.2.1:8443", false);
+        check(&[], "192.0.2.1:8443", false);
     }
 
     #[tokio::test]

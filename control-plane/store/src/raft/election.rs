@@ -53,6 +53,9 @@ pub(super) struct Candidate {
     id: u64,
     /// The newest entry of its log.
     last: Option<LogId<u64>>,
+    /// How long it waits for votes.
+    #[serde(default)]
+    pace: Pace,
 }
 
 impl Candidate {
@@ -109,7 +112,9 @@ impl Ear {
         let silent = now.saturating_duration_since(known.heard);
         let hears_a_leader = silent < self.pace.times(LEASE);
         let is_better = known.standing.is_some_and(|standing| standing.is_better_than(other));
-        if hears_a_leader || is_better || other.last < own.last {
+        // A vote that comes too late only keeps this node from standing itself.
+        let in_time = other.pace.has_time_for(own.pace);
+        if hears_a_leader || is_better || other.last < own.last || !in_time {
             return false;
         }
         known.standing = None;
@@ -142,7 +147,7 @@ impl Electorate {
 
 impl Node {
     fn candidate(&self) -> Candidate {
-        Candidate { id: self.id, last: self.disk.newest() }
+        Candidate { id: self.id, last: self.disk.newest(), pace: self.pace }
     }
 
     /// This node's answer to another one that would stand.
@@ -294,7 +299,8 @@ mod tests {
     use super::*;
 
     fn candidate(id: u64, index: u64) -> Candidate {
-        Candidate { id, last: Some(LogId::new(CommittedLeaderId::new(1, 1), index)) }
+        let last = Some(LogId::new(CommittedLeaderId::new(1, 1), index));
+        Candidate { id, last, pace: Pace::default() }
     }
 
     #[tokio::test]
@@ -304,6 +310,8 @@ mod tests {
         let late = now + LEASE * 2;
         assert!(!ear.would_have(candidate(1, 10), own, now), "a leader was heard");
         assert!(!ear.would_have(candidate(1, 9), own, late), "it lacks an entry");
+        let slow = Candidate { pace: serde_json::from_str("6").unwrap(), ..own };
+        assert!(!ear.would_have(candidate(1, 10), slow, late), "its vote would come too late");
         assert!(ear.would_have(candidate(1, 10), own, late));
         assert_eq!(ear.due(Duration::ZERO), late + PROMISE, "it is given time");
         ear.heard();

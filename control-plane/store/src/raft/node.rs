@@ -28,7 +28,8 @@ use super::{
 };
 use crate::StoreError;
 
-/// An election takes less than a second and a half; who waits longer is told so.
+/// An election takes less than a second and a half; who waits longer is told so. On a slow disk all
+/// of it takes longer.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// Where no leader was heard for [`PATIENCE`], one may yet come: whoever asks then waits less.
 const PATIENCE_ALONE: Duration = Duration::from_secs(1);
@@ -183,7 +184,7 @@ impl Node {
             Place::Here => None,
             Place::There(_) | Place::Nowhere(_) => Some(self.ear.heard_at()),
         };
-        deadline(Instant::now(), heard_at)
+        deadline(Instant::now(), heard_at, self.pace.times(PATIENCE))
     }
 
     /// Calls the leader. Its answer is waited for until there is another one: a machine that stands
@@ -255,10 +256,10 @@ impl Node {
 }
 
 /// `heard_at`: when a leader was heard last, where another one than this node is needed.
-fn deadline(now: Instant, heard_at: Option<Instant>) -> Instant {
+fn deadline(now: Instant, heard_at: Option<Instant>, patience: Duration) -> Instant {
     match heard_at {
-        None => now + PATIENCE,
-        Some(heard_at) => (heard_at + PATIENCE).clamp(now + PATIENCE_ALONE, now + PATIENCE),
+        None => now + patience,
+        Some(heard_at) => (heard_at + patience).clamp(now + PATIENCE_ALONE, now + patience),
     }
 }
 
@@ -340,10 +341,10 @@ mod tests {
         let heard = Instant::now();
         let seconds = |now: u64| {
             let now = heard + Duration::from_secs(now);
-            (deadline(now, Some(heard)) - now).as_secs()
+            (deadline(now, Some(heard), PATIENCE) - now).as_secs()
         };
         assert_eq!([0, 2, 4, 5, 60].map(seconds), [5, 3, 1, 1, 1]);
-        assert_eq!(deadline(heard, None) - heard, PATIENCE);
+        assert_eq!(deadline(heard, None, PATIENCE) - heard, PATIENCE);
     }
 
     #[test]

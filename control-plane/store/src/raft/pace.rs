@@ -11,6 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde::{Deserialize, Serialize};
+
 /// The times of [`election`](super::election) fit a disk that writes through in this time. SSDs take
 /// a tenth of it and less, a disk that others keep busy some more.
 const SOUND: Duration = Duration::from_millis(100);
@@ -21,7 +23,8 @@ const WRITES: usize = 5;
 const WRITE_BYTES: usize = 4096;
 
 /// How many times longer than on a sound disk something may take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
 pub(super) struct Pace(u32);
 
 impl Pace {
@@ -57,6 +60,12 @@ impl Pace {
         self != Self::of(SOUND)
     }
 
+    /// Whether who stands, with this pace, waits long enough for the vote of `voter`.
+    pub(super) fn has_time_for(self, voter: Self) -> bool {
+        let limit = Duration::from_millis(self.times_ms(super::ELECTION_MS.0));
+        voter.times(SOUND) <= limit
+    }
+
     pub(super) fn times(self, duration: Duration) -> Duration {
         duration * self.0
     }
@@ -83,6 +92,12 @@ mod tests {
         let slow = Pace::of(Duration::from_millis(300));
         assert!(slow.is_slow() && !Pace::default().is_slow());
         assert_eq!((slow.times(SOUND), slow.times_ms(7)), (SOUND * 3, 21));
+    }
+
+    #[test]
+    fn who_is_fast_has_no_time_for_the_slowest() {
+        let waits = |own, voter| Pace(own).has_time_for(Pace(voter));
+        assert!(waits(1, 1) && waits(1, 4) && !waits(1, 5) && waits(2, 8) && waits(10, 1));
     }
 
     #[test]
