@@ -31,6 +31,9 @@ use tokio::{
 use tower::ServiceExt as _;
 use tracing::debug;
 
+/// Of one stream's answer, beyond what its client takes in: thousands of watches may stand still.
+const SEND_BUFFER_BYTES: usize = 64 << 10;
+
 /// How long clients may take.
 #[derive(Clone, Copy, Debug)]
 pub struct ServeLimits {
@@ -110,6 +113,7 @@ async fn connection<I, P>(
     builder
         .http2()
         .timer(TokioTimer::new())
+        .max_send_buf_size(SEND_BUFFER_BYTES)
         .keep_alive_interval(limits.ping_every)
         .keep_alive_timeout(limits.ping);
     let io = TokioIo::new(Sniffed::new(io, limits.first_bytes));

@@ -22,6 +22,8 @@ use crate::{
 
 /// Watches end after this long where the client names no time, so that connections balance anew.
 const DEFAULT_TIMEOUT_S: u64 = 30 * 60;
+/// What is there already goes out in pieces of about this size: each has its cost for a connection.
+const BLOCK_BYTES: usize = 16 << 10;
 /// Bookmarks keep an idle client's position fresh.
 const BOOKMARK_PERIOD: Duration = Duration::from_secs(30);
 /// Marks the bookmark after the initial events.
@@ -123,21 +125,20 @@ fn events(
 ) -> impl futures::Stream<Item = Result<Bytes, Infallible>> {
     stream! {
         let _counted = counted;
+        let mut block = Vec::new();
         for entry in start.initial {
-            if let Some(line) = writer.whole("ADDED", &entry, entry.mod_revision) {
-                yield Ok(line);
-                continue;
+            let line = writer.initial(&entry);
+            block.extend_from_slice(line.as_ref().unwrap_or_else(|last| last));
+            if line.is_err() {
+                yield Ok(block.into());
+                return;
             }
-            match writer.resource.decode(&entry) {
-                Ok(object) if writer.selector.matches(&writer.resource, &object) => {
-                    yield Ok(writer.line("ADDED", object));
-                }
-                Ok(_) => {}
-                Err(error) => {
-                    yield Ok(error_line(&error));
-                    return;
-                }
+            if block.len() >= BLOCK_BYTES {
+                yield Ok(std::mem::take(&mut block).into());
             }
+        }
+        if !block.is_empty() {
+            yield Ok(block.into());
         }
         if start.mark_initial && bookmarks {
             yield Ok(writer.bookmark(start.revision, true));
@@ -172,6 +173,21 @@ fn events(
 }
 
 impl Writer {
+    /// The line of an object that is there already, empty if it is not selected; the last one on an
+    /// error.
+    fn initial(&mut self, entry: &Entry) -> Result<Bytes, Bytes> {
+        if let Some(line) = self.whole("ADDED", entry, entry.mod_revision) {
+            return Ok(line);
+        }
+        match self.resource.decode(entry) {
+            Ok(object) if self.selector.matches(&self.resource, &object) => {
+                Ok(self.line("ADDED", object))
+            }
+            Ok(_) => Ok(Bytes::new()),
+            Err(error) => Err(error_line(&error)),
+        }
+    }
+
     /// The lines of a batch, `None` if nothing of it is selected. On an error the stream ends,
     /// with a last line where there is something to tell.
     fn batch(&mut self, batch: Result<Batch, StoreError>) -> Result<Option<Bytes>, Option<Bytes>> {
