@@ -32,6 +32,9 @@ const CLOCKS_DIFFER: Duration = Duration::from_secs(5);
 
 /// A power of two. With the pauses between them a second and a half: more than an election takes.
 const FAILURES_TO_ASK: u32 = 4;
+/// For so long the API server is asked whether it can be read: before the deadline, and at it.
+const ASK: Duration = Duration::from_secs(8);
+const LAST_ASK: Duration = Duration::from_secs(1);
 /// Beyond every deadline.
 const FAR_S: u64 = 3600;
 
@@ -214,13 +217,14 @@ impl Flow {
                 return Err(self.nothing_ready(&served).not_soon());
             }
             if now >= self.deadline {
-                return Err(match unreadable(&self.shared.client.0).await {
+                return Err(match unreadable(&self.shared.client.0, LAST_ASK).await {
                     Some(why) => self.out_of_touch(&why),
                     None => self.nothing_ready(&served),
                 });
             }
             if self.may_be_out_of_touch(&served.targets, &mut asked)
-                && let Some(why) = unreadable(&self.shared.client.0).await
+                && let Some(why) =
+                    unreadable(&self.shared.client.0, ASK.min(self.deadline - now)).await
             {
                 return Err(self.out_of_touch(&why));
             }

@@ -16,7 +16,7 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 
-use crate::index::Index;
+use crate::{http::unix_time, index::Index};
 
 /// A change of what is known of one kind.
 enum Change<K> {
@@ -30,8 +30,8 @@ pub(crate) async fn follow(client: Client, index: &watch::Sender<Index>) {
     let instances =
         follow_kind(Api::<InferenceInstance>::all(client.clone()), index, |index, change| {
             match change {
-                Change::Replace(objects) => index.replace_instances(&objects),
-                Change::Apply(object) => index.apply_instance(&object),
+                Change::Replace(objects) => index.replace_instances(&objects, unix_time()),
+                Change::Apply(object) => index.apply_instance(&object, unix_time()),
                 Change::Delete(object) => index.delete_instance(&object),
             }
         });
@@ -108,17 +108,20 @@ impl Backoff for Soon {
     }
 }
 
-/// Why the API server can't be read now; `None` where it can be, or where that can't be found out.
-pub(crate) async fn unreadable(client: &Client) -> Option<String> {
+/// Why the API server can't be read now; `None` where it can be, or where that can't be found out
+/// before the limit. The API server says within five seconds that it has no majority, and within
+/// one where it has had none for longer.
+pub(crate) async fn unreadable(client: &Client, limit: Duration) -> Option<String> {
     let models = Api::<Model>::all(client.clone());
     // Without a version in it, the store's leader is asked.
     let newest = ListParams::default().limit(1);
-    let answer = tokio::time::timeout(ASK_LIMIT, models.list_metadata(&newest)).await.ok()?;
-    answer.err().map(|error| problem(&error))
+    let answer = tokio::time::timeout(limit, models.list_metadata(&newest)).await.ok()?;
+    match answer {
+        // It answers: it has too much to do, or minds something else.
+        Err(kube::Error::Api(status)) if !matches!(status.code, 503 | 504) => None,
+        answer => answer.err().map(|error| problem(&error)),
+    }
 }
-
-/// The API server says within five seconds that it has no majority.
-const ASK_LIMIT: Duration = Duration::from_secs(8);
 
 /// What the API server says, else what is at the bottom of the failure.
 fn problem(error: &(dyn std::error::Error + 'static)) -> String {

@@ -4,16 +4,12 @@
 
 use std::collections::BTreeMap;
 
-use exo_crds::{InferenceInstance, InstancePhase, Model, REASON_WEIGHTS_NOT_FOUND};
+use exo_crds::{InferenceInstance, InstancePhase, Model, REASON_WEIGHTS_NOT_FOUND, ReplicaStatus};
 use kube::ResourceExt as _;
 
-/// Reasons of a Ready condition that time does not change: somebody has to do something.
-const STUCK: [&str; 5] =
-    ["NoReplicas", "ModelNotFound", "NameTooLong", UNPLACEABLE, REASON_WEIGHTS_NOT_FOUND];
-const UNPLACEABLE: &str = "Unplaceable";
-/// What had a place may soon have one again: memory that was given back is reported after seconds,
-/// and nodes come back.
-const PLACE_AGAIN_S: i64 = 20;
+/// For so long what has no place is waited for: nodes come, and come back, memory that was given
+/// back is reported after seconds, and an instance may be created before its model.
+const PLACE_S: i64 = 20;
 
 /// An InferenceInstance, by namespace and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -77,7 +73,19 @@ struct Instance {
     ready: Vec<Target>,
     waiting_for: Option<String>,
     not_before: Option<i64>,
-    stuck_since: Option<i64>,
+    /// Since when some replica has no place.
+    unplaced_since: Option<i64>,
+    stuck: Option<Stuck>,
+}
+
+/// Why nothing becomes ready before somebody does something.
+#[derive(Clone, Debug)]
+struct Stuck {
+    reason: String,
+    /// Since when that is so; seconds since 1970.
+    began_s: i64,
+    /// Since when it is sure: what began just now may yet change.
+    sure_s: i64,
 }
 
 /// All of it.
@@ -109,7 +117,13 @@ impl Index {
         !self.is_complete() && known != self.problem
     }
 
-    pub(crate) fn apply_instance(&mut self, object: &InferenceInstance) {
+    pub(crate) fn apply_instance(&mut self, object: &InferenceInstance, now_s: i64) {
+        let before = self.instances.remove(&key_of(object));
+        self.insert(object, before.as_ref(), now_s);
+    }
+
+    /// `before` is what was known of the same instance.
+    fn insert(&mut self, object: &InferenceInstance, before: Option<&Instance>, now_s: i64) {
         let key = key_of(object);
         let status = object.status.as_ref();
         let ready = status
@@ -127,7 +141,7 @@ impl Index {
                 })
             })
             .collect();
-        let waiting_for = not_ready(object).filter(|why| !why.message.is_empty()).map(|why| {
+        let waiting_for = lack(object, "Ready").filter(|why| !why.message.is_empty()).map(|why| {
             match why.message.contains(why.reason) {
                 true => why.message.to_owned(),
                 false => format!("{}: {}", why.reason, why.message),
@@ -143,7 +157,8 @@ impl Index {
                 ready,
                 waiting_for,
                 not_before: not_before(object),
-                stuck_since: stuck_since(object),
+                unplaced_since: unplaced_since(object),
+                stuck: stuck(object, before, now_s),
             },
         );
     }
@@ -153,10 +168,10 @@ impl Index {
     }
 
     /// A fresh list takes the place of everything known before.
-    pub(crate) fn replace_instances(&mut self, objects: &[InferenceInstance]) {
-        self.instances.clear();
+    pub(crate) fn replace_instances(&mut self, objects: &[InferenceInstance], now_s: i64) {
+        let before = std::mem::take(&mut self.instances);
         for object in objects {
-            self.apply_instance(object);
+            self.insert(object, before.get(&key_of(object)), now_s);
         }
         self.instances_listed = true;
     }
@@ -231,37 +246,79 @@ fn key_of(object: &InferenceInstance) -> InstanceKey {
     InstanceKey { namespace: object.namespace().unwrap_or_default(), name: object.name_any() }
 }
 
-/// What the Ready condition says of an instance that isn't.
-struct NotReady<'a> {
+/// What a condition that is not True says.
+struct Lack<'a> {
     reason: &'a str,
     message: &'a str,
     since_s: i64,
 }
 
-fn not_ready(object: &InferenceInstance) -> Option<NotReady<'_>> {
+/// `None` where the instance has no such condition, or it is True.
+fn lack<'a>(object: &'a InferenceInstance, kind: &str) -> Option<Lack<'a>> {
     let conditions = &object.status.as_ref()?.conditions;
-    let condition = conditions.iter().find(|c| c.type_ == "Ready" && c.status != "True")?;
-    Some(NotReady {
+    let condition = conditions.iter().find(|c| c.type_ == kind && c.status != "True")?;
+    Some(Lack {
         reason: &condition.reason,
         message: &condition.message,
         since_s: condition.last_transition_time.0.as_second(),
     })
 }
 
-/// Since when nothing but somebody's doing helps. What the controller said of an older spec does
-/// not count, nor what is the matter with one replica while another one starts.
-fn stuck_since(object: &InferenceInstance) -> Option<i64> {
+/// Since when the controller says that some replica has no place.
+fn unplaced_since(object: &InferenceInstance) -> Option<i64> {
+    let lack = lack(object, "Placed").or_else(|| lack(object, "Ready"))?;
+    Some(lack.since_s)
+}
+
+/// Whether, and since when, nothing but somebody's doing helps. What the controller said of an
+/// older spec does not count, nor what is the matter with one replica while another one is on its
+/// way or tried again.
+fn stuck(object: &InferenceInstance, before: Option<&Instance>, now_s: i64) -> Option<Stuck> {
     let status = object.status.as_ref()?;
     let waits = matches!(status.phase, None | Some(InstancePhase::Pending | InstancePhase::Failed));
     if !waits || status.observed_generation != object.metadata.generation {
         return None;
     }
-    let why = not_ready(object).filter(|why| STUCK.contains(&why.reason))?;
-    let had_place = status.replicas.iter().any(|replica| replica.epoch > 0);
-    Some(match why.reason {
-        UNPLACEABLE if had_place => why.since_s.saturating_add(PLACE_AGAIN_S),
-        _ => 0,
-    })
+    let reason = lack(object, "Ready")?.reason;
+    let wanted = || status.replicas.iter().filter(|replica| replica.index < object.spec.replicas);
+    let at_once = || Some(Stuck { reason: reason.to_owned(), began_s: 0, sure_s: 0 });
+    match reason {
+        "NoReplicas" => at_once(),
+        REASON_WEIGHTS_NOT_FOUND if wanted().all(lacks_weights) => at_once(),
+        // One that still has nodes stops, to be placed again.
+        "ModelNotFound" | "NameTooLong" | "Unplaceable"
+            if wanted().all(|replica| replica.nodes.is_empty()) =>
+        {
+            let began_s = began_s(object, reason, before, now_s)?;
+            // None is placed before its pause is over.
+            let pauses = wanted().filter_map(|replica| replica.retry_after.as_ref());
+            let tried_s = pauses.map(|time| time.0.as_second()).fold(began_s, i64::max);
+            let sure_s = tried_s.saturating_add(PLACE_S);
+            Some(Stuck { reason: reason.to_owned(), began_s, sure_s })
+        }
+        _ => None,
+    }
+}
+
+fn lacks_weights(replica: &ReplicaStatus) -> bool {
+    let lacks = format!(": {REASON_WEIGHTS_NOT_FOUND}: ");
+    replica.last_failure.as_ref().is_some_and(|failure| failure.contains(&lacks))
+}
+
+/// Since when no replica has a place for that reason. The condition tells only since when some
+/// replica has none, for whatever reason: if that was so before, it began now.
+fn began_s(
+    object: &InferenceInstance,
+    reason: &str,
+    before: Option<&Instance>,
+    now_s: i64,
+) -> Option<i64> {
+    let told_s = unplaced_since(object)?;
+    let Some(before) = before.filter(|before| before.unplaced_since == Some(told_s)) else {
+        return Some(told_s);
+    };
+    let same = before.stuck.as_ref().filter(|stuck| stuck.reason == reason);
+    Some(same.map_or(now_s, |stuck| stuck.began_s))
 }
 
 /// When the controller tries the first of the replicas again, if it waits with all of them. What it
@@ -291,7 +348,7 @@ fn served<'a>(
     let mut first_try = i64::MAX;
     for (_, instance) in instances {
         first_try = first_try.min(instance.not_before.unwrap_or(0));
-        let both = served.stuck_since.zip(instance.stuck_since);
+        let both = served.stuck_since.zip(instance.stuck.as_ref().map(|stuck| stuck.sure_s));
         served.stuck_since = both.map(|(a, b)| a.max(b));
         served.seed = served.seed.or(instance.seed);
         served.targets.extend(instance.ready.iter().cloned());
@@ -303,9 +360,12 @@ fn served<'a>(
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
+
+    /// 2026-01-02T03:04:05Z.
+    const NOW: i64 = 1_767_323_045;
 
     fn instance(
         namespace: &str,
@@ -351,10 +411,13 @@ mod tests {
     fn a_name_is_an_instance_then_a_model_then_a_repository() {
         let mut index = Index::default();
         assert!(!index.is_complete());
-        index.replace_instances(&[
-            instance("default", "chat", "llama-70b", &[(0, 3, true), (1, 1, false)]),
-            instance("default", "second", "llama-70b", &[(2, 4, true)]),
-        ]);
+        index.replace_instances(
+            &[
+                instance("default", "chat", "llama-70b", &[(0, 3, true), (1, 1, false)]),
+                instance("default", "second", "llama-70b", &[(2, 4, true)]),
+            ],
+            NOW,
+        );
         index.replace_models(&[
             model("llama-70b", Some("meta/llama")),
             model("unused", Some("meta/unused")),
@@ -386,9 +449,9 @@ mod tests {
                 replica.retry_after = time.map(|time| serde_json::from_value(json!(time)).unwrap());
             }
             let mut index = Index::default();
-            index.apply_instance(&object);
+            index.apply_instance(&object, NOW);
             assert_eq!(index.lookup("chat").unwrap().not_before, expect);
-            index.apply_instance(&instance("default", "other", "m", &[(0, 1, false)]));
+            index.apply_instance(&instance("default", "other", "m", &[(0, 1, false)]), NOW);
             assert_eq!(index.lookup("m").unwrap().not_before, None, "the other may come first");
         };
         check(Some("2026-01-02T03:00:00Z"), 1, Some(1_767_322_800));
@@ -396,32 +459,106 @@ mod tests {
         check(Some("2026-01-02T03:00:00Z"), 2, None);
     }
 
+    /// Of two replicas, as the controller reports them.
+    fn waiting(
+        reason: &str,
+        phase: &str,
+        placed_at: &str,
+        replicas: &[Value],
+    ) -> InferenceInstance {
+        let mut object = instance("default", "chat", "m", &[]);
+        object.spec.replicas = 2;
+        object.metadata.generation = Some(2);
+        object.status = serde_json::from_value(json!({
+            "phase": phase, "observedGeneration": 2, "replicas": replicas,
+            "conditions": [
+                {"type": "Placed", "status": "False", "reason": reason, "message": "m",
+                 "lastTransitionTime": placed_at},
+                {"type": "Ready", "status": "False", "reason": reason, "message": "m",
+                 "lastTransitionTime": "2026-01-02T03:04:05Z"}]}))
+        .unwrap();
+        object
+    }
+
+    fn replica(index: u32, epoch: u64, more: &Value) -> Value {
+        let mut replica = json!({"index": index, "epoch": epoch, "nodes": [], "ready": false});
+        replica.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        replica
+    }
+
+    fn stuck_since(index: &Index) -> Option<i64> {
+        index.lookup("chat").unwrap().stuck_since
+    }
+
     #[test]
     fn what_only_somebody_can_change_is_stuck() {
-        const SAID_AT: i64 = 1_767_323_045;
-        let check = |reason: &str, phase: &str, epochs: &[u64], expect: Option<i64>| {
-            let replicas: Vec<_> =
-                (0..).zip(epochs).map(|(index, epoch)| (index, *epoch, false)).collect();
-            let mut object = instance("default", "chat", "m", &replicas);
-            let status = object.status.as_mut().unwrap();
-            status.phase = serde_json::from_value(json!(phase)).unwrap();
-            status.conditions[0].reason = reason.to_owned();
+        // A quarter of an hour after Ready became False.
+        const PLACED_AT: i64 = NOW + 900;
+        let check = |reason: &str, phase: &str, replicas: &[Value], expect: Option<i64>| {
+            let mut object = waiting(reason, phase, "2026-01-02T03:19:05Z", replicas);
             let mut index = Index::default();
-            index.apply_instance(&object);
-            assert_eq!(index.lookup("chat").unwrap().stuck_since, expect, "{reason} {phase}");
+            index.apply_instance(&object, PLACED_AT + 1);
+            assert_eq!(stuck_since(&index), expect, "{reason} {phase} {replicas:?}");
+            index.apply_instance(&object, PLACED_AT + 2);
+            assert_eq!(stuck_since(&index), expect, "again {reason} {phase}");
             // A verdict on an older spec is none.
-            object.metadata.generation = Some(2);
-            index.apply_instance(&object);
-            assert_eq!(index.lookup("chat").unwrap().stuck_since, None, "{reason} {phase}");
+            object.metadata.generation = Some(3);
+            index.apply_instance(&object, PLACED_AT + 3);
+            assert_eq!(stuck_since(&index), None, "{reason} {phase}");
         };
-        check("Unplaceable", "Pending", &[0], Some(0));
-        check("Unplaceable", "Pending", &[0, 3], Some(SAID_AT + 20));
-        check("Unplaceable", "Starting", &[0, 3], None);
-        check("ModelNotFound", "Pending", &[], Some(0));
-        check("NoReplicas", "Pending", &[4], Some(0));
-        check("WeightsNotFound", "Failed", &[1], Some(0));
-        check("ShardFailed", "Failed", &[1], None);
-        check("Starting", "Starting", &[1], None);
+        let (never, once) = (|index| replica(index, 0, &json!({})), |i| replica(i, 3, &json!({})));
+        let lacks = |index| {
+            let why = "shard chat-0-a1-0 on b: WeightsNotFound: no folder `x`";
+            replica(index, 1, &json!({"nodes": ["b"], "lastFailure": why, "failures": 1}))
+        };
+        let tried = |at: &str| replica(1, 3, &json!({"retryAfter": at, "failures": 2}));
+        let stops = |index| replica(index, 3, &json!({"nodes": ["a"]}));
+        let grace = Some(PLACED_AT + 20);
+        check("Unplaceable", "Pending", &[never(0)], grace);
+        check("Unplaceable", "Pending", &[never(0), once(1)], grace);
+        check("Unplaceable", "Starting", &[never(0), once(1)], None);
+        check("ModelNotFound", "Pending", &[], grace);
+        check("NameTooLong", "Pending", &[never(0)], grace);
+        check("NoReplicas", "Pending", &[stops(4)], Some(0));
+        check("WeightsNotFound", "Failed", &[lacks(0)], Some(0));
+        check("WeightsNotFound", "Failed", &[lacks(0), lacks(1)], Some(0));
+        check("ShardFailed", "Failed", &[once(0)], None);
+        check("Starting", "Starting", &[stops(0)], None);
+        // The other one is on its way, or tried again.
+        check("Unplaceable", "Pending", &[never(0), stops(1)], None);
+        check("Unplaceable", "Failed", &[never(0), stops(1)], None);
+        check("ModelNotFound", "Pending", &[once(0), stops(1)], None);
+        check("WeightsNotFound", "Failed", &[lacks(0), stops(1)], None);
+        check("WeightsNotFound", "Failed", &[lacks(0), once(1)], None);
+        let soon = [never(0), tried("2026-01-02T03:20:05Z")];
+        check("Unplaceable", "Failed", &soon, Some(PLACED_AT + 60 + 20));
+        check("Unplaceable", "Pending", &[never(0), tried("2026-01-02T03:10:05Z")], grace);
+        // One that is not wanted any more comes not back.
+        check("Unplaceable", "Pending", &[never(0), stops(2)], grace);
+    }
+
+    #[test]
+    fn what_lost_its_place_just_now_is_waited_for() {
+        let since = "2026-01-02T03:04:05Z";
+        let waiting = |reason: &str, phase: &str, second: Value| {
+            waiting(reason, phase, since, &[replica(0, 0, &json!({})), second])
+        };
+        let unplaceable = || waiting("Unplaceable", "Pending", replica(1, 3, &json!({})));
+        let serving =
+            || waiting("Unplaceable", "Degraded", replica(1, 3, &json!({"nodes": ["a"]})));
+        let none_wanted = || waiting("NoReplicas", "Pending", replica(1, 3, &json!({})));
+        let mut index = Index::default();
+        index.apply_instance(&unplaceable(), NOW + 1000);
+        assert_eq!(stuck_since(&index), Some(NOW + 20), "of what was before, the condition tells");
+        for earlier in [serving(), none_wanted()] {
+            index.apply_instance(&earlier, NOW + 2000);
+            index.apply_instance(&unplaceable(), NOW + 3000);
+            assert_eq!(stuck_since(&index), Some(NOW + 3020));
+            index.apply_instance(&unplaceable(), NOW + 3010);
+            assert_eq!(stuck_since(&index), Some(NOW + 3020), "no news");
+            index.replace_instances(&[unplaceable()], NOW + 3015);
+            assert_eq!(stuck_since(&index), Some(NOW + 3020), "nor is a new list");
+        }
     }
 
     #[test]
@@ -429,28 +566,29 @@ mod tests {
         let mut stuck = instance("default", "stuck", "m", &[(0, 3, false)]);
         let status = stuck.status.as_mut().unwrap();
         status.conditions[0].reason = "Unplaceable".to_owned();
+        status.replicas[0].nodes.clear();
         let mut index = Index::default();
-        index.apply_instance(&stuck);
+        index.apply_instance(&stuck, NOW);
         let ids = |index: &Index, now_s| -> Vec<String> {
             index.list(now_s).into_iter().map(|listed| listed.id).collect()
         };
         assert_eq!(ids(&index, 1_767_323_064), ["stuck"], "its nodes may come back");
         assert_eq!(ids(&index, 1_767_323_065), [""; 0]);
         assert!(index.lookup("m").unwrap().is_stuck(1_767_323_065));
-        index.apply_instance(&instance("default", "starting", "m", &[(0, 1, false)]));
+        index.apply_instance(&instance("default", "starting", "m", &[(0, 1, false)]), NOW);
         assert_eq!(ids(&index, 1_767_323_065), ["starting"]);
         assert!(!index.lookup("m").unwrap().is_stuck(1_767_323_065), "the other one serves it");
-        index.apply_instance(&instance("default", "stuck", "m", &[(0, 4, true)]));
+        index.apply_instance(&instance("default", "stuck", "m", &[(0, 4, true)]), NOW);
         assert_eq!(ids(&index, 1_767_323_065), ["starting", "stuck"]);
     }
 
     #[test]
     fn a_new_epoch_is_another_replica() {
         let mut index = Index::default();
-        index.apply_instance(&instance("default", "chat", "m", &[(0, 3, true)]));
+        index.apply_instance(&instance("default", "chat", "m", &[(0, 3, true)]), NOW);
         let old = index.lookup("chat").unwrap().targets[0].replica.clone();
         assert!(index.is_ready(&old));
-        index.apply_instance(&instance("default", "chat", "m", &[(0, 4, true)]));
+        index.apply_instance(&instance("default", "chat", "m", &[(0, 4, true)]), NOW);
         assert!(!index.is_ready(&old));
         index.delete_instance(&instance("default", "chat", "m", &[]));
         assert_eq!(index.lookup("chat"), None);
@@ -459,8 +597,8 @@ mod tests {
     #[test]
     fn a_name_in_two_namespaces_is_listed_twice() {
         let mut index = Index::default();
-        index.apply_instance(&instance("team", "chat", "m", &[]));
-        index.apply_instance(&instance("default", "chat", "n", &[]));
+        index.apply_instance(&instance("team", "chat", "m", &[]), NOW);
+        index.apply_instance(&instance("default", "chat", "n", &[]), NOW);
         let ids: Vec<_> = index.list(0).into_iter().map(|l| l.id).collect();
         assert_eq!(ids, ["chat", "team/chat"]);
         assert_eq!(index.lookup("chat").unwrap().model, "n");

@@ -263,22 +263,24 @@ async fn tokens_of_one_model_are_not_continued_by_another() {
 async fn what_only_somebody_can_change_is_said_at_once() {
     let cluster = Cluster::start().await;
     cluster.create_instance().await;
-    let status = |epoch: u64, reason: &str, message: &str| {
+    let status = |minute: usize, epoch: u64, reason: &str, message: &str| {
         json!({
             "phase": "Pending", "observedGeneration": 1,
-            "replicas": [{"index": 0, "epoch": epoch, "nodes": [], "ready": false}],
+            "replicas": [{"index": 0, "epoch": epoch, "nodes": [], "ready": false,
+                "lastFailure": message}],
             "conditions": [{"type": "Ready", "status": "False", "reason": reason,
-                "message": message, "lastTransitionTime": "2026-01-02T03:04:05Z"}],
+                "message": message, "lastTransitionTime": format!("2026-01-02T03:0{minute}:05Z")}],
         })
     };
-    for (epoch, reason, message) in [
+    let rows = [
         (0, "Unplaceable", "2 node(s) wanted, 1 usable"),
         (0, "ModelNotFound", "there is no model named x"),
         (3, "NoReplicas", "no replicas are wanted"),
         (3, "WeightsNotFound", "rank 1 on mac-2: WeightsNotFound: no folder `x`"),
         (3, "Unplaceable", "5 node(s) wanted, 1 usable"),
-    ] {
-        cluster.set_status(status(epoch, reason, message)).await;
+    ];
+    for (minute, (epoch, reason, message)) in rows.into_iter().enumerate() {
+        cluster.set_status(status(minute, epoch, reason, message)).await;
         let known = async {
             while !cluster.get("/v1/models/chat").await.text().await.unwrap().contains(message) {}
         };
@@ -362,6 +364,39 @@ async fn runners_that_are_gone_with_the_majority_are_not_called_busy() {
     assert_eq!(resumed.request.generated, [7]);
     resumed.send_all([start(), end(1)]).await;
     assert_eq!(text_of(&chunks(&begun.await.unwrap().text().await.unwrap())), "one");
+}
+
+#[tokio::test]
+async fn a_silent_api_server_holds_no_request_beyond_its_wait() {
+    let is_silent = Arc::new(AtomicBool::new(false));
+    let silent = Arc::clone(&is_silent);
+    let wrap = move |router: Router| {
+        router.layer(middleware::from_fn(move |request: Request, next: Next| {
+            let silent = silent.load(Ordering::Relaxed);
+            async move {
+                match silent {
+                    true => std::future::pending().await,
+                    false => next.run(request).await,
+                }
+            }
+        }))
+    };
+    let ready_wait = Duration::from_secs(3);
+    let (cluster, gateway) =
+        Cluster::launch(Limits { ready_wait, ..Limits::default() }, wrap).await;
+    tokio::time::timeout(PATIENCE, gateway.ready()).await.unwrap();
+    let mut runner = Runner::start().await;
+    cluster.serving(&runner).await;
+    let answer = cluster.ask(&hello(false));
+    runner.next().await.send_all([start(), token(1, "Hi"), end(1)]).await;
+    assert_eq!(answer.await.unwrap().status(), StatusCode::OK);
+
+    is_silent.store(true, Ordering::Relaxed);
+    runner.stop_listening();
+    // It is asked after four failures, and again at the end.
+    let answer = tokio::time::timeout(ready_wait * 2, cluster.ask(&hello(false))).await;
+    let answer = answer.expect("no more than a second longer").unwrap();
+    assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
 }
 
 #[tokio::test]
