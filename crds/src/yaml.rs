@@ -1,5 +1,7 @@
 //! The one place that reads and writes YAML, so that the library behind it can change.
 
+mod older;
+
 use serde::{
     Serialize,
     de::{DeserializeOwned, DeserializeSeed as _},
@@ -94,9 +96,9 @@ pub fn from_str<T: DeserializeOwned>(text: &str) -> Result<T, YamlError> {
     serde_yaml::from_str(text).map_err(|source| YamlError::Syntax { document: 1, source })
 }
 
-/// Writes one document.
+/// Writes one document, such that readers of YAML 1.1 and of 1.2 find the same in it.
 pub fn to_string<T: Serialize>(value: &T) -> Result<String, YamlError> {
-    serde_yaml::to_string(value).map_err(YamlError::Write)
+    serde_yaml::to_string(value).map(older::quote).map_err(YamlError::Write)
 }
 
 #[cfg(test)]

@@ -152,8 +152,9 @@ fn retain(object: &mut Value, field: &str, keep: impl Fn(&Value) -> bool) {
     }
 }
 
-/// Changes one object, if it is still the one of that uid, and if there is anything to change. It goes if nothing holds it any more. A
-/// conflict needs no further try: the other change is seen by the watch and judged anew.
+/// Changes one object, if it is still the one of that uid, and if there is anything to change. It
+/// goes if nothing holds it any more. A conflict needs no further try: the other change is seen by
+/// the watch and judged anew.
 async fn edit(
     server: &ApiServer,
     resource: &Resource,
@@ -397,7 +398,8 @@ impl Graph {
             if dependent.deleting {
                 continue;
             }
-            let is_kept = dependent.owners.keys().any(|owner| self.is_solid(owner));
+            let is_kept = dependent.has_unknown_owner
+                || dependent.owners.keys().any(|owner| self.is_solid(owner));
             jobs.push(if is_kept {
                 Job::Disown { key: Arc::clone(dependent_key), owner: node.uid.clone() }
             } else {
@@ -566,6 +568,19 @@ mod tests {
         graph.apply(&key("d"), Some(&leaving));
         assert_eq!(graph.jobs(&key("b")), [], "it waits");
         assert!(graph.apply(&key("d"), None).contains(&key("b")));
+
+        // An owner that nothing can be known of keeps it, as it does in the background.
+        let mut kept = dependent(&[("b", true), ("u", true)]);
+        kept["metadata"]["ownerReferences"][1]["kind"] = json!("Pod");
+        graph.apply(&key("d"), Some(&kept));
+        let disown = Job::Disown { key: key("d"), owner: "b".into() };
+        assert_eq!(graph.jobs(&key("b")), [disown]);
+        kept["metadata"]["ownerReferences"].as_array_mut().unwrap().remove(0);
+        graph.apply(&key("d"), Some(&kept));
+        let release = Job::Release { key: key("b"), finalizer: FOREGROUND };
+        assert_eq!(graph.jobs(&key("b")), [release]);
+        graph.apply(&key("b"), None);
+        assert_eq!(graph.jobs(&key("d")), [], "it stays");
 
         graph.apply(&key("d"), Some(&dependent(&[("o", true)])));
         graph.apply(&key("o"), Some(&owner("o", ORPHAN)));

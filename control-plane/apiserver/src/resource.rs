@@ -51,6 +51,15 @@ pub(crate) struct Column {
     pub(crate) fallbacks: Vec<JsonPath>,
 }
 
+/// A field that selectors may name.
+#[derive(Clone, Debug)]
+pub(crate) struct SelectableField {
+    pub(crate) name: String,
+    pub(crate) path: JsonPath,
+    /// What an object without the field is compared as: of what is true or false, it is false.
+    pub(crate) absent: &'static str,
+}
+
 /// What clients may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {
@@ -81,8 +90,7 @@ pub(crate) struct Resource {
     /// There is a `status` subresource.
     pub(crate) has_status: bool,
     pub(crate) columns: Vec<Column>,
-    /// Field names of selectors, with where they lead.
-    pub(crate) selectable: Vec<(String, JsonPath)>,
+    pub(crate) selectable: Vec<SelectableField>,
     pub(crate) schema: Schema,
     /// There is a `scale` subresource.
     pub(crate) scale: Option<ScalePaths>,
@@ -135,7 +143,7 @@ impl Resource {
             namespaced: spec.scope == "Namespaced",
             has_status: subresources.is_some_and(|s| s.status.is_some()),
             columns: columns(version)?,
-            selectable: selectable(version)?,
+            selectable: selectable(version, &schema)?,
             schema: Schema::compile(schema)?,
             scale: subresources.and_then(|s| s.scale.as_ref()).map(|scale| {
                 let fields = |path: &str| {
@@ -276,14 +284,18 @@ fn columns(version: &CustomResourceDefinitionVersion) -> Result<Vec<Column>, Par
 
 fn selectable(
     version: &CustomResourceDefinitionVersion,
-) -> Result<Vec<(String, JsonPath)>, ParsePathError> {
+    schema: &Value,
+) -> Result<Vec<SelectableField>, ParsePathError> {
     version
         .selectable_fields
         .iter()
         .flatten()
         .map(|field| {
             let name = field.json_path.trim_start_matches('.').to_owned();
-            Ok((name, field.json_path.parse()?))
+            let of_field = name.split('.').try_fold(schema, |s, f| s.get("properties")?.get(f));
+            let is_boolean = of_field.is_some_and(|s| s["type"] == "boolean");
+            let absent = if is_boolean { "false" } else { "" };
+            Ok(SelectableField { name, path: field.json_path.parse()?, absent })
         })
         .collect()
 }

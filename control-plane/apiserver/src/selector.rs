@@ -44,7 +44,7 @@ impl Selector {
     ) -> Result<Self, ApiError> {
         let labels = parse_labels(labels.unwrap_or_default())?;
         let mut fields = parse_fields(fields.unwrap_or_default())?;
-        let is_selectable = |field: &str| resource.selectable.iter().any(|(f, _)| f == field);
+        let is_selectable = |field: &str| resource.selectable.iter().any(|f| f.name == field);
         for rule in &mut fields {
             if rule.field == KUBERNETES_NODE && is_selectable(NODE) {
                 NODE.clone_into(&mut rule.field);
@@ -52,7 +52,7 @@ impl Selector {
             let known = matches!(rule.field.as_str(), "metadata.name" | "metadata.namespace")
                 || is_selectable(&rule.field);
             if !known {
-                let own = resource.selectable.iter().map(|(field, _)| field.as_str());
+                let own = resource.selectable.iter().map(|f| f.name.as_str());
                 let supported: Vec<_> =
                     ["metadata.name", "metadata.namespace"].into_iter().chain(own).collect();
                 return Err(ApiError::BadRequest(format!(
@@ -91,20 +91,19 @@ impl Selector {
     }
 }
 
-/// A field as selectors compare it; absent is the empty text.
+/// A field as selectors compare it.
 fn field(resource: &Resource, object: &Value, name: &str) -> String {
-    let value = match name {
+    match name {
         "metadata.name" => return object::name(object).to_owned(),
         "metadata.namespace" => return object::namespace(object).unwrap_or_default().to_owned(),
-        _ => resource
-            .selectable
-            .iter()
-            .find(|(field, _)| field == name)
-            .and_then(|(_, path)| path.first(object)),
+        _ => {}
+    }
+    let Some(field) = resource.selectable.iter().find(|field| field.name == name) else {
+        return String::new();
     };
-    match value {
+    match field.path.first(object) {
         Some(Value::String(text)) => text.clone(),
-        Some(Value::Null) | None => String::new(),
+        Some(Value::Null) | None => field.absent.to_owned(),
         Some(other) => other.to_string(),
     }
 }

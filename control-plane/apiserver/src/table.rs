@@ -42,7 +42,8 @@ pub(crate) enum RowObject {
 }
 
 pub(crate) const YAML: &str = "application/yaml";
-const ACCEPTED: &str = "application/json, application/yaml, application/json;as=Table;v=v1;g=meta.k8s.io, \
+const ACCEPTED: &str = "application/json, application/yaml, \
+                        application/json;as=Table;v=v1;g=meta.k8s.io, \
                         application/json;as=PartialObjectMetadata;v=v1;g=meta.k8s.io";
 
 impl Form {

@@ -535,6 +535,8 @@ async fn declared_fields_select() {
         (SHARDS, "status.phase=Ready", "b"),
         (NODES, "spec.unschedulable=true", "b"),
         (NODES, "spec.unschedulable!=true", "a"),
+        (NODES, "spec.unschedulable=false", "a"),
+        (NODES, "spec.unschedulable!=false", "b"),
     ] {
         let (_, list) = server.get(&format!("{path}?fieldSelector={selector}")).await;
         let items = list["items"].as_array().unwrap_or_else(|| panic!("{selector}: {list}"));
