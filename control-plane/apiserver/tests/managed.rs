@@ -133,6 +133,10 @@ async fn what_kubectl_applied_last_is_renewed() {
     let mut expect = instance("c");
     expect["metadata"] = json!({"name": "c", "namespace": "default", "annotations": {}});
     assert_eq!(last(&applied), Some(expect));
+    let mut empty = instance("d");
+    empty["metadata"]["annotations"] = json!({LAST: ""});
+    let (_, applied) = apply(&server, "d", "fieldManager=kubectl", &empty).await;
+    assert_eq!(applied["metadata"]["annotations"], json!({LAST: ""}), "an empty one stays");
     // Who never applied without the server gets none.
     let (_, new) = apply(&server, "b", "fieldManager=kubectl", &instance("b")).await;
     assert_eq!(last(&new), None);

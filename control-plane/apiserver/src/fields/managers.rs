@@ -325,10 +325,13 @@ pub(crate) fn apply(
 }
 
 /// What kubectl applied by itself is what it goes by when it does so again: where there is such an
-/// annotation, it must not fall behind. One that would be too long goes, as in Kubernetes.
+/// annotation, it must not fall behind. As in Kubernetes, an empty one is none, and one that would
+/// be too long goes.
 fn renew_last_applied(object: &mut Value, config: &Value) {
     let annotations = object.pointer_mut("/metadata/annotations").and_then(Value::as_object_mut);
-    let Some(annotations) = annotations.filter(|a| a.contains_key(LAST_APPLIED)) else {
+    let has_text = |value: &Value| value.as_str().is_some_and(|text| !text.is_empty());
+    let Some(annotations) = annotations.filter(|a| a.get(LAST_APPLIED).is_some_and(has_text))
+    else {
         return;
     };
     let mut config = config.clone();
