@@ -125,7 +125,7 @@ def test_more_ranks_than_layers_are_refused(models):
     (["0..1", "2..4"], "rank 1 of 2 holds layers 2..4 of hidden size 128, expected layers from 1 on"),
     (["0..2", "1..4"], "rank 1 of 2 holds layers 1..4"),
     (["0..1", "1..3"], "the ranks hold layers up to 3, the model has 4"),
-    (["0..1", "1..5"], "1..5 of 4"),
+    (["0..1", "1..5"], "a rank was given 1..5, but the model has 4 by its config.json"),
 ])
 def test_layers_that_do_not_make_the_model_are_refused(models, layers, message):
     folder, _ = models("f32")
