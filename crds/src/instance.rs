@@ -188,6 +188,15 @@ pub struct ReplicaStatus {
     pub last_failure: Option<String>,
 }
 
+impl ReplicaStatus {
+    /// Why the runner of a shard ended, such as `WeightsNotFound`, where that ended the last epoch:
+    /// `last_failure` is `shard NAME on NODE: REASON: MESSAGE` then.
+    pub fn last_failure_reason(&self) -> Option<&str> {
+        let (_, told) = self.last_failure.as_deref()?.strip_prefix("shard ")?.split_once(": ")?;
+        Some(told.split_once(": ")?.0)
+    }
+}
+
 /// Where an instance is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum InstancePhase {

@@ -7,7 +7,6 @@ Measures, asserts nothing.
 
 import argparse
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -75,8 +74,7 @@ def our_speed(folder, args):
     command = [str(runner.binary(args.bin)), "bench", "--model", str(folder), "--json",
                "--prompt-tokens", str(args.prompt_tokens), "--max-tokens", str(args.max_tokens),
                "--rounds", str(args.rounds)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("MLX_RANK", "MLX_HOSTFILE")}
-    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    done = subprocess.run(command, env=runner.own_environment(), text=True, capture_output=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout)

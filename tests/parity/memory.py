@@ -5,7 +5,6 @@ Prints one JSON object. The aim is 1.15 times the share and 300 MB; measures, as
 
 import argparse
 import json
-import os
 import struct
 import subprocess
 import tempfile
@@ -68,7 +67,7 @@ def ranks_of(folder, ranks, sharding, args):
         hosts.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in runner.free_ports(ranks)]))
         processes, reports = [], []
         for rank in range(ranks):
-            environment = {k: v for k, v in os.environ.items() if not k.startswith("MLX_")}
+            environment = runner.own_environment()
             if ranks > 1:
                 environment |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
             processes.append(subprocess.Popen(command + ["--every-rank"], env=environment, text=True,

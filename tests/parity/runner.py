@@ -61,6 +61,15 @@ def patience():
     return {"LD_PRELOAD": str(library)}
 
 
+# What makes a process a rank of somebody's group.
+GROUP_VARIABLES = ("MLX_RANK", "MLX_HOSTFILE", "MLX_IBV_DEVICES")
+
+
+def own_environment():
+    """This process's environment, outside any group."""
+    return {key: value for key, value in os.environ.items() if key not in GROUP_VARIABLES}
+
+
 def start(ranks, hosts_file, command, own=None, environment=None, **streams):
     """Processes of a ring on loopback, one for each rank; a rank on its own has no ring. `own` are arguments by rank,
     `environment` is added to this process's."""
@@ -68,7 +77,7 @@ def start(ranks, hosts_file, command, own=None, environment=None, **streams):
     Path(hosts_file).write_text(json.dumps([[f"127.0.0.1:{p}"] for p in ports]))
     processes = []
     for rank in range(ranks):
-        variables = {k: v for k, v in os.environ.items() if not k.startswith("MLX_")} | (environment or {})
+        variables = own_environment() | (environment or {})
         if ranks > 1:
             variables |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts_file)}
             if rank == ranks - 1:

@@ -1,9 +1,10 @@
 //! Kubernetes' own types that are served beside the defined ones, and what is special about each:
 //! `Namespace`, `Secret`, `Event` (two groups, one storage), `Lease`, `CustomResourceDefinition`.
 
+mod event;
+mod secret;
 mod types;
 
-use base64::{Engine as _, engine::general_purpose::STANDARD};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use serde_json::{Value, json};
 
@@ -130,9 +131,9 @@ pub(crate) fn stamp_new(resource: &Resource, object: &mut Value) {
 }
 
 /// What the server makes of objects of these kinds before they are validated.
-pub(crate) fn prepare(resource: &Resource, object: &mut Value) -> Vec<Cause> {
+pub(crate) fn prepare(resource: &Resource, object: &mut Value) {
     if !resource.builtin {
-        return Vec::new();
+        return;
     }
     match resource.kind.as_str() {
         NAMESPACE => {
@@ -142,9 +143,26 @@ pub(crate) fn prepare(resource: &Resource, object: &mut Value) -> Vec<Cause> {
             if let Some(labels) = labels.as_object_mut() {
                 labels.insert("kubernetes.io/metadata.name".to_owned(), name);
             }
-            Vec::new()
         }
-        SECRET => prepare_secret(object),
+        SECRET => secret::prepare(object),
+        _ => {}
+    }
+}
+
+/// What is wrong with an object of these kinds that their schemas don't say. What `current` has
+/// wrong too, from before a check, is let pass.
+pub(crate) fn faults(resource: &Resource, object: &Value, current: Option<&Value>) -> Vec<Cause> {
+    if !resource.builtin {
+        return Vec::new();
+    }
+    match (resource.kind.as_str(), current) {
+        (SECRET, None) => secret::faults(object),
+        (SECRET, Some(current)) => {
+            let known = secret::faults(current);
+            secret::faults(object).into_iter().filter(|cause| !known.contains(cause)).collect()
+        }
+        // Later only their counts change.
+        (EVENT, None) => event::faults(resource, object),
         _ => Vec::new(),
     }
 }
@@ -157,11 +175,8 @@ pub(crate) fn fixed(resource: &Resource, current: &Value, wanted: &Value) -> Vec
     let is_kept = |field: &str| current.get(field) == wanted.get(field);
     let mut causes = Vec::new();
     if !is_kept("type") {
-        causes.push(Cause {
-            reason: "FieldValueInvalid",
-            message: format!("Invalid value: {}: field is immutable", wanted["type"]),
-            field: "type".to_owned(),
-        });
+        let problem = format_args!("{}: field is immutable", wanted["type"]);
+        causes.push(Cause::invalid("type", problem));
     }
     if current.get("immutable") == Some(&json!(true)) {
         let changed = ["immutable", "data"].into_iter().filter(|field| !is_kept(field));
@@ -173,42 +188,3 @@ pub(crate) fn fixed(resource: &Resource, current: &Value, wanted: &Value) -> Vec
     }
     causes
 }
-
-/// Texts become data; data is base64.
-fn prepare_secret(object: &mut Value) -> Vec<Cause> {
-    let texts = object.as_object_mut().and_then(|fields| fields.remove("stringData"));
-    for (name, value) in texts.as_ref().and_then(Value::as_object).into_iter().flatten() {
-        if let Some(value) = value.as_str() {
-            if !object.get("data").is_some_and(Value::is_object) {
-                object["data"] = json!({});
-            }
-            object["data"][name.as_str()] = json!(STANDARD.encode(value));
-        }
-    }
-    let data = object.get("data").and_then(Value::as_object);
-    let mut causes = Vec::new();
-    let mut bytes = 0;
-    for (name, value) in data.into_iter().flatten() {
-        match value.as_str().map(|text| STANDARD.decode(text)) {
-            Some(Ok(data)) => bytes += data.len(),
-            Some(Err(_)) => causes.push(Cause {
-                reason: "FieldValueInvalid",
-                message: "Invalid value: must be base64".to_owned(),
-                field: format!("data.{name}"),
-            }),
-            // The schema refuses it.
-            None => {}
-        }
-    }
-    if bytes > MAX_SECRET_BYTES {
-        causes.push(Cause {
-            reason: "FieldValueTooLong",
-            message: format!("Too long: may not be more than {MAX_SECRET_BYTES} bytes"),
-            field: "data".to_owned(),
-        });
-    }
-    causes
-}
-
-/// Of all data of one secret, as in Kubernetes.
-const MAX_SECRET_BYTES: usize = 1 << 20;

@@ -2,7 +2,7 @@
 //!
 //! One table: every refusal of this crate is a variant here, with its HTTP code and reason.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, fmt::Display, time::Duration};
 
 use axum::{
     body::Body,
@@ -23,6 +23,25 @@ pub(crate) struct Cause {
     pub(crate) message: String,
     /// Path such as `spec.nodes.min`.
     pub(crate) field: String,
+}
+
+impl Cause {
+    /// A value that can't be; `problem` begins with the value where it may be shown.
+    pub(crate) fn invalid(field: impl Into<String>, problem: impl Display) -> Self {
+        let message = format!("Invalid value: {problem}");
+        Self { reason: "FieldValueInvalid", message, field: field.into() }
+    }
+
+    /// As Kubernetes has it of the bytes of maps.
+    pub(crate) fn too_long(field: impl Into<String>, limit: usize) -> Self {
+        let message = format!("Too long: may not be more than {limit} bytes");
+        Self { reason: "FieldValueTooLong", message, field: field.into() }
+    }
+
+    pub(crate) fn required(field: impl Into<String>) -> Self {
+        let message = "Required value".to_owned();
+        Self { reason: "FieldValueRequired", message, field: field.into() }
+    }
 }
 
 /// Which object a refusal is about.

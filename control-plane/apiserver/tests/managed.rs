@@ -309,6 +309,19 @@ async fn secrets_and_namespaces_mind_their_own_rules() {
             );
         }
     }
+    for (name, more, field) in [
+        (
+            "t",
+            json!({"type": "kubernetes.io/tls", "stringData": {"tls.crt": "c"}}),
+            "data[tls.key]",
+        ),
+        ("k", json!({"stringData": {"a/b": "c"}}), "data[a/b]"),
+    ] {
+        let mut secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}});
+        json_patch::merge(&mut secret, &more);
+        let (code, body) = server.call(Method::POST, secrets, Some(secret)).await;
+        assert_eq!((code.as_u16(), &body["details"]["causes"][0]["field"]), (422, &json!(field)));
+    }
 
     let team = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "team"}});
     server.call(Method::POST, "/api/v1/namespaces", Some(team)).await;

@@ -80,8 +80,10 @@ async fn lists_and_watches_show_what_get_shows() {
     let events = "/apis/events.k8s.io/v1/namespaces/default/events";
     let event = json!({
         "apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": {"name": "e"}, "note": "n",
+        "type": "Normal", "reason": "Told", "action": "Tell", "reportingController": "c",
+        "reportingInstance": "i", "eventTime": "2026-01-01T00:00:00.000000Z",
     });
-    server.call(Method::POST, events, Some(event)).await;
+    assert_eq!(server.call(Method::POST, events, Some(event)).await.0, StatusCode::CREATED);
     for (collection, names) in [(INSTANCES, &["odd", "plain"][..]), (events, &["e"])] {
         let mut objects = Vec::new();
         for name in names {

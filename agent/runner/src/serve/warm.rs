@@ -13,6 +13,8 @@ use super::{
 pub(crate) const NOT_FINITE: &str = "NotFinite";
 /// What is fed everywhere.
 pub(crate) const TOKEN: u32 = 0;
+/// What is fed instead where that gives no numbers: 16 bits can be too few for a single odd token.
+const OTHER_TOKEN: u32 = 1;
 /// Enough for the kernels of a prefill.
 pub(crate) const PROMPT_TOKENS: usize = 32;
 /// Between prompts of rows side by side: their positions differ then, and the shorter ones begin with padding.
@@ -57,7 +59,12 @@ pub(crate) fn warm_up(
         if index > 0 && is_over() {
             break;
         }
-        run(executor, extent, round)?;
+        match run(executor, extent, round, TOKEN) {
+            Err(failure) if failure.reason == NOT_FINITE => {
+                run(executor, extent, round, OTHER_TOKEN)?;
+            }
+            result => result?,
+        }
         tell(index + 1, rounds.len());
     }
     Ok(())
@@ -111,16 +118,36 @@ fn penalized() -> Sampling {
     }
 }
 
-/// All sequences are closed behind it: requests may have their numbers.
-fn run(executor: &mut impl Executor, extent: &Extent, round: &Round) -> Result<(), Failure> {
+/// All sequences are closed behind it, unless a rank failed: requests may have their numbers.
+fn run(
+    executor: &mut impl Executor,
+    extent: &Extent,
+    round: &Round,
+    token: u32,
+) -> Result<(), Failure> {
     let mut open: Vec<SeqId> = Vec::new();
+    let result = run_open(executor, extent, round, token, &mut open);
+    if !result.as_ref().is_err_and(|failure| failure.reason != NOT_FINITE) {
+        open.into_iter().try_for_each(|seq| executor.close(seq))?;
+    }
+    result
+}
+
+/// Leaves what is still open in `open`.
+fn run_open(
+    executor: &mut impl Executor,
+    extent: &Extent,
+    round: &Round,
+    token: u32,
+    open: &mut Vec<SeqId>,
+) -> Result<(), Failure> {
     for ((sampling, prompt), seq) in round.rows.iter().zip(0..) {
         executor.open(seq, sampling, *prompt)?;
         open.push(seq);
         let mut fed = 0;
         while fed < *prompt {
             let end = (fed + extent.chunk_tokens).min(*prompt);
-            let (tokens, sample) = (vec![TOKEN; end - fed], end == *prompt);
+            let (tokens, sample) = (vec![token; end - fed], end == *prompt);
             done(executor.prefill(&Step::Prefill { seq, tokens, sample, draw: 0 })?)?;
             fed = end;
         }
@@ -133,10 +160,10 @@ fn run(executor: &mut impl Executor, extent: &Extent, round: &Round) -> Result<(
                 executor.close(seq)?;
             }
         }
-        let feeds: Vec<Feed> = open.iter().map(|&seq| Feed { seq, token: TOKEN, draw }).collect();
+        let feeds: Vec<Feed> = open.iter().map(|&seq| Feed { seq, token, draw }).collect();
         done(executor.decode(&feeds, false)?)?;
     }
-    open.into_iter().try_for_each(|seq| executor.close(seq))
+    Ok(())
 }
 
 fn done(stepped: Stepped) -> Result<(), Failure> {
@@ -172,15 +199,21 @@ mod tests {
         chunks: Vec<usize>,
         /// Of what it draws, if it draws.
         logprob: Option<f32>,
+        /// What it can't compute with.
+        odd: Option<u32>,
     }
 
     impl Model {
         fn new(extent: Extent) -> Self {
             let (batches, chunks) = (Vec::new(), Vec::new());
-            Self { extent, held: BTreeMap::new(), batches, chunks, logprob: None }
+            Self { extent, held: BTreeMap::new(), batches, chunks, logprob: None, odd: None }
         }
 
-        fn drawn(&self, rows: usize) -> Stepped {
+        fn drawn(&self, rows: usize, token: u32) -> Stepped {
+            if self.odd == Some(token) {
+                let logprob = Some(f32::NAN);
+                return Stepped::Done(vec![StepOutput { token, logprob, top: Vec::new() }]);
+            }
             let output = |logprob| StepOutput { token: 0, logprob: Some(logprob), top: Vec::new() };
             Stepped::Done(self.logprob.map(|x| vec![output(x); rows]).unwrap_or_default())
         }
@@ -203,7 +236,7 @@ mod tests {
             let Step::Prefill { seq, tokens, .. } = step else { panic!("{step:?}") };
             self.chunks.push(tokens.len());
             self.feed(*seq, tokens.len());
-            Ok(self.drawn(1))
+            Ok(self.drawn(1, tokens[0]))
         }
 
         fn has_others(&self) -> bool {
@@ -213,7 +246,7 @@ mod tests {
         fn decode(&mut self, feeds: &[Feed], _: bool) -> Result<Stepped, Failure> {
             feeds.iter().for_each(|feed| self.feed(feed.seq, 1));
             self.batches.push(feeds.len());
-            Ok(self.drawn(feeds.len()))
+            Ok(self.drawn(feeds.len(), feeds[0].token))
         }
 
         fn close(&mut self, seq: SeqId) -> Result<(), Failure> {
@@ -261,6 +294,14 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_single_token_without_numbers_is_no_reason_to_refuse_a_model() {
+        let extent = Extent { compiles: true, max_context: 4096, live_max: 4, chunk_tokens: 512 };
+        let mut model = Model { odd: Some(TOKEN), ..Model::new(extent) };
+        warm_up(&mut model, &extent, || false, |_, _| {}).unwrap();
+        assert!(model.held.is_empty());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use exo_store::ListQuery;
 use serde_json::{Value, json};
 
-use super::{Graph, edit};
+use super::{edit, graph::Graph};
 use crate::{
     clock,
     error::{ApiError, qualified},

@@ -12,11 +12,7 @@ pub(super) fn cause(error: &ValidationError<'_>) -> Cause {
     match error.kind() {
         ValidationErrorKind::Required { property } => {
             let name = property.as_str().unwrap_or_default();
-            Cause {
-                reason: "FieldValueRequired",
-                message: "Required value".to_owned(),
-                field: join(&field, name),
-            }
+            Cause::required(join(&field, name))
         }
         ValidationErrorKind::Type { .. } => {
             let expected = expected_types(&error.to_string());
@@ -47,8 +43,7 @@ pub(super) fn cause(error: &ValidationError<'_>) -> Cause {
 }
 
 fn invalid(instance: &Value, field: String, problem: &str) -> Cause {
-    let message = format!("Invalid value: {}: {problem}", shown(instance, false));
-    Cause { reason: "FieldValueInvalid", message, field }
+    Cause::invalid(field, format_args!("{}: {problem}", shown(instance, false)))
 }
 
 /// A value that its bounds or its form forbid; the field comes back for any other fault.

@@ -75,9 +75,10 @@ pub(super) fn admit(
 ) -> Result<Vec<String>, ApiError> {
     let resource = &call.resource;
     let warnings = prune(call, object, duplicates)?;
-    let mut causes = builtin::prepare(resource, object);
+    builtin::prepare(resource, object);
     resource.schema.default(object);
-    causes.extend(metadata_causes(object, resource.is_namespaces()));
+    let mut causes = metadata_causes(object, resource.is_namespaces());
+    causes.extend(builtin::faults(resource, object, current));
     causes.extend(current.into_iter().flat_map(|old| builtin::fixed(resource, old, object)));
     causes.extend(resource.schema.validate(object, current));
     if let (false, Some(current)) = (causes.is_empty(), current) {
@@ -290,15 +291,12 @@ fn metadata_causes(object: &Value, of_namespace: bool) -> Vec<Cause> {
     let annotations = object.pointer("/metadata/annotations").and_then(Value::as_object);
     let bytes = annotations.map_or(0, annotation_bytes);
     if bytes > MAX_ANNOTATION_BYTES {
-        causes.push(invalid(
-            "metadata.annotations",
-            format!("Too long: may not be more than {MAX_ANNOTATION_BYTES} bytes"),
-        ));
+        causes.push(Cause::too_long("metadata.annotations", MAX_ANNOTATION_BYTES));
     }
     for (index, finalizer) in object::finalizers(object).into_iter().enumerate() {
         if finalizer.is_empty() || finalizer.len() > MAX_NAME {
-            let message = format!("Invalid value: {}: must be a name", json!(finalizer));
-            causes.push(invalid(&format!("metadata.finalizers[{index}]"), message));
+            let problem = format_args!("{}: must be a name", json!(finalizer));
+            causes.push(Cause::invalid(format!("metadata.finalizers[{index}]"), problem));
         }
     }
     owner_causes(object, &mut causes);
@@ -310,18 +308,15 @@ fn owner_causes(object: &Value, causes: &mut Vec<Cause>) {
     let owners = owners.map_or(&[][..], Vec::as_slice);
     let controllers = owners.iter().filter(|owner| owner["controller"] == true);
     if controllers.count() > 1 {
-        let message = "Invalid value: only one reference can have controller set to true";
-        causes.push(invalid("metadata.ownerReferences", message.to_owned()));
+        let problem = "only one reference can have controller set to true";
+        causes.push(Cause::invalid("metadata.ownerReferences", problem));
     }
     for (index, owner) in owners.iter().enumerate() {
         for field in ["apiVersion", "kind", "name", "uid"] {
             // What is no text is found by the schema.
             if owner.get(field).is_none_or(|value| value.is_null() || value == "") {
-                causes.push(Cause {
-                    reason: "FieldValueRequired",
-                    message: "Required value".to_owned(),
-                    field: format!("metadata.ownerReferences[{index}].{field}"),
-                });
+                let field = format!("metadata.ownerReferences[{index}].{field}");
+                causes.push(Cause::required(field));
             }
         }
     }
@@ -331,16 +326,16 @@ fn name_causes(object: &Value, of_namespace: bool, causes: &mut Vec<Cause>) {
     let name = object::name(object);
     // As Kubernetes words it; of what is too long the characters don't matter.
     let too_long = |field: &str, limit: usize| {
-        invalid(field, format!("Invalid value: must be no more than {limit} characters"))
+        Cause::invalid(field, format_args!("must be no more than {limit} characters"))
     };
     let label = |field: &str, name: &str| {
         if name.len() > MAX_LABEL {
             return too_long(field, MAX_LABEL);
         }
-        invalid(
+        Cause::invalid(
             field,
-            format!(
-                "Invalid value: {}: a lowercase RFC 1123 label must consist of lower case \
+            format_args!(
+                "{}: a lowercase RFC 1123 label must consist of lower case \
                  alphanumeric characters or '-', and must start and end with an alphanumeric \
                  character",
                 json!(name)
@@ -358,10 +353,10 @@ fn name_causes(object: &Value, of_namespace: bool, causes: &mut Vec<Cause>) {
     } else if name.len() > MAX_NAME {
         causes.push(too_long("metadata.name", MAX_NAME));
     } else if !is_dns_subdomain(name) {
-        causes.push(invalid(
+        causes.push(Cause::invalid(
             "metadata.name",
-            format!(
-                "Invalid value: {}: a lowercase RFC 1123 subdomain must consist of lower case \
+            format_args!(
+                "{}: a lowercase RFC 1123 subdomain must consist of lower case \
                  alphanumeric characters, '-' or '.', and must start and end with an alphanumeric \
                  character",
                 json!(name)
@@ -380,8 +375,8 @@ fn string_map_causes(object: &Value, field: &str, causes: &mut Vec<Cause>) {
     let map = object.pointer(&format!("/metadata/{field}")).and_then(Value::as_object);
     let is_label = field == "labels";
     let mut refuse = |text: &str, problem: &str| {
-        let message = format!("Invalid value: {}: {problem}", json!(text));
-        causes.push(invalid(&format!("metadata.{field}"), message));
+        let problem = format_args!("{}: {problem}", json!(text));
+        causes.push(Cause::invalid(format!("metadata.{field}"), problem));
     };
     for (key, value) in map.into_iter().flatten() {
         // Of annotations' keys the case doesn't matter.
@@ -405,10 +400,6 @@ fn string_map_causes(object: &Value, field: &str, causes: &mut Vec<Cause>) {
             );
         }
     }
-}
-
-fn invalid(field: &str, message: String) -> Cause {
-    Cause { reason: "FieldValueInvalid", message, field: field.to_owned() }
 }
 
 fn is_dns_subdomain(text: &str) -> bool {

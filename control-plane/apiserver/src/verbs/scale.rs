@@ -69,11 +69,10 @@ fn replicas(call: &Call, scale: &Value) -> Result<i64, ApiError> {
     let fine = replicas.as_i64().filter(|n| (0..=i64::from(i32::MAX)).contains(n));
     fine.ok_or_else(|| ApiError::Invalid {
         subject: call.resource.subject(&call.name),
-        causes: vec![Cause {
-            reason: "FieldValueInvalid",
-            message: format!("Invalid value: {replicas}: must be greater than or equal to 0"),
-            field: "spec.replicas".to_owned(),
-        }],
+        causes: vec![Cause::invalid(
+            "spec.replicas",
+            format_args!("{replicas}: must be greater than or equal to 0"),
+        )],
     })
 }
 

@@ -161,11 +161,10 @@ pub(crate) async fn update(call: &Call) -> Result<Response, ApiError> {
 fn names_no_version(call: &Call) -> ApiError {
     ApiError::Invalid {
         subject: call.resource.subject(&call.name),
-        causes: vec![Cause {
-            reason: "FieldValueInvalid",
-            message: "Invalid value: 0x0: must be specified for an update".to_owned(),
-            field: "metadata.resourceVersion".to_owned(),
-        }],
+        causes: vec![Cause::invalid(
+            "metadata.resourceVersion",
+            "0x0: must be specified for an update",
+        )],
     }
 }
 
@@ -399,11 +398,10 @@ fn check_creation(call: &Call, current: &Value, wanted: &Value) -> Result<(), Ap
     }
     Err(ApiError::Invalid {
         subject: call.resource.subject(&call.name),
-        causes: vec![Cause {
-            reason: "FieldValueInvalid",
-            message: format!("Invalid value: {}: field is immutable", json!(given)),
-            field: format!("metadata.{FIELD}"),
-        }],
+        causes: vec![Cause::invalid(
+            format!("metadata.{FIELD}"),
+            format_args!("{}: field is immutable", json!(given)),
+        )],
     })
 }
 

@@ -105,6 +105,9 @@ def check_core(api):
                 reason="Told",
                 # Without one the client can't read the event in its own group.
                 event_time=datetime.datetime.now(datetime.timezone.utc),
+                action="Tell",
+                reporting_component="example.com/teller",
+                reporting_instance="one",
                 message="m",
                 type="Normal",
             ),

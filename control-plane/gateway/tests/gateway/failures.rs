@@ -276,7 +276,7 @@ async fn what_only_somebody_can_change_is_said_at_once() {
         (0, "Unplaceable", "2 node(s) wanted, 1 usable"),
         (0, "ModelNotFound", "there is no model named x"),
         (3, "NoReplicas", "no replicas are wanted"),
-        (3, "WeightsNotFound", "rank 1 on mac-2: WeightsNotFound: no folder `x`"),
+        (3, "WeightsNotFound", "shard chat-0-a3-1 on mac-2: WeightsNotFound: no folder `x`"),
         (3, "Unplaceable", "5 node(s) wanted, 1 usable"),
     ];
     for (minute, (epoch, reason, message)) in rows.into_iter().enumerate() {

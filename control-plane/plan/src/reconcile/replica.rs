@@ -154,10 +154,7 @@ impl Planner<'_> {
         }
         // A cause that comes to light later overrules what its peers said first; one that several
         // ranks have in common is told of one of them.
-        let in_common = status
-            .last_failure
-            .as_ref()
-            .is_some_and(|known| known.contains(&format!(": {reason}: ")));
+        let in_common = status.last_failure_reason() == Some(reason);
         if !counted || (fresh_message && !hearsay && !in_common) {
             status.last_failure = Some(message.to_owned());
         }

@@ -96,6 +96,7 @@ fn failure(shards: &[&Shard]) -> Option<End> {
         |failure| format!("{}: {}", failure.reason, failure.message),
     );
     Some(End::Failed {
+        // `ReplicaStatus::last_failure_reason` reads it.
         message: format!(
             "shard {} on {}: {what}",
             shard.metadata.name.as_deref().unwrap_or_default(),

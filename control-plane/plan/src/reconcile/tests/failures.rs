@@ -36,15 +36,16 @@ fn a_failed_rank_ends_the_epoch_and_the_next_try_waits() {
 fn what_several_ranks_lack_is_told_of_the_first_that_said_so() {
     let mut world = World::new(&["a", "b"], 2);
     world.settle();
-    world.fail("chat-0-a1-1", REASON_WEIGHTS_NOT_FOUND, "no folder `x`", false);
+    world.fail("chat-0-a1-1", REASON_WEIGHTS_NOT_FOUND, "no folder `x: BadModel: y`", false);
     world.settle();
-    let told = "False WeightsNotFound: shard chat-0-a1-1 on b: WeightsNotFound: no folder `x`; ";
+    let told = "False WeightsNotFound: shard chat-0-a1-1 on b: WeightsNotFound: \
+                no folder `x: BadModel: y`; ";
     assert!(world.message("Ready").starts_with(told), "{}", world.message("Ready"));
     let first = world.status().clone();
-    world.fail("chat-0-a1-0", REASON_WEIGHTS_NOT_FOUND, "no folder `x`", false);
+    world.fail("chat-0-a1-0", REASON_WEIGHTS_NOT_FOUND, "no folder `x: BadModel: y`", false);
     world.settle();
     assert_eq!(*world.status(), first);
-    // What ends it for good is news.
+    // What ends it for good is news, also where the known message has its name in it.
     world.fail("chat-0-a1-0", "BadModel", "no config.json", true);
     world.settle();
     let told = "False ShardFailed: shard chat-0-a1-0 on a: BadModel: no config.json; ";

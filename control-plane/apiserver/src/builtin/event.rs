@@ -1,0 +1,138 @@
+//! What a new event must say: `ValidateEventCreate` of Kubernetes.
+
+use serde_json::{Value, json};
+
+use super::{is_own_event, types::EVENT_FIELDS};
+use crate::{error::Cause, object, resource::Resource};
+
+/// Of the texts below, in bytes.
+const MAX_TEXT: usize = 128;
+const MAX_NOTE: usize = 1024;
+/// Where events about objects without a namespace may be.
+const DEFAULT: &str = "default";
+const SYSTEM: &str = "kube-system";
+
+/// What is wrong with a new event. One with an `eventTime` is of the newer form, whose fields are
+/// all needed; the events' own group takes nothing else.
+pub(super) fn faults(resource: &Resource, event: &Value) -> Vec<Cause> {
+    let is_own = is_own_event(resource);
+    let field = |own: &'static str| {
+        let core = EVENT_FIELDS.iter().find(|(_, name)| *name == own).map(|(core, _)| *core);
+        core.filter(|_| !is_own).unwrap_or(own)
+    };
+    let text = |own| event[field(own)].as_str().unwrap_or_default();
+    let mut causes = Vec::new();
+
+    let is_new_form = event["eventTime"].is_string();
+    let namespace = object::namespace(event).unwrap_or_default();
+    let about = event[field("regarding")]["namespace"].as_str().unwrap_or_default();
+    let agree = match about {
+        "" => namespace == DEFAULT || (is_new_form && namespace == SYSTEM),
+        _ => about == namespace,
+    };
+    if !agree {
+        let field = format!("{}.namespace", field("regarding"));
+        let problem = format_args!("{}: does not match event.namespace", json!(about));
+        causes.push(Cause::invalid(field, problem));
+    }
+    if is_new_form {
+        for own in ["reportingController", "reportingInstance", "action", "reason"] {
+            match text(own) {
+                "" => causes.push(Cause::required(field(own))),
+                text if text.len() > MAX_TEXT => {
+                    causes.push(too_long(field(own), MAX_TEXT));
+                }
+                _ => {}
+            }
+        }
+        if text("note").len() > MAX_NOTE {
+            causes.push(too_long(field("note"), MAX_NOTE));
+        }
+    }
+    if is_own {
+        if !is_new_form {
+            causes.push(Cause::required("eventTime"));
+        }
+        if !["Normal", "Warning"].contains(&text("type")) {
+            let problem = format_args!("\"\": has invalid value: {}", text("type"));
+            causes.push(Cause::invalid("type", problem));
+        }
+        let older =
+            EVENT_FIELDS.iter().map(|(_, own)| *own).filter(|f| f.starts_with("deprecated"));
+        for field in older.filter(|field| is_set(&event[*field])) {
+            causes.push(Cause::invalid(field, "\"\": needs to be unset"));
+        }
+    }
+    causes
+}
+
+/// Empty values are as good as none, as for Go.
+fn is_set(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Object(fields) => fields.values().any(is_set),
+        Value::String(text) => !text.is_empty(),
+        other => *other != json!(0),
+    }
+}
+
+fn too_long(field: &str, limit: usize) -> Cause {
+    Cause::invalid(field, format_args!("\"\": can have at most {limit} characters"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::builtin::{self, EVENTS_GROUP};
+
+    /// The fields that `change` makes wrong in an event that is right.
+    fn wrong(group: &str, change: &Value) -> Vec<String> {
+        let all = builtin::resources().unwrap();
+        let resource = all.iter().find(|r| r.kind == builtin::EVENT && r.group == group).unwrap();
+        let mut event = json!({
+            "metadata": {"name": "e", "namespace": "team"}, "type": "Normal", "reason": "Placed",
+            "regarding": {"kind": "Shard", "name": "s", "namespace": "team"}, "action": "Place",
+            "eventTime": "2026-01-01T00:00:00.000000Z", "reportingController": "exo.dev/c",
+            "reportingInstance": "i", "note": "n".repeat(MAX_NOTE),
+        });
+        json_patch::merge(&mut event, change);
+        if group.is_empty() {
+            builtin::to_stored(all.iter().find(|r| is_own_event(r)).unwrap(), &mut event);
+        }
+        faults(resource, &event).into_iter().map(|cause| cause.field).collect()
+    }
+
+    #[test]
+    fn new_events_say_all() {
+        let own = |change: Value| wrong(EVENTS_GROUP, &change);
+        let core = |change: Value| wrong("", &change);
+        assert_eq!(own(json!({})), [""; 0]);
+        assert_eq!(core(json!({})), [""; 0]);
+        assert_eq!(own(json!({"action": null, "reason": ""})), ["action", "reason"]);
+        assert_eq!(own(json!({"reportingController": "x".repeat(129)})), ["reportingController"]);
+        assert_eq!(core(json!({"reportingController": null})), ["reportingComponent"]);
+        assert_eq!(own(json!({"note": "n".repeat(MAX_NOTE + 1)})), ["note"]);
+        assert_eq!(own(json!({"type": "Info"})), ["type"]);
+        assert_eq!(own(json!({"deprecatedCount": 2})), ["deprecatedCount"]);
+        assert_eq!(own(json!({"deprecatedCount": 0, "deprecatedSource": {}})), [""; 0]);
+        assert_eq!(own(json!({"eventTime": null})), ["eventTime"]);
+        let about = |namespace: &str| json!({"regarding": {"namespace": namespace}});
+        assert_eq!(own(about("other")), ["regarding.namespace"]);
+        assert_eq!(core(about("other")), ["involvedObject.namespace"]);
+        assert_eq!(own(about("")), ["regarding.namespace"]);
+    }
+
+    #[test]
+    fn the_older_form_is_taken_as_it_always_was() {
+        let older = json!({
+            "eventTime": null, "reportingController": null, "reportingInstance": null,
+            "action": null, "type": "Info", "deprecatedCount": 2, "note": "n".repeat(5000),
+        });
+        assert_eq!(wrong("", &older), [""; 0]);
+        let of_a_node = json!({
+            "regarding": {"kind": "Node", "namespace": null}, "metadata": {"namespace": "default"},
+        });
+        assert_eq!(wrong("", &of_a_node), [""; 0]);
+        assert_eq!(wrong(EVENTS_GROUP, &of_a_node), [""; 0]);
+    }
+}
