@@ -11,6 +11,8 @@ use serde_json::{Value, json};
 
 /// Kubernetes' own limit of an event's text, in bytes.
 const MAX_NOTE_BYTES: usize = 1024;
+/// Of the reporter's name.
+const MAX_REPORTER_BYTES: usize = 128;
 /// Leaves room for the dot and the hash in a name of at most 253 bytes.
 const MAX_OBJECT_NAME_BYTES: usize = 236;
 /// Events about resources without a namespace are kept here, as Kubernetes does.
@@ -91,7 +93,7 @@ pub fn first(
             host: Some(reporter.instance.clone()),
         }),
         reporting_component: Some(reporter.component.clone()),
-        reporting_instance: Some(reporter.instance.clone()),
+        reporting_instance: Some(cut(&reporter.instance, MAX_REPORTER_BYTES).to_owned()),
         ..Event::default()
     }
 }

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use exo_tests::{Admin, Cluster, Exo, Trio, binary, root, wait_for};
+use exo_tests::{Admin, Cluster, Exo, Trio, binary, members, root, wait_for};
 use serde_json::{Value, json};
 
 use crate::failures::{counting_at, text_of};
@@ -221,6 +221,47 @@ fn a_lost_member_goes_with_its_node_and_another_takes_its_place() {
     let log = trio.nodes[lost].log();
     assert!(log.contains("was taken out of the cluster"), "{log}");
     assert!(trio.exoctl(leader, &["get", "nodes"]).unwrap().status.success());
+
+    // It does what it was told, and is no danger to who has the name that it takes.
+    let data_dir = trio.nodes[lost].data_dir.clone();
+    fs::remove_dir_all(data_dir.join("raft")).unwrap();
+    let taken = "a node named `mac-4` is already there";
+    refused(&data_dir, &["--name", "mac-4", "--peers", &peer], taken);
+    replace_by_its_own_word(&data_dir, &peer, taken);
+    let args = ["--port", "0", "--api-port", "0", "--peers", &peer];
+    trio.nodes[lost] = Exo::start(&trio.place, &name, &args).unwrap();
+    wait_for("four members again", || {
+        let members = members(&trio.nodes[leader])?;
+        Ok((members["members"].as_array().map(Vec::len) == Some(4)).then_some(()))
+    })
+    .unwrap();
+    assert_eq!(trio.nodes[3].exit_code().unwrap(), None);
+}
+
+/// Who has the authority's key can name itself as it likes.
+fn replace_by_its_own_word(data_dir: &std::path::Path, peer: &str, refusal: &str) {
+    let pki = data_dir.join("pki");
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let authority = exo_trust::Authority::open_or_create(&pki, now.as_secs()).unwrap();
+    let groups = [exo_trust::GROUP_NODES, exo_trust::GROUP_CONTROL_PLANE];
+    let subject = exo_trust::Subject {
+        name: "system:node:mac-4".to_owned(),
+        groups: groups.map(str::to_owned).to_vec(),
+    };
+    let issued = authority.issue(&subject, Some(&[]), now.as_secs()).unwrap();
+    let forged = tempfile::tempdir().unwrap();
+    let paths = exo_trust::TlsPaths::in_dir(forged.path());
+    fs::write(&paths.ca, authority.certificate_pem()).unwrap();
+    fs::write(&paths.cert, issued.certificate_pem).unwrap();
+    fs::write(&paths.key, issued.key_pem).unwrap();
+    let client = exo_trust::reqwest_client(&paths).unwrap();
+    let answer = async {
+        let new = json!({"id": 7, "address": "127.0.0.1:1"});
+        let url = format!("https://{peer}/exo/v1/control-plane/members");
+        client.post(url).json(&new).send().await.unwrap().text().await.unwrap()
+    };
+    let text = tokio::runtime::Runtime::new().unwrap().block_on(answer);
+    assert!(text.contains(refusal), "{text}");
 }
 
 fn refused(data_dir: &std::path::Path, args: &[&str], needle: &str) {

@@ -265,9 +265,18 @@ async fn add_member(
     Json(new): Json<NewMember>,
 ) -> Response {
     let name = node_name(peer.certificate.as_ref());
+    let mut same_name = host.store.members();
+    same_name.retain(|member| member.name == name && member.id != new.id);
+    // It may have its old address again, and serve there already.
+    for old in same_name.iter().filter(|old| old.address != new.address) {
+        if old.address == host.address.to_string() || join::answers(&old.address).await {
+            let body = Json(json!({"error": join::taken(&name)}));
+            return (StatusCode::CONFLICT, body).into_response();
+        }
+    }
     let added = async {
         // A machine whose data was lost comes back under its name: what it was before is gone.
-        for old in host.store.members().into_iter().filter(|m| m.name == name && m.id != new.id) {
+        for old in same_name {
             warn!(node = name, id = old.id, "replacing a member of the same name");
             host.store.remove_node(old.id).await?;
         }
@@ -317,7 +326,7 @@ pub(crate) async fn adopt(
     (name, cluster): (&str, &str),
     kind: StoreKind,
 ) -> anyhow::Result<()> {
-    let first = if data.has_current_identity() {
+    let first = if data.has_current_identity(name) {
         join::first_member(&data.tls(), peers).await
     } else {
         join::join_first(data, peers, (name, cluster)).await?
@@ -341,6 +350,9 @@ pub(crate) async fn adopt(
 
 /// The last step, once this node serves the API: has the store's leader add it. Peers that don't
 /// answer are asked again for ever; the log says so.
+///
+/// # Errors
+/// When this node's name is another one's.
 pub(crate) async fn become_member(
     data: &DataDir,
     peers: &[String],
@@ -359,6 +371,7 @@ pub(crate) async fn become_member(
                     }
                     return data.end_joining();
                 }
+                Err(error) if error.is::<Conflict>() => return Err(error),
                 Err(error) if !complained => {
                     warn!(peer, "can't join the control plane yet: {error:#}");
                 }
@@ -414,6 +427,11 @@ pub(crate) async fn members_at(client: &reqwest::Client, address: &str) -> anyho
     ask(client.get(format!("https://{address}{MEMBERS_PATH}")).timeout(ASK_LIMIT)).await
 }
 
+/// Asking again can't help.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Conflict(String);
+
 async fn ask<T: DeserializeOwned>(request: reqwest::RequestBuilder) -> anyhow::Result<T> {
     let response = request.send().await.map_err(|error| anyhow!(reach::cause(&error)))?;
     let status = response.status();
@@ -422,7 +440,11 @@ async fn ask<T: DeserializeOwned>(request: reqwest::RequestBuilder) -> anyhow::R
         let error = serde_json::from_str::<Value>(&text)
             .ok()
             .and_then(|value| value["error"].as_str().map(str::to_owned));
-        bail!("{}", error.unwrap_or_else(|| format!("answered {status} {text}")));
+        let text = error.unwrap_or_else(|| format!("answered {status} {text}"));
+        match status {
+            StatusCode::CONFLICT => bail!(Conflict(text)),
+            _ => bail!(text),
+        }
     }
     response.json().await.context("sent an unreadable answer")
 }

@@ -21,7 +21,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use exo_trust::{
     Authority, GROUP_CONTROL_PLANE, GROUP_NODES, Issued, Subject, TlsPaths, certificate_expired,
-    certificate_renewal_due, reqwest_client, write_private,
+    certificate_renewal_due, certificate_subject, reqwest_client, write_private,
 };
 use serde_json::json;
 
@@ -141,14 +141,13 @@ impl DataDir {
         }
     }
 
-    /// Takes the names under which this node belongs to its cluster already: others know it by them.
+    /// Takes the names under which this node belongs to its cluster already, or did before its store
+    /// was removed: others know it by them.
     ///
     /// # Errors
-    /// When the command line asks for others, or the file can't be read.
+    /// When the command line asks for others while it belongs to one, or the file can't be read.
     pub(crate) fn settle_names(&self, config: &mut Config) -> anyhow::Result<()> {
-        if !matches!(self.standing(), Standing::ControlPlane | Standing::Agent) {
-            return Ok(());
-        }
+        let belongs = matches!(self.standing(), Standing::ControlPlane | Standing::Agent);
         let path = self.path.join("node");
         let text = match fs::read_to_string(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
@@ -163,6 +162,9 @@ impl DataDir {
             ("cluster", "--cluster", named.cluster, &mut config.cluster),
         ] {
             let Some(known) = known[field].as_str() else { continue };
+            if was_given && !belongs {
+                continue;
+            }
             if was_given && known != value {
                 bail!(
                     "{flag}: {} is the data of {field} `{known}`, not `{value}`: leave {flag} out, or \
@@ -202,13 +204,18 @@ impl DataDir {
         save_members(&self.path, addresses)
     }
 
-    /// Whether this node has joined a cluster before and its certificate is not about to end.
-    pub(crate) fn has_current_identity(&self) -> bool {
+    /// Whether this node has joined a cluster before, under this name, and its certificate is not
+    /// about to end.
+    pub(crate) fn has_current_identity(&self, name: &str) -> bool {
         let paths = self.tls();
+        let is_current = |pem: String| {
+            let subject = certificate_subject(&pem);
+            subject.is_ok_and(|subject| subject.name == node_subject(name).name)
+                && !certificate_renewal_due(&pem, now_s())
+        };
         paths.ca.exists()
             && paths.key.exists()
-            && fs::read_to_string(&paths.cert)
-                .is_ok_and(|pem| !certificate_renewal_due(&pem, now_s()))
+            && fs::read_to_string(&paths.cert).is_ok_and(is_current)
     }
 
     /// Whether this node has a certificate that it can still show.
@@ -295,8 +302,9 @@ mod tests {
         };
         let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
         data.keep_names(&config("second", "home", true)).unwrap();
-        // Not in a cluster yet: the names are free.
+        // Not in a cluster, or no longer: other names may be given.
         assert_eq!(settled(config("vm", "exo", true)).unwrap(), pair("vm", "exo"));
+        assert_eq!(settled(config("vm", "exo", false)).unwrap(), pair("second", "home"));
 
         fs::create_dir(dir.path().join("raft")).unwrap();
         fs::write(dir.path().join("raft/store.redb"), "").unwrap();

@@ -94,16 +94,14 @@ async fn join(
     }
     let subject = node_subject(&name);
     let is_itself = peer.certificate.as_ref().is_some_and(|shown| shown.name == subject.name);
-    let text = format!("a node named `{name}` is already there: choose another --name");
     if name == host.own_name {
-        return Err(Refusal(StatusCode::CONFLICT, text));
+        return Err(Refusal(StatusCode::CONFLICT, there(&name)));
     }
-    let taken = !is_itself
+    let taken_by_another = !is_itself
         && (is_alive(&host.client, &name).await.map_err(internal)?
             || is_member_there(&host, &name).await);
-    if taken {
-        let cure = format!("; if that node is gone for good, `exoctl delete node {name}` first");
-        return Err(Refusal(StatusCode::CONFLICT, text + &cure));
+    if taken_by_another {
+        return Err(Refusal(StatusCode::CONFLICT, taken(&name)));
     }
     let certificate = host
         .authority
@@ -112,6 +110,16 @@ async fn join(
         .map_err(|error| bad(format!("csr: {error}")))?;
     info!(node = name, from = %peer.address, "node joined");
     Ok(Json(JoinResponse { ca: host.authority.certificate_pem().to_owned(), certificate }))
+}
+
+fn there(name: &str) -> String {
+    format!("a node named `{name}` is already there: choose another --name")
+}
+
+/// What a node is told whose name another one has.
+pub(crate) fn taken(name: &str) -> String {
+    let there = there(name);
+    format!("{there}; if that node is gone for good, `exoctl delete node {name}` first")
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "used with map_err")]
@@ -128,13 +136,18 @@ async fn is_alive(client: &Client, name: &str) -> Result<bool, kube::Error> {
 
 /// A member of the control plane may run no agent, and has no Node then: it is asked itself.
 async fn is_member_there(host: &Host, name: &str) -> bool {
-    let Some(member) = host.store.members().into_iter().find(|m| m.name == name) else {
-        return false;
-    };
+    match host.store.members().into_iter().find(|m| m.name == name) {
+        Some(member) => answers(&member.address).await,
+        None => false,
+    }
+}
+
+/// Whether an API is served there.
+pub(crate) async fn answers(address: &str) -> bool {
     let Ok(client) = bootstrap_client() else {
         return false;
     };
-    let url = format!("https://{}/livez", member.address);
+    let url = format!("https://{address}/livez");
     client.get(url).timeout(PROBE_LIMIT).send().await.is_ok()
 }
 

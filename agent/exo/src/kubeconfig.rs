@@ -93,7 +93,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::open(dir.path()).unwrap();
         let authority = data.authority("a", Ipv4Addr::LOCALHOST.into()).unwrap();
-        assert!(data.has_current_identity());
+        assert!(data.has_current_identity("a") && !data.has_current_identity("b"));
         data.write_kubeconfig(&authority, "0.0.0.0:8443".parse().unwrap()).unwrap();
         let mode = fs::metadata(data.kubeconfig()).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);

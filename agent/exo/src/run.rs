@@ -425,7 +425,7 @@ async fn run_agent_alone(
     // Before joining, so that a cluster never hears of a node that can do nothing.
     runner_path()?;
     control::check_agent(&data.standing())?;
-    let peer = if data.has_current_identity() {
+    let peer = if data.has_current_identity(&config.node_name) {
         join::first_member(&data.tls(), peers).await
     } else {
         let name = (config.node_name.as_str(), config.cluster.as_str());

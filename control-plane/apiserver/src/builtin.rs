@@ -161,7 +161,7 @@ pub(crate) fn faults(resource: &Resource, object: &Value, current: Option<&Value
             let known = secret::faults(current);
             secret::faults(object).into_iter().filter(|cause| !known.contains(cause)).collect()
         }
-        // Later only their counts change.
+        // What comes later, their counts as a rule, is not checked.
         (EVENT, None) => event::faults(resource, object),
         _ => Vec::new(),
     }

@@ -149,6 +149,33 @@ pub(crate) fn annotation_bytes(annotations: &Map<String, Value>) -> usize {
     annotations.iter().map(|(key, value)| key.len() + value.as_str().map_or(0, str::len)).sum()
 }
 
+/// Of a DNS subdomain, in bytes.
+pub(crate) const MAX_NAME: usize = 253;
+/// What [`is_qualified_name`] wants.
+pub(crate) const QUALIFIED_NAME: &str = "a name of at most 63 characters is needed, after a DNS \
+    subdomain and '/' if there is one; it must consist of alphanumeric characters, '-', '_' or \
+    '.', and must start and end with an alphanumeric character";
+
+pub(crate) fn is_dns_subdomain(text: &str) -> bool {
+    let label = |part: &str| {
+        let inner = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
+        !part.is_empty()
+            && part.bytes().all(inner)
+            && !part.starts_with('-')
+            && !part.ends_with('-')
+    };
+    text.len() <= MAX_NAME && text.split('.').all(label)
+}
+
+/// What keys of labels are, and names of programs.
+pub(crate) fn is_qualified_name(key: &str) -> bool {
+    let (prefix, name) = match key.split_once('/') {
+        Some((prefix, name)) => (Some(prefix), name),
+        None => (None, key),
+    };
+    prefix.is_none_or(is_dns_subdomain) && !name.is_empty() && is_label_value(name)
+}
+
 /// What a label may hold: also the last part of its key, if it is not empty.
 pub(crate) fn is_label_value(value: &str) -> bool {
     let inner = |c: u8| c.is_ascii_alphanumeric() || b"-_.".contains(&c);

@@ -71,7 +71,7 @@ async fn follow_kind<K>(
             Ok(Event::Delete(object)) => Change::Delete(object),
             Err(error) => {
                 // What is known stays in use; the stream backs off and comes back.
-                let problem = problem(&error);
+                let problem = exo_recorder::problem(&error);
                 let kind = K::kind(&());
                 if told.as_deref() == Some(&problem) {
                     tracing::debug!(%kind, problem, "still can't watch the API server");
@@ -109,8 +109,8 @@ impl Backoff for Soon {
 }
 
 /// Why the API server can't be read now; `None` where it can be, or where that can't be found out
-/// before the limit. The API server says within five seconds that it has no majority, and within
-/// one where it has had none for longer.
+/// before the limit. The API server says within five seconds that it has no majority, within one
+/// where it has had none for longer, and takes more time on slow disks.
 pub(crate) async fn unreadable(client: &Client, limit: Duration) -> Option<String> {
     let models = Api::<Model>::all(client.clone());
     // Without a version in it, the store's leader is asked.
@@ -119,22 +119,6 @@ pub(crate) async fn unreadable(client: &Client, limit: Duration) -> Option<Strin
     match answer {
         // It answers: it has too much to do, or minds something else.
         Err(kube::Error::Api(status)) if !matches!(status.code, 503 | 504) => None,
-        answer => answer.err().map(|error| problem(&error)),
-    }
-}
-
-/// What the API server says, else what is at the bottom of the failure.
-fn problem(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut cause = error;
-    loop {
-        match cause.downcast_ref::<kube::Error>() {
-            Some(kube::Error::Api(status)) if !status.message.is_empty() => {
-                return status.message.clone();
-            }
-            Some(_) | None => match cause.source() {
-                Some(source) => cause = source,
-                None => return cause.to_string(),
-            },
-        }
+        answer => answer.err().map(|error| exo_recorder::problem(&error)),
     }
 }

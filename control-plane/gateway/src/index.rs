@@ -300,8 +300,9 @@ fn stuck(object: &InferenceInstance, before: Option<&Instance>, now_s: i64) -> O
     }
 }
 
+/// Once it has all its shards again, it tells only what was.
 fn lacks_weights(replica: &ReplicaStatus) -> bool {
-    replica.last_failure_reason() == Some(REASON_WEIGHTS_NOT_FOUND)
+    replica.retry_after.is_some() && replica.last_failure_reason() == Some(REASON_WEIGHTS_NOT_FOUND)
 }
 
 /// Since when no replica has a place for that reason. The condition tells only since when some

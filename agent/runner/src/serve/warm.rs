@@ -30,6 +30,7 @@ pub(crate) struct Extent {
     /// Kernels are compiled when they are first used.
     pub(crate) compiles: bool,
     pub(crate) max_context: usize,
+    pub(crate) vocab_size: usize,
     /// Sequences that are decoded together at most.
     pub(crate) live_max: usize,
     /// Prompt tokens fed in one step.
@@ -60,8 +61,9 @@ pub(crate) fn warm_up(
             break;
         }
         match run(executor, extent, round, TOKEN) {
-            Err(failure) if failure.reason == NOT_FINITE => {
+            Err(failure) if failure.reason == NOT_FINITE && extent.vocab_size > 1 => {
                 run(executor, extent, round, OTHER_TOKEN)?;
+                tracing::warn!(token = TOKEN, "the model computes no numbers for this token");
             }
             result => result?,
         }
@@ -201,16 +203,27 @@ mod tests {
         logprob: Option<f32>,
         /// What it can't compute with.
         odd: Option<u32>,
+        /// From this step on.
+        odd_from: usize,
     }
 
     impl Model {
         fn new(extent: Extent) -> Self {
             let (batches, chunks) = (Vec::new(), Vec::new());
-            Self { extent, held: BTreeMap::new(), batches, chunks, logprob: None, odd: None }
+            Self {
+                extent,
+                held: BTreeMap::new(),
+                batches,
+                chunks,
+                logprob: None,
+                odd: None,
+                odd_from: 0,
+            }
         }
 
         fn drawn(&self, rows: usize, token: u32) -> Stepped {
-            if self.odd == Some(token) {
+            let steps = self.batches.len() + self.chunks.len();
+            if self.odd == Some(token) && steps >= self.odd_from {
                 let logprob = Some(f32::NAN);
                 return Stepped::Done(vec![StepOutput { token, logprob, top: Vec::new() }]);
             }
@@ -266,7 +279,13 @@ mod tests {
 
     #[test]
     fn shapes_are_those_that_requests_can_have() {
-        let extent = Extent { compiles: true, max_context: 4096, live_max: 12, chunk_tokens: 512 };
+        let extent = Extent {
+            compiles: true,
+            max_context: 4096,
+            vocab_size: 2,
+            live_max: 12,
+            chunk_tokens: 512,
+        };
         let (batches, chunks) = warmed(extent, usize::MAX);
         assert_eq!(batches, [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 1, 4, 4, 2, 8, 8, 4]);
         assert_eq!(chunks[..5], [32, 32, 512, 32, 40]);
@@ -283,7 +302,13 @@ mod tests {
 
     #[test]
     fn a_model_that_computes_no_numbers_is_refused() {
-        let extent = Extent { compiles: false, max_context: 64, live_max: 1, chunk_tokens: 512 };
+        let extent = Extent {
+            compiles: false,
+            max_context: 64,
+            vocab_size: 2,
+            live_max: 1,
+            chunk_tokens: 512,
+        };
         for (logprob, is_fine) in [(-0.5, true), (f32::NAN, false), (f32::NEG_INFINITY, false)] {
             let mut model = Model { logprob: Some(logprob), ..Model::new(extent) };
             match warm_up(&mut model, &extent, || false, |_, _| {}) {
@@ -298,15 +323,35 @@ mod tests {
 
     #[test]
     fn a_single_token_without_numbers_is_no_reason_to_refuse_a_model() {
-        let extent = Extent { compiles: true, max_context: 4096, live_max: 4, chunk_tokens: 512 };
+        let extent = Extent {
+            compiles: true,
+            max_context: 4096,
+            vocab_size: 2,
+            live_max: 4,
+            chunk_tokens: 512,
+        };
         let mut model = Model { odd: Some(TOKEN), ..Model::new(extent) };
+        warm_up(&mut model, &extent, || false, |_, _| {}).unwrap();
+        assert!(model.held.is_empty());
+        // Where nothing else can be fed, that is all there is.
+        let mut model = Model { odd: Some(TOKEN), ..Model::new(extent) };
+        let failure = warm_up(&mut model, &Extent { vocab_size: 1, ..extent }, || false, |_, _| {});
+        assert_eq!(failure.unwrap_err().reason, NOT_FINITE);
+        // In the last step of two rows, one of which has left.
+        let mut model = Model { odd: Some(TOKEN), odd_from: 17, ..Model::new(extent) };
         warm_up(&mut model, &extent, || false, |_, _| {}).unwrap();
         assert!(model.held.is_empty());
     }
 
     #[test]
     fn it_ends_when_its_time_is_over() {
-        let extent = Extent { compiles: true, max_context: 4096, live_max: 12, chunk_tokens: 512 };
+        let extent = Extent {
+            compiles: true,
+            max_context: 4096,
+            vocab_size: 2,
+            live_max: 12,
+            chunk_tokens: 512,
+        };
         assert_eq!(warmed(extent, 0).0, [1; 3]);
         assert_eq!(warmed(extent, 4).0.iter().max(), Some(&2));
     }

@@ -28,7 +28,7 @@ pub(super) fn faults(resource: &Resource, event: &Value) -> Vec<Cause> {
     let about = event[field("regarding")]["namespace"].as_str().unwrap_or_default();
     let agree = match about {
         "" => namespace == DEFAULT || (is_new_form && namespace == SYSTEM),
-        _ => about == namespace,
+        _ => is_new_form || about == namespace,
     };
     if !agree {
         let field = format!("{}.namespace", field("regarding"));
@@ -36,10 +36,16 @@ pub(super) fn faults(resource: &Resource, event: &Value) -> Vec<Cause> {
         causes.push(Cause::invalid(field, problem));
     }
     if is_new_form {
+        let controller = text("reportingController");
+        if !controller.is_empty() && !object::is_qualified_name(controller) {
+            let problem = format_args!("{}: {}", json!(controller), object::QUALIFIED_NAME);
+            causes.push(Cause::invalid(field("reportingController"), problem));
+        }
         for own in ["reportingController", "reportingInstance", "action", "reason"] {
             match text(own) {
                 "" => causes.push(Cause::required(field(own))),
-                text if text.len() > MAX_TEXT => {
+                // The controller's own rule is above.
+                text if text.len() > MAX_TEXT && own != "reportingController" => {
                     causes.push(too_long(field(own), MAX_TEXT));
                 }
                 _ => {}
@@ -50,6 +56,16 @@ pub(super) fn faults(resource: &Resource, event: &Value) -> Vec<Cause> {
         }
     }
     if is_own {
+        if let Some(series) = event["series"].as_object() {
+            let count = series.get("count").and_then(Value::as_i64).unwrap_or_default();
+            if count < 2 {
+                let problem = format_args!("{count}: should be at least 2");
+                causes.push(Cause::invalid("series.count", problem));
+            }
+            if !series.get("lastObservedTime").is_some_and(Value::is_string) {
+                causes.push(Cause::required("series.lastObservedTime"));
+            }
+        }
         if !is_new_form {
             causes.push(Cause::required("eventTime"));
         }
@@ -109,7 +125,18 @@ mod tests {
         assert_eq!(own(json!({})), [""; 0]);
         assert_eq!(core(json!({})), [""; 0]);
         assert_eq!(own(json!({"action": null, "reason": ""})), ["action", "reason"]);
-        assert_eq!(own(json!({"reportingController": "x".repeat(129)})), ["reportingController"]);
+        assert_eq!(own(json!({"reportingInstance": "x".repeat(129)})), ["reportingInstance"]);
+        let controller = |name: &str| own(json!({"reportingController": name}));
+        assert_eq!(controller("my controller"), ["reportingController"]);
+        assert_eq!(controller(&format!("{}.example.com/c", "long".repeat(15))), [""; 0]);
+        assert_eq!(
+            own(json!({"series": {"count": 1}})),
+            ["series.count", "series.lastObservedTime"]
+        );
+        let series = json!({"series": {
+            "count": 2, "lastObservedTime": "2026-01-01T00:00:00.000000Z",
+        }});
+        assert_eq!(own(series), [""; 0]);
         assert_eq!(core(json!({"reportingController": null})), ["reportingComponent"]);
         assert_eq!(own(json!({"note": "n".repeat(MAX_NOTE + 1)})), ["note"]);
         assert_eq!(own(json!({"type": "Info"})), ["type"]);
@@ -117,9 +144,9 @@ mod tests {
         assert_eq!(own(json!({"deprecatedCount": 0, "deprecatedSource": {}})), [""; 0]);
         assert_eq!(own(json!({"eventTime": null})), ["eventTime"]);
         let about = |namespace: &str| json!({"regarding": {"namespace": namespace}});
-        assert_eq!(own(about("other")), ["regarding.namespace"]);
-        assert_eq!(core(about("other")), ["involvedObject.namespace"]);
+        assert_eq!(own(about("other")), [""; 0]);
         assert_eq!(own(about("")), ["regarding.namespace"]);
+        assert_eq!(core(about("")), ["involvedObject.namespace"]);
     }
 
     #[test]
@@ -129,6 +156,8 @@ mod tests {
             "action": null, "type": "Info", "deprecatedCount": 2, "note": "n".repeat(5000),
         });
         assert_eq!(wrong("", &older), [""; 0]);
+        let elsewhere = json!({"eventTime": null, "regarding": {"namespace": "other"}});
+        assert_eq!(wrong("", &elsewhere), ["involvedObject.namespace"]);
         let of_a_node = json!({
             "regarding": {"kind": "Node", "namespace": null}, "metadata": {"namespace": "default"},
         });

@@ -56,7 +56,10 @@ fn type_faults(secret: &Value, data: &Map<String, Value>) -> Vec<Cause> {
     let account = "kubernetes.io/service-account.name";
     match secret.get("type").and_then(Value::as_str).unwrap_or_default() {
         "kubernetes.io/tls" => missing(&["tls.crt", "tls.key"]),
-        "kubernetes.io/ssh-auth" => missing(&["ssh-privatekey"]),
+        "kubernetes.io/ssh-auth" => match data.get("ssh-privatekey").and_then(Value::as_str) {
+            None | Some("") => vec![Cause::required("data[ssh-privatekey]")],
+            Some(_) => Vec::new(),
+        },
         "kubernetes.io/basic-auth" => {
             let faults = missing(&["username", "password"]);
             if faults.len() < 2 { Vec::new() } else { faults }
@@ -81,12 +84,13 @@ fn document_faults(data: &Map<String, Value>, key: &str) -> Vec<Cause> {
     let Some(text) = data.get(key).and_then(Value::as_str) else {
         return vec![Cause::required(&field)];
     };
-    let is_json = |bytes: Vec<u8>| serde_json::from_slice::<Value>(&bytes).is_ok();
-    if STANDARD.decode(text).is_ok_and(is_json) {
+    type Document = Option<Map<String, Value>>;
+    let is_map = |bytes: Vec<u8>| serde_json::from_slice::<Document>(&bytes).is_ok();
+    if STANDARD.decode(text).is_ok_and(is_map) {
         return Vec::new();
     }
     // The value itself is secret.
-    vec![Cause::invalid(field, "\"<secret contents redacted>\": must be JSON")]
+    vec![Cause::invalid(field, "\"<secret contents redacted>\": must be a JSON object")]
 }
 
 /// Why a value can't have this name, which may become a file's.
@@ -131,13 +135,18 @@ mod tests {
         let tls = "kubernetes.io/tls";
         assert_eq!(wrong(tls, &json!({})), ["data[tls.crt]", "data[tls.key]"]);
         assert_eq!(wrong(tls, &json!({"tls.crt": "c", "tls.key": ""})), [""; 0]);
-        assert_eq!(wrong("kubernetes.io/ssh-auth", &json!({})), ["data[ssh-privatekey]"]);
+        for empty in [json!({}), json!({"ssh-privatekey": ""})] {
+            assert_eq!(wrong("kubernetes.io/ssh-auth", &empty), ["data[ssh-privatekey]"]);
+        }
         let basic = "kubernetes.io/basic-auth";
         assert_eq!(wrong(basic, &json!({"password": "p"})), [""; 0]);
         assert_eq!(wrong(basic, &json!({"p": "p"})), ["data[username]", "data[password]"]);
         let docker = "kubernetes.io/dockerconfigjson";
         assert_eq!(wrong(docker, &json!({".dockerconfigjson": "{\"auths\": {}}"})), [""; 0]);
-        assert_eq!(wrong(docker, &json!({".dockerconfigjson": "{"})), ["data[.dockerconfigjson]"]);
+        for bad in ["{", "[]", "\"x\""] {
+            let found = wrong(docker, &json!({".dockerconfigjson": bad}));
+            assert_eq!(found, ["data[.dockerconfigjson]"], "{bad}");
+        }
         assert_eq!(wrong("kubernetes.io/dockercfg", &json!({})), ["data[.dockercfg]"]);
         let token = "kubernetes.io/service-account-token";
         let account = "metadata.annotations[kubernetes.io/service-account.name]";

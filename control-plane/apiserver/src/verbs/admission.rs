@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::{
     builtin, clock,
     error::{ApiError, Cause},
-    object::{self, MAX_ANNOTATION_BYTES, annotation_bytes},
+    object::{self, MAX_ANNOTATION_BYTES, MAX_NAME, annotation_bytes, is_dns_subdomain},
     resource::Resource,
     schema,
     server::{Call, Subresource},
@@ -58,8 +58,7 @@ const SERVER_FIELDS: [&str; 5] =
     ["uid", "creationTimestamp", "generation", "deletionTimestamp", "deletionGracePeriodSeconds"];
 /// Unknown fields and the like that a client is told of at once, as in Kubernetes.
 pub(super) const MAX_FAULTS_TOLD: usize = 100;
-/// Of a DNS subdomain, and of the label of one.
-const MAX_NAME: usize = 253;
+/// Of the label of a DNS subdomain.
 const MAX_LABEL: usize = 63;
 
 /// Prunes, defaults and validates `object`; returns warnings about what was pruned, and about
@@ -380,15 +379,13 @@ fn string_map_causes(object: &Value, field: &str, causes: &mut Vec<Cause>) {
     };
     for (key, value) in map.into_iter().flatten() {
         // Of annotations' keys the case doesn't matter.
-        let fine =
-            if is_label { is_label_key(key) } else { is_label_key(&key.to_ascii_lowercase()) };
+        let fine = if is_label {
+            object::is_qualified_name(key)
+        } else {
+            object::is_qualified_name(&key.to_ascii_lowercase())
+        };
         if !fine {
-            refuse(
-                key,
-                "a name of at most 63 characters is needed, after a DNS subdomain and '/' if there \
-                 is one; it must consist of alphanumeric characters, '-', '_' or '.', and must \
-                 start and end with an alphanumeric character",
-            );
+            refuse(key, object::QUALIFIED_NAME);
         }
         if let Some(value) =
             value.as_str().filter(|value| is_label && !object::is_label_value(value))
@@ -402,27 +399,8 @@ fn string_map_causes(object: &Value, field: &str, causes: &mut Vec<Cause>) {
     }
 }
 
-fn is_dns_subdomain(text: &str) -> bool {
-    let label = |part: &str| {
-        let inner = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
-        !part.is_empty()
-            && part.bytes().all(inner)
-            && !part.starts_with('-')
-            && !part.ends_with('-')
-    };
-    text.len() <= MAX_NAME && text.split('.').all(label)
-}
-
 fn is_dns_label(text: &str) -> bool {
     text.len() <= MAX_LABEL && !text.contains('.') && is_dns_subdomain(text)
-}
-
-fn is_label_key(key: &str) -> bool {
-    let (prefix, name) = match key.split_once('/') {
-        Some((prefix, name)) => (Some(prefix), name),
-        None => (None, key),
-    };
-    prefix.is_none_or(is_dns_subdomain) && !name.is_empty() && object::is_label_value(name)
 }
 
 #[cfg(test)]

@@ -140,9 +140,12 @@ fn what_only_somebody_can_change_is_stuck() {
         assert_eq!(stuck_since(&index), None, "{reason} {phase}");
     };
     let (never, once) = (|index| replica(index, 0, &json!({})), |i| replica(i, 3, &json!({})));
+    let why = "shard chat-0-a1-0 on b: WeightsNotFound: no folder `x`";
+    let lacked = |index| replica(index, 1, &json!({"nodes": ["b"], "lastFailure": why}));
     let lacks = |index| {
-        let why = "shard chat-0-a1-0 on b: WeightsNotFound: no folder `x`";
-        replica(index, 1, &json!({"nodes": ["b"], "lastFailure": why, "failures": 1}))
+        let mut lacking = lacked(index);
+        lacking["retryAfter"] = json!("2026-01-02T03:10:05Z");
+        lacking
     };
     let tried = |at: &str| replica(1, 3, &json!({"retryAfter": at, "failures": 2}));
     let stops = |index| replica(index, 3, &json!({"nodes": ["a"]}));
@@ -163,6 +166,7 @@ fn what_only_somebody_can_change_is_stuck() {
     check("ModelNotFound", "Pending", &[once(0), stops(1)], None);
     check("WeightsNotFound", "Failed", &[lacks(0), stops(1)], None);
     check("WeightsNotFound", "Failed", &[lacks(0), once(1)], None);
+    check("WeightsNotFound", "Failed", &[lacks(0), lacked(1)], None);
     let soon = [never(0), tried("2026-01-02T03:20:05Z")];
     check("Unplaceable", "Failed", &soon, Some(PLACED_AT + 60 + 20));
     check("Unplaceable", "Pending", &[never(0), tried("2026-01-02T03:10:05Z")], grace);

@@ -8,7 +8,8 @@
 //!
 //! None of this decides who leads: that do the votes alone, which openraft asks for and gives.
 //!
-//! All times but those that say how often something is looked at are multiplied by the node's [`Pace`].
+//! All times but those that say how often something is looked at are multiplied by the node's
+//! [`Pace`].
 
 use std::{
     collections::BTreeSet,
@@ -111,11 +112,23 @@ impl Ear {
         let mut known = self.known();
         let silent = now.saturating_duration_since(known.heard);
         let hears_a_leader = silent < self.pace.times(LEASE);
-        let is_better = known.standing.is_some_and(|standing| standing.is_better_than(other));
-        // A vote that comes too late only keeps this node from standing itself.
-        let in_time = other.pace.has_time_for(own.pace);
-        if hears_a_leader || is_better || other.last < own.last || !in_time {
+        // Who has no time for another one's vote is not elected by it, and makes way for it.
+        let is_better = known.standing.is_some_and(|standing| {
+            standing.is_better_than(other) && standing.pace.has_time_for(other.pace)
+        });
+        if hears_a_leader || is_better || other.last < own.last {
             return false;
+        }
+        if !other.pace.has_time_for(own.pace) {
+            // A vote that comes too late only keeps this node from standing itself, if it can.
+            if other.last == own.last {
+                return false;
+            }
+            tracing::warn!(
+                candidate = other.id,
+                "this node's disk is much slower than that of the voter that stands for election: \
+                 its vote may come too late"
+            );
         }
         known.standing = None;
         known.promised = Some(now + self.pace.times(PROMISE));
@@ -303,6 +316,10 @@ mod tests {
         Candidate { id, last, pace: Pace::default() }
     }
 
+    fn slow(candidate: Candidate) -> Candidate {
+        Candidate { pace: serde_json::from_str("6").unwrap(), ..candidate }
+    }
+
     #[tokio::test]
     async fn another_one_is_wanted_only_when_no_leader_is_heard_and_it_has_all() {
         let ear = Ear::new(Pace::default());
@@ -310,8 +327,8 @@ mod tests {
         let late = now + LEASE * 2;
         assert!(!ear.would_have(candidate(1, 10), own, now), "a leader was heard");
         assert!(!ear.would_have(candidate(1, 9), own, late), "it lacks an entry");
-        let slow = Candidate { pace: serde_json::from_str("6").unwrap(), ..own };
-        assert!(!ear.would_have(candidate(1, 10), slow, late), "its vote would come too late");
+        assert!(!ear.would_have(candidate(1, 10), slow(own), late), "its vote would be too late");
+        assert!(ear.would_have(candidate(1, 11), slow(own), late), "it can't stand itself");
         assert!(ear.would_have(candidate(1, 10), own, late));
         assert_eq!(ear.due(Duration::ZERO), late + PROMISE, "it is given time");
         ear.heard();
@@ -342,6 +359,9 @@ mod tests {
         check(candidate(3, 10), candidate(2, 10), false);
         check(candidate(3, 10), candidate(2, 11), true);
         check(candidate(2, 11), candidate(3, 10), false);
+        // One that the other's vote would reach too late is no better.
+        check(candidate(3, 10), slow(candidate(2, 10)), true);
+        check(candidate(3, 11), slow(candidate(2, 10)), false);
     }
 
     #[test]

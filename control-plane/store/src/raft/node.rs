@@ -28,18 +28,23 @@ use super::{
 };
 use crate::StoreError;
 
-/// An election takes less than a second and a half; who waits longer is told so. On a slow disk all
-/// of it takes longer.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
-/// Where no leader was heard for [`PATIENCE`], one may yet come: whoever asks then waits less.
+/// An election takes less than this, times the [`Pace`].
+const ELECTION: Duration = Duration::from_millis(1_500);
+/// Who waits so long for a leader, or longer where one election takes longer, is told that there is
+/// none.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Where no leader was heard for all that time, one may yet come: whoever asks then waits less.
 const PATIENCE_ALONE: Duration = Duration::from_secs(1);
 /// Signs of life are looked for at least this often while there is no leader.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// A leader that no majority answered for this long takes no more writes.
 const QUORUM_LOST: Duration = Duration::from_millis(1_500);
 /// It goes on to call them for so long, then keeps still for as long, and so on: its followers may
-/// hear it all the same, and want no other leader as long as they do. An election fits into this.
-const SILENCE: Duration = Duration::from_millis(1_500);
+/// hear it all the same, and want no other leader as long as they do. An election fits into this, or
+/// into one of the later silences, each of which is twice as long as the one before up to the
+/// second: followers may have slow disks.
+const SILENCE: Duration = ELECTION;
+const SILENCE_MAX: Duration = Duration::from_secs(15);
 /// An answer that a leader gave before another one came is on its way for no longer than this.
 const LAST_ANSWER: Duration = Duration::from_millis(100);
 
@@ -184,7 +189,7 @@ impl Node {
             Place::Here => None,
             Place::There(_) | Place::Nowhere(_) => Some(self.ear.heard_at()),
         };
-        deadline(Instant::now(), heard_at, self.pace.times(PATIENCE))
+        deadline(Instant::now(), heard_at, patience(self.pace))
     }
 
     /// Calls the leader. Its answer is waited for until there is another one: a machine that stands
@@ -255,6 +260,11 @@ impl Node {
     }
 }
 
+/// How long an order waits for a leader.
+pub(super) fn patience(pace: Pace) -> Duration {
+    pace.times(ELECTION).max(PATIENCE)
+}
+
 /// `heard_at`: when a leader was heard last, where another one than this node is needed.
 fn deadline(now: Instant, heard_at: Option<Instant>, patience: Duration) -> Instant {
     match heard_at {
@@ -292,7 +302,15 @@ pub(super) async fn watch_quorum(
 
 /// Whether a leader keeps still, so long after it was found to have lost its majority.
 fn is_silent(since_lost: Duration) -> bool {
-    since_lost.as_millis() % (2 * SILENCE.as_millis()) >= SILENCE.as_millis()
+    let (mut left, mut silence) = (since_lost, SILENCE);
+    while let Some(rest) = left.checked_sub(SILENCE) {
+        if rest < silence {
+            return true;
+        }
+        left = rest.saturating_sub(silence);
+        silence = (silence * 2).min(SILENCE_MAX);
+    }
+    false
 }
 
 /// What has to be remembered about a leader's majority.
@@ -328,12 +346,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_leader_without_a_majority_keeps_still_half_of_the_time() {
-        let at = |ms: u64| is_silent(Duration::from_millis(ms));
+    fn a_leader_without_a_majority_keeps_still_for_longer_and_longer() {
+        let changes: Vec<_> = (1..500_u64)
+            .map(|step| step * 100)
+            .filter(|ms| {
+                is_silent(Duration::from_millis(*ms)) != is_silent(Duration::from_millis(ms - 100))
+            })
+            .collect();
         assert_eq!(
-            [0, 1_499, 1_500, 2_999, 3_000, 4_500].map(at),
-            [false, false, true, true, false, true]
+            changes,
+            [1_500, 3_000, 4_500, 7_500, 9_000, 15_000, 16_500, 28_500, 30_000, 45_000, 46_500]
         );
+        assert!(!is_silent(Duration::ZERO));
+    }
+
+    #[test]
+    fn an_order_outlasts_an_election() {
+        let slow = |text| patience(serde_json::from_str(text).unwrap()).as_secs();
+        assert_eq!(["1", "3", "4", "10"].map(slow), [5, 5, 6, 15]);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! # Guarantees
 //! A command is repeated only when it is certain that nothing was done.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use openraft::{
     error::{ClientWriteError, RaftError},
@@ -20,7 +20,7 @@ use super::{
     Request, Response, TypeConfig,
     call::Target,
     network::json,
-    node::{NO_LEADER, Node, PATIENCE, Place, Refusal},
+    node::{NO_LEADER, Node, Place, Refusal, patience},
 };
 use crate::{
     StoreError,
@@ -93,7 +93,7 @@ async fn write_batches(node: Arc<Node>, mut queue: mpsc::Receiver<Order>) {
     // First the permit: what comes meanwhile joins the batch.
     while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
         let Some(first) = queue.recv().await else { return };
-        let batch = Batch::collect(first, &mut queue);
+        let batch = Batch::collect(first, &mut queue, patience(node.pace));
         // Proposed here and now, so that entries are in the order of arrival.
         let begun = match node.place() {
             Place::Here => Some(propose(&node, &batch.commands).await),
@@ -122,11 +122,11 @@ struct Waiting {
 }
 
 impl Batch {
-    fn collect(first: Order, queue: &mut mpsc::Receiver<Order>) -> Self {
+    fn collect(first: Order, queue: &mut mpsc::Receiver<Order>, patience: Duration) -> Self {
         let (mut commands, mut waiting, mut bytes) = (Vec::new(), Vec::new(), 0);
         let mut next = Some(first);
         while let Some(order) = next {
-            if order.arrived.elapsed() > PATIENCE {
+            if order.arrived.elapsed() > patience {
                 let refusal = Refusal::Unavailable("the store did not get to it in time".into());
                 // A caller that went away needs no answer, here and below.
                 let _ = order.reply.send(Err(refusal));

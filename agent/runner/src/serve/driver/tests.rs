@@ -159,15 +159,20 @@ fn check_end(receiver: &mut events::Receiver<GenerateEvent>, expect: &str, why: 
     assert!(completion_tokens <= 6);
 }
 
-#[test]
-fn answers_stream_side_by_side() {
-    let mut bench = Bench::new(2);
+/// One more than there are places.
+fn answer_three(bench: &mut Bench) {
     let (mut a, mut b, mut c) = (bench.submit("abc"), bench.submit("lengthy"), bench.submit("x"));
     assert_eq!(bench.driver.metrics.waiting_requests.get(), 3);
     bench.run();
     check_end(&mut a, "abc", FinishReason::Stop);
     check_end(&mut b, "length", FinishReason::Length);
     check_end(&mut c, "x", FinishReason::Stop);
+}
+
+#[test]
+fn answers_stream_side_by_side() {
+    let mut bench = Bench::new(2);
+    answer_three(&mut bench);
     assert_eq!(
         bench.log(),
         [
@@ -203,11 +208,7 @@ fn answers_stream_side_by_side() {
 fn with_other_ranks_answers_are_the_same_and_what_was_told_is_run() {
     let mut bench = Bench::new(2);
     bench.driver.executor.has_others = true;
-    let (mut a, mut b, mut c) = (bench.submit("abc"), bench.submit("lengthy"), bench.submit("x"));
-    bench.run();
-    check_end(&mut a, "abc", FinishReason::Stop);
-    check_end(&mut b, "length", FinishReason::Length);
-    check_end(&mut c, "x", FinishReason::Stop);
+    answer_three(&mut bench);
     assert_eq!(
         bench.log(),
         [

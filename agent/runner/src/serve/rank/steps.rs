@@ -121,6 +121,7 @@ impl Ranks {
         let extent = Extent {
             compiles: exo_engine::uses_gpu(),
             max_context: self.engine.info().max_context,
+            vocab_size: self.engine.info().vocab_size,
             live_max,
             chunk_tokens: CHUNK_TOKENS,
         };
