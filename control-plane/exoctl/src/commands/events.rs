@@ -1,6 +1,6 @@
 //! `exoctl events`, and the events that `describe` shows.
 
-use std::io::Write;
+use std::{cmp::Ordering, io::Write};
 
 use anyhow::{Context as _, bail};
 use serde_json::Value;
@@ -27,6 +27,16 @@ pub(super) fn last_seen(event: &Value) -> &str {
         &event["metadata"]["creationTimestamp"],
     ];
     places.into_iter().find_map(Value::as_str).unwrap_or_default()
+}
+
+/// The older one first; those of the same second in the order in which they were written.
+pub(super) fn by_time(a: &Value, b: &Value) -> Ordering {
+    let when = |event: &Value| -> (String, u64) {
+        let version = event["metadata"]["resourceVersion"].as_str();
+        let version = version.and_then(|text| text.parse().ok()).unwrap_or(0);
+        (last_seen(event).to_owned(), version)
+    };
+    when(a).cmp(&when(b))
 }
 
 /// How often an event happened.
@@ -96,7 +106,7 @@ pub(super) async fn last_warning(
     let path = events.path(Some(server.namespace()), None);
     let mut list: Value = server.get(&path, &[("fieldSelector", &rule)], Form::Json).await?;
     let items = select::take_items(&mut list, events);
-    Ok(items.into_iter().max_by(|a, b| last_seen(a).cmp(last_seen(b))))
+    Ok(items.into_iter().max_by(by_time))
 }
 
 /// The events about an object, the newest last.
@@ -118,7 +128,7 @@ pub(super) async fn of_object(server: &Server, object: &Value) -> anyhow::Result
         let uid = &event["involvedObject"]["uid"];
         !uid.is_string() || *uid == metadata["uid"]
     });
-    items.sort_by(|a, b| last_seen(a).cmp(last_seen(b)));
+    items.sort_by(by_time);
     Ok(items)
 }
 
@@ -142,6 +152,12 @@ mod tests {
                    "series": {"lastObservedTime": "2026-01-04T00:00:00Z"}}),
             "2026-01-04T00:00:00Z",
         );
+        let event = |second: u32, version: &str| {
+            json!({"metadata": {"resourceVersion": version},
+                   "lastTimestamp": format!("2026-01-03T00:00:0{second}Z")})
+        };
+        assert_eq!(by_time(&event(1, "99"), &event(2, "7")), Ordering::Less);
+        assert_eq!(by_time(&event(1, "99"), &event(1, "100")), Ordering::Less);
         assert_eq!(count(&json!({"count": 3})), 3);
         assert_eq!(count(&json!({"count": null})), 1);
     }

@@ -119,7 +119,7 @@ impl<'a> Order<'a> {
     /// Objects without a value come first.
     fn compare(&self, a: &Value, b: &Value) -> Ordering {
         match self {
-            Self::LastSeen => events::last_seen(a).cmp(events::last_seen(b)),
+            Self::LastSeen => events::by_time(a, b),
             Self::Path(path) => match (path.find(a), path.find(b)) {
                 (Some(a), Some(b)) => compare(a, b),
                 (a, b) => a.is_some().cmp(&b.is_some()),

@@ -91,8 +91,9 @@ pub(super) async fn read_index(node: &Node) -> Result<u64, Refusal> {
         Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(forward))) => {
             Err(Refusal::NotLeader { leader: forward.leader_node.map(|node| node.addr) })
         }
-        Err(RaftError::APIError(CheckIsLeaderError::QuorumNotEnough(error))) => {
-            Err(Refusal::Unavailable(error.to_string()))
+        // Who is missing is told by those who explain it.
+        Err(RaftError::APIError(CheckIsLeaderError::QuorumNotEnough(_))) => {
+            Err(Refusal::Unavailable("no majority of voters answers the leader".to_owned()))
         }
         Err(RaftError::Fatal(error)) => Err(Refusal::Unavailable(error.to_string())),
     }
