@@ -98,7 +98,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("exo-store", &[]),
         ("exo-apiserver", &["exo-crds", "exo-store", "exo-trust"]),
         ("exo-controllers", &["exo-crds", "exo-plan", "exo-recorder"]),
-        ("exo-gateway", &["exo-crds", "exo-trust"]),
+        ("exo-gateway", &["exo-crds", "exo-recorder", "exo-trust"]),
         ("exoctl", &["exo-crds", "exo-plan"]),
         ("exo-agent", &["exo-crds", "exo-plan", "exo-recorder", "exo-trust"]),
         ("exo-engine", &[]),
