@@ -227,7 +227,8 @@ fn a_lost_member_goes_with_its_node_and_another_takes_its_place() {
     fs::remove_dir_all(data_dir.join("raft")).unwrap();
     let taken = "a node named `mac-4` is already there";
     refused(&data_dir, &["--name", "mac-4", "--peers", &peer], taken);
-    replace_by_its_own_word(&data_dir, &peer, taken);
+    let live = trio.nodes[3].api().unwrap().trim_start_matches("https://").to_owned();
+    replace_by_its_own_word(&data_dir, [&peer, &live], taken);
     let args = ["--port", "0", "--api-port", "0", "--peers", &peer];
     trio.nodes[lost] = Exo::start(&trio.place, &name, &args).unwrap();
     wait_for("four members again", || {
@@ -239,7 +240,7 @@ fn a_lost_member_goes_with_its_node_and_another_takes_its_place() {
 }
 
 /// Who has the authority's key can name itself as it likes.
-fn replace_by_its_own_word(data_dir: &std::path::Path, peer: &str, refusal: &str) {
+fn replace_by_its_own_word(data_dir: &std::path::Path, [peer, live]: [&str; 2], refusal: &str) {
     let pki = data_dir.join("pki");
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     let authority = exo_trust::Authority::open_or_create(&pki, now.as_secs()).unwrap();
@@ -255,13 +256,16 @@ fn replace_by_its_own_word(data_dir: &std::path::Path, peer: &str, refusal: &str
     fs::write(&paths.cert, issued.certificate_pem).unwrap();
     fs::write(&paths.key, issued.key_pem).unwrap();
     let client = exo_trust::reqwest_client(&paths).unwrap();
-    let answer = async {
-        let new = json!({"id": 7, "address": "127.0.0.1:1"});
-        let url = format!("https://{peer}/exo/v1/control-plane/members");
-        client.post(url).json(&new).send().await.unwrap().text().await.unwrap()
-    };
-    let text = tokio::runtime::Runtime::new().unwrap().block_on(answer);
-    assert!(text.contains(refusal), "{text}");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    for address in ["127.0.0.1:1", live] {
+        let answer = async {
+            let new = json!({"id": 7, "address": address});
+            let url = format!("https://{peer}/exo/v1/control-plane/members");
+            client.post(url).json(&new).send().await.unwrap().text().await.unwrap()
+        };
+        let text = runtime.block_on(answer);
+        assert!(text.contains(refusal), "{address}: {text}");
+    }
 }
 
 fn refused(data_dir: &std::path::Path, args: &[&str], needle: &str) {

@@ -101,6 +101,9 @@ struct ClusterInfo {
     /// As which address (`IP:port`) the node that answers is known to the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     address: Option<SocketAddr>,
+    /// The id under which it is a member, where nodes hold the store.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    member: Option<u64>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -174,6 +177,8 @@ pub(crate) struct Host {
     pub(crate) ca_key: String,
     /// Of this node's API, as others are told it.
     pub(crate) address: SocketAddr,
+    /// Of this node, where nodes hold the store.
+    pub(crate) node_id: Option<u64>,
 }
 
 impl Host {
@@ -181,10 +186,11 @@ impl Host {
         (store, kind): (Store, StoreKind),
         cluster: &str,
         authority: &Authority,
-        address: SocketAddr,
+        (node_id, address): (Option<u64>, SocketAddr),
     ) -> Self {
         Self {
             address,
+            node_id,
             store,
             kind,
             cluster: cluster.to_owned(),
@@ -233,8 +239,8 @@ async fn only(
 }
 
 async fn cluster(State(host): State<Arc<Host>>) -> Json<ClusterInfo> {
-    let address = Some(host.address);
-    Json(ClusterInfo { name: host.cluster.clone(), ca: host.ca.clone(), address })
+    let (address, member) = (Some(host.address), host.node_id);
+    Json(ClusterInfo { name: host.cluster.clone(), ca: host.ca.clone(), address, member })
 }
 
 async fn hand_over_key(
@@ -267,9 +273,8 @@ async fn add_member(
     let name = node_name(peer.certificate.as_ref());
     let mut same_name = host.store.members();
     same_name.retain(|member| member.name == name && member.id != new.id);
-    // It may have its old address again, and serve there already.
-    for old in same_name.iter().filter(|old| old.address != new.address) {
-        if old.address == host.address.to_string() || join::answers(&old.address).await {
+    for old in &same_name {
+        if Some(old.id) == host.node_id || serves_at(&old.address, old.id).await {
             let body = Json(json!({"error": join::taken(&name)}));
             return (StatusCode::CONFLICT, body).into_response();
         }
@@ -298,6 +303,15 @@ async fn add_member(
             (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
         }
     }
+}
+
+/// Whether that member is there. Who has its address by now says another id.
+async fn serves_at(address: &str, id: u64) -> bool {
+    let Ok(client) = bootstrap_client() else {
+        return false;
+    };
+    let request = client.get(format!("https://{address}{CLUSTER_PATH}")).timeout(ASK_LIMIT);
+    ask::<ClusterInfo>(request).await.is_ok_and(|info| info.member == Some(id))
 }
 
 /// What is wrong where some nodes (name and address) are known by loopback addresses and others are

@@ -147,7 +147,11 @@ impl DataDir {
     /// # Errors
     /// When the command line asks for others while it belongs to one, or the file can't be read.
     pub(crate) fn settle_names(&self, config: &mut Config) -> anyhow::Result<()> {
-        let belongs = matches!(self.standing(), Standing::ControlPlane | Standing::Agent);
+        let standing = self.standing();
+        if standing == Standing::Nothing {
+            return Ok(());
+        }
+        let belongs = matches!(standing, Standing::ControlPlane | Standing::Agent);
         let path = self.path.join("node");
         let text = match fs::read_to_string(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
@@ -302,7 +306,10 @@ mod tests {
         };
         let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
         data.keep_names(&config("second", "home", true)).unwrap();
-        // Not in a cluster, or no longer: other names may be given.
+        // Not in a cluster yet: the names are free.
+        assert_eq!(settled(config("vm", "exo", false)).unwrap(), pair("vm", "exo"));
+        // No longer, but with its certificates: others may be given.
+        fs::write(dir.path().join("pki/ca.key"), "").unwrap();
         assert_eq!(settled(config("vm", "exo", true)).unwrap(), pair("vm", "exo"));
         assert_eq!(settled(config("vm", "exo", false)).unwrap(), pair("second", "home"));
 

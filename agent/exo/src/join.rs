@@ -143,7 +143,7 @@ async fn is_member_there(host: &Host, name: &str) -> bool {
 }
 
 /// Whether an API is served there.
-pub(crate) async fn answers(address: &str) -> bool {
+async fn answers(address: &str) -> bool {
     let Ok(client) = bootstrap_client() else {
         return false;
     };

@@ -179,8 +179,12 @@ impl ControlPlane {
         let router = exo_apiserver::app(server.clone());
         let own = OwnApi::new(router.clone());
         let kind = control::StoreKind::of(choice);
-        let control =
-            control::Host::new((store.clone(), kind), &config.cluster, &authority, join_address);
+        let control = control::Host::new(
+            (store.clone(), kind),
+            &config.cluster,
+            &authority,
+            (node_id, join_address),
+        );
         let host = join::Host {
             authority,
             store: store.clone(),

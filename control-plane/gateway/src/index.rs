@@ -7,11 +7,11 @@ use std::collections::BTreeMap;
 use exo_crds::{InferenceInstance, InstancePhase, Model, REASON_WEIGHTS_NOT_FOUND, ReplicaStatus};
 use kube::ResourceExt as _;
 
-/// For so long what lost its place is waited for: nodes come back, and memory that was given back is
-/// reported after seconds.
+/// For so long what has no place is waited for: nodes come, and come back, and memory that was given
+/// back is reported after seconds.
 const PLACE_S: i64 = 20;
-/// What never had one: nodes may just be coming, and an instance may be created before its model.
-const FIRST_PLACE_S: i64 = 5;
+/// What never had one for want of something else: an instance may be created before its model.
+const MODEL_S: i64 = 5;
 
 /// An InferenceInstance, by namespace and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -296,7 +296,8 @@ fn stuck(object: &InferenceInstance, before: Option<&Instance>, now_s: i64) -> O
             let pauses = wanted().filter_map(|replica| replica.retry_after.as_ref());
             let tried_s = pauses.map(|time| time.0.as_second()).fold(began_s, i64::max);
             let is_new = wanted().all(|replica| replica.epoch == 0);
-            let sure_s = tried_s.saturating_add(if is_new { FIRST_PLACE_S } else { PLACE_S });
+            let grace_s = if is_new && reason != "Unplaceable" { MODEL_S } else { PLACE_S };
+            let sure_s = tried_s.saturating_add(grace_s);
             Some(Stuck { reason: reason.to_owned(), began_s, sure_s })
         }
         _ => None,

@@ -150,7 +150,7 @@ fn what_only_somebody_can_change_is_stuck() {
     let tried = |at: &str| replica(1, 3, &json!({"retryAfter": at, "failures": 2}));
     let stops = |index| replica(index, 3, &json!({"nodes": ["a"]}));
     let (first, grace) = (Some(PLACED_AT + 5), Some(PLACED_AT + 20));
-    check("Unplaceable", "Pending", &[never(0)], first);
+    check("Unplaceable", "Pending", &[never(0)], grace);
     check("Unplaceable", "Pending", &[never(0), once(1)], grace);
     check("Unplaceable", "Starting", &[never(0), once(1)], None);
     check("ModelNotFound", "Pending", &[], first);
@@ -171,7 +171,7 @@ fn what_only_somebody_can_change_is_stuck() {
     check("Unplaceable", "Failed", &soon, Some(PLACED_AT + 60 + 20));
     check("Unplaceable", "Pending", &[never(0), tried("2026-01-02T03:10:05Z")], grace);
     // One that is not wanted any more comes not back.
-    check("Unplaceable", "Pending", &[never(0), stops(2)], first);
+    check("Unplaceable", "Pending", &[never(0), stops(2)], grace);
 }
 
 #[test]

@@ -48,6 +48,9 @@ const ELECTION_OVER_MS: (u64, u64) = (400, 600);
 /// Who would have another one leads it the time for that.
 const PROMISE: Duration = Duration::from_millis(250);
 
+/// What is asked many times a second is told of again after this time.
+const TOLD_AGAIN: Duration = Duration::from_secs(60);
+
 /// A node that would stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Candidate {
@@ -119,19 +122,21 @@ impl Ear {
         if hears_a_leader || is_better || other.last < own.last {
             return false;
         }
-        if !other.pace.has_time_for(own.pace) {
-            // A vote that comes too late only keeps this node from standing itself, if it can.
-            if other.last == own.last {
-                return false;
-            }
+        let in_time = other.pace.has_time_for(own.pace);
+        // A vote that comes too late only keeps this node from standing itself, if it can.
+        if !in_time && other.last == own.last {
+            return false;
+        }
+        known.standing = None;
+        let before = known.promised.replace(now + self.pace.times(PROMISE));
+        drop(known);
+        if !in_time && before.is_none_or(|until| now > until + TOLD_AGAIN) {
             tracing::warn!(
                 candidate = other.id,
                 "this node's disk is much slower than that of the voter that stands for election: \
                  its vote may come too late"
             );
         }
-        known.standing = None;
-        known.promised = Some(now + self.pace.times(PROMISE));
         true
     }
 

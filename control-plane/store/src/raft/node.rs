@@ -40,11 +40,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// A leader that no majority answered for this long takes no more writes.
 const QUORUM_LOST: Duration = Duration::from_millis(1_500);
 /// It goes on to call them for so long, then keeps still for as long, and so on: its followers may
-/// hear it all the same, and want no other leader as long as they do. An election fits into this, or
-/// into one of the later silences, each of which is twice as long as the one before up to the
-/// second: followers may have slow disks.
+/// hear it all the same, and want no other leader as long as they do. An election fits into this,
+/// times the [`Pace`].
 const SILENCE: Duration = ELECTION;
-const SILENCE_MAX: Duration = Duration::from_secs(15);
 /// An answer that a leader gave before another one came is on its way for no longer than this.
 const LAST_ANSWER: Duration = Duration::from_millis(100);
 
@@ -291,7 +289,7 @@ pub(super) async fn watch_quorum(
             let ms = (limit + since).as_millis();
             format!("no majority of voters has answered this leader for {ms} ms")
         });
-        silence.set(since_lost.is_some_and(is_silent));
+        silence.set(since_lost.is_some_and(|since| is_silent(since, pace.times(SILENCE))));
         lost.send_if_modified(|known| {
             let changed = known.is_some() != why.is_some();
             *known = why;
@@ -300,17 +298,10 @@ pub(super) async fn watch_quorum(
     }
 }
 
-/// Whether a leader keeps still, so long after it was found to have lost its majority.
-fn is_silent(since_lost: Duration) -> bool {
-    let (mut left, mut silence) = (since_lost, SILENCE);
-    while let Some(rest) = left.checked_sub(SILENCE) {
-        if rest < silence {
-            return true;
-        }
-        left = rest.saturating_sub(silence);
-        silence = (silence * 2).min(SILENCE_MAX);
-    }
-    false
+/// Whether a leader keeps still, so long after it was found to have lost its majority: it calls and
+/// keeps still in turn, `each` time for so long.
+fn is_silent(since_lost: Duration, each: Duration) -> bool {
+    since_lost.as_millis() % (2 * each.as_millis()) >= each.as_millis()
 }
 
 /// What has to be remembered about a leader's majority.
@@ -346,18 +337,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_leader_without_a_majority_keeps_still_for_longer_and_longer() {
-        let changes: Vec<_> = (1..500_u64)
-            .map(|step| step * 100)
-            .filter(|ms| {
-                is_silent(Duration::from_millis(*ms)) != is_silent(Duration::from_millis(ms - 100))
-            })
-            .collect();
+    fn a_leader_without_a_majority_keeps_still_half_of_the_time() {
+        let at = |ms| is_silent(Duration::from_millis(ms), SILENCE);
         assert_eq!(
-            changes,
-            [1_500, 3_000, 4_500, 7_500, 9_000, 15_000, 16_500, 28_500, 30_000, 45_000, 46_500]
+            [0, 1_499, 1_500, 2_999, 3_000, 4_500].map(at),
+            [false, false, true, true, false, true]
         );
-        assert!(!is_silent(Duration::ZERO));
+        let slowly = |ms| is_silent(Duration::from_millis(ms), SILENCE * 4);
+        assert_eq!([5_999, 6_000, 11_999, 12_000].map(slowly), [false, true, true, false]);
     }
 
     #[test]
