@@ -87,6 +87,25 @@ pub struct Feed {
     pub draw: u64,
 }
 
+/// What a sequence is opened with, on all ranks alike.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+pub struct Opening {
+    pub sampling: Sampling,
+    /// For penalties: how many of the tokens that are fed first are the prompt. Without it, those that
+    /// [`Step::Prefill`] feeds.
+    pub prompt: Option<usize>,
+    /// The number of the last draw that will be asked for: nothing is begun behind it. Draws behind it are made all
+    /// the same.
+    pub last_draw: u64,
+}
+
+impl From<Sampling> for Opening {
+    /// The prompt is what [`Step::Prefill`] feeds, and the end is open.
+    fn from(sampling: Sampling) -> Self {
+        Self { sampling, prompt: None, last_draw: u64::MAX }
+    }
+}
+
 impl Step {
     pub fn seq(&self) -> SeqId {
         match self {
@@ -143,6 +162,8 @@ struct Sequence {
     history: Option<History>,
     /// As [`Sampling::bias`], on the rank that draws.
     bias: Option<Array>,
+    /// As [`Opening::last_draw`].
+    last_draw: u64,
 }
 
 /// Whom this rank works with.
@@ -239,20 +260,11 @@ impl Engine {
         &self.info
     }
 
-    /// Makes room for a sequence. One that is open under the same name is dropped. For penalties, what is fed by
-    /// [`Step::Prefill`] is the prompt.
-    pub fn open(&mut self, seq: SeqId, sampling: &Sampling) {
-        self.open_with(seq, sampling, History::default());
-    }
-
-    /// As [`Engine::open`] for a request that has drawn tokens before: only the first `prompt` tokens that are fed
-    /// count as prompt.
-    pub fn resume(&mut self, seq: SeqId, sampling: &Sampling, prompt: usize) {
-        self.open_with(seq, sampling, History::resumed(prompt));
-    }
-
-    fn open_with(&mut self, seq: SeqId, sampling: &Sampling, history: History) {
+    /// Makes room for a sequence. One that is open under the same name is dropped.
+    pub fn open(&mut self, seq: SeqId, opening: &Opening) {
         self.close(seq);
+        let sampling = &opening.sampling;
+        let history = opening.prompt.map_or_else(History::default, History::resumed);
         let row = self.next_row;
         self.next_row += 1;
         self.segments.open(row, self.layers);
@@ -268,6 +280,7 @@ impl Engine {
             history: (draws && sampling.has_penalties()).then_some(history),
             bias: if draws { sampling.bias(vocab) } else { None },
             sampling: sampling.clone(),
+            last_draw: opening.last_draw,
         };
         self.sequences.insert(seq, sequence);
     }

@@ -20,7 +20,9 @@ mod timing;
 pub use batch::cache_positions;
 pub use cache::bound_reuse;
 pub use config::ConfigError;
-pub use engine::{Engine, EngineError, Feed, LoadConfig, ModelInfo, SeqId, Sharding, Step};
+pub use engine::{
+    Engine, EngineError, Feed, LoadConfig, ModelInfo, Opening, SeqId, Sharding, Step,
+};
 pub use loader::{LoadError, LoadProgress, Mismatch, Misshaped};
 pub use mlx::{distributed, exit_now, uses_gpu};
 pub use models::{NoKernels, StepPath};

@@ -7,7 +7,7 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::{LAYERS, Tensor, VOCAB, config, tensors, write};
-use exo_engine::{Engine, EngineError, Feed, LoadConfig, Sampling, Sharding, Step};
+use exo_engine::{Engine, EngineError, Feed, LoadConfig, Opening, Sampling, Sharding, Step};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -100,8 +100,10 @@ fn requests() -> Vec<Request> {
         .collect()
 }
 
+/// Every second one says where it ends.
 fn begin(engine: &mut Engine, seq: u64, request: &Request) -> u32 {
-    engine.open(seq, &request.sampling);
+    let last_draw = if seq.is_multiple_of(2) { request.answer as u64 - 1 } else { u64::MAX };
+    engine.open(seq, &Opening { last_draw, ..request.sampling.clone().into() });
     let tokens = request.prompt.clone();
     let step = Step::Prefill { seq, tokens, sample: true, draw: 0 };
     engine.step(&step).unwrap().unwrap().token
@@ -187,7 +189,8 @@ fn a_row_may_be_left_out_fed_otherwise_or_opened_anew() {
         }
         if step == 9 {
             let Request { prompt, sampling, .. } = &requests[3];
-            engine.resume(3, sampling, prompt.len());
+            let opening = Opening { prompt: Some(prompt.len()), ..sampling.clone().into() };
+            engine.open(3, &opening);
             let tokens = [prompt.as_slice(), &answers[3]].concat();
             let draw = answers[3].len() as u64;
             let again = Step::Prefill { seq: 3, tokens, sample: true, draw };
@@ -206,7 +209,7 @@ fn a_row_may_be_left_out_fed_otherwise_or_opened_anew() {
     assert_eq!(drawn[1].token, expect[2][answers[2].len()]);
     let (before, prompt) = (answers[0].len() - 1, &requests[0].prompt);
     let changed = [prompt.as_slice(), &answers[0][..before], &[other]].concat();
-    engine.open(50, &requests[0].sampling);
+    engine.open(50, &requests[0].sampling.clone().into());
     let draw = before as u64 + 1;
     let step = Step::Prefill { seq: 50, tokens: changed, sample: true, draw };
     assert_eq!(drawn[0].token, engine.step(&step).unwrap().unwrap().token);

@@ -45,11 +45,11 @@ fn decode(engine: &mut Engine, seq: u64, mut token: u32, draws: std::ops::Range<
 fn chunks_and_resumption_change_nothing() {
     let (_dir, mut engine) = engine();
     let prompt: Vec<u32> = (0..300).map(|i| (i * 7 % VOCAB) as u32).collect();
-    engine.open(1, &sampling(None));
+    engine.open(1, &sampling(None).into());
     let first = prefill(&mut engine, 1, &prompt, 0).token;
     let rest = decode(&mut engine, 1, first, 1..30);
 
-    engine.open(2, &sampling(None));
+    engine.open(2, &sampling(None).into());
     let (a, b) = prompt.split_at(123);
     let chunk = Step::Prefill { seq: 2, tokens: a.to_vec(), sample: false, draw: 0 };
     assert_eq!(engine.step(&chunk).unwrap(), None);
@@ -61,7 +61,7 @@ fn chunks_and_resumption_change_nothing() {
     let mut fed = prompt.clone();
     fed.push(first);
     fed.extend(&rest[..9]);
-    engine.open(3, &sampling(None));
+    engine.open(3, &sampling(None).into());
     assert_eq!(prefill(&mut engine, 3, &fed, 10).token, rest[9]);
     assert_eq!(decode(&mut engine, 3, rest[9], 11..30), rest[10..]);
 }
@@ -71,14 +71,14 @@ fn sequences_do_not_touch_each_other() {
     let (_dir, mut engine) = engine();
     let mut expect = Vec::new();
     for seq in 0..3 {
-        engine.open(seq, &sampling(None));
+        engine.open(seq, &sampling(None).into());
         let first = prefill(&mut engine, seq, &[seq as u32 + 5, 9], 0).token;
         expect.push((first, decode(&mut engine, seq, first, 1..20)));
         engine.close(seq);
     }
     let mut last = Vec::new();
     for seq in 0..3 {
-        engine.open(seq, &sampling(None));
+        engine.open(seq, &sampling(None).into());
         last.push(prefill(&mut engine, seq, &[seq as u32 + 5, 9], 0).token);
     }
     for draw in 1..20 {
@@ -93,12 +93,12 @@ fn sequences_do_not_touch_each_other() {
 #[test]
 fn a_token_other_than_the_drawn_one_is_fed_as_told() {
     let (_dir, mut engine) = engine();
-    engine.open(1, &Sampling::greedy());
+    engine.open(1, &Sampling::greedy().into());
     let drawn = prefill(&mut engine, 1, &[3, 4, 5], 0).token;
     let other = (drawn + 1) % VOCAB as u32;
     let tokens = decode(&mut engine, 1, other, 1..10);
 
-    engine.open(2, &Sampling::greedy());
+    engine.open(2, &Sampling::greedy().into());
     let first = prefill(&mut engine, 2, &[3, 4, 5, other], 1).token;
     assert_eq!(tokens[0], first);
     assert_eq!(tokens[1..], decode(&mut engine, 2, first, 2..10));
@@ -107,7 +107,7 @@ fn a_token_other_than_the_drawn_one_is_fed_as_told() {
 #[test]
 fn log_probabilities_come_with_every_draw() {
     let (_dir, mut engine) = engine();
-    engine.open(1, &sampling(Some(VOCAB as u32)));
+    engine.open(1, &sampling(Some(VOCAB as u32)).into());
     let output = prefill(&mut engine, 1, &[3, 4, 5], 0);
     let step = Step::Decode { seq: 1, token: output.token, draw: 1 };
     for output in [output, engine.step(&step).unwrap().unwrap()] {
@@ -126,9 +126,9 @@ fn refused_steps_leave_the_sequence_as_it_was() {
     let step =
         |tokens: &[u32]| Step::Prefill { seq: 1, tokens: tokens.to_vec(), sample: true, draw: 0 };
     assert!(matches!(engine.step(&step(&[1])), Err(EngineError::UnknownSequence(1))));
-    engine.open(1, &Sampling::greedy());
+    engine.open(1, &Sampling::greedy().into());
     let expect = {
-        engine.open(2, &Sampling::greedy());
+        engine.open(2, &Sampling::greedy().into());
         prefill(&mut engine, 2, &[7, 8, 9], 0).token
     };
     assert!(matches!(engine.step(&step(&[])), Err(EngineError::NoTokens)));
@@ -140,7 +140,7 @@ fn refused_steps_leave_the_sequence_as_it_was() {
     assert_eq!(prefill(&mut engine, 1, &[7, 8, 9], 0).token, expect);
 
     // The context can be filled to its last place.
-    engine.open(3, &Sampling::greedy());
+    engine.open(3, &Sampling::greedy().into());
     let token = prefill(&mut engine, 3, &[1; 399], 0).token;
     let last = engine.step(&Step::Decode { seq: 3, token, draw: 1 }).unwrap().unwrap();
     let over = engine.step(&Step::Decode { seq: 3, token: last.token, draw: 2 });
@@ -152,7 +152,7 @@ fn memory_is_given_back_when_sequences_close() {
     let (_dir, mut engine) = engine();
     let before = engine.memory_bytes();
     for seq in 0..4 {
-        engine.open(seq, &Sampling::greedy());
+        engine.open(seq, &Sampling::greedy().into());
         prefill(&mut engine, seq, &[1; 200], 0);
     }
     // Keys and values of 256 positions: 2 heads of 8 floats in 3 layers.

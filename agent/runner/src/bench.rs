@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use exo_engine::distributed::Group;
 use exo_engine::{
-    DeviceTimes, Engine, Feed, LoadConfig, Sampling, SeqId, StepPath, derive_shard_seed,
+    DeviceTimes, Engine, Feed, LoadConfig, Opening, Sampling, SeqId, StepPath, derive_shard_seed,
 };
 use serde::Serialize;
 
@@ -95,10 +95,13 @@ struct StepMs {
     total: f64,
     /// Making the graph.
     build: f64,
-    /// MLX's own work on the host: ordering the graph and encoding it.
+    /// MLX's own work on the host: ordering the graph and encoding it. Includes waiting for a device that takes no
+    /// more yet.
     submit: f64,
     /// For the device, or for other ranks.
     wait: f64,
+    /// What `build` and `submit` took of the processor.
+    host_cpu: f64,
 }
 
 /// What one round took.
@@ -185,6 +188,7 @@ fn measure(engine: &mut Engine, length: usize, batch: usize, args: &Args) -> any
             build: step_ms(&|r| r.decode_s - seconds(&r.device.submit) - seconds(&r.device.wait)),
             submit: step_ms(&|r| seconds(&r.device.submit)),
             wait: step_ms(&|r| seconds(&r.device.wait)),
+            host_cpu: step_ms(&|r| seconds(&r.device.computed)),
         },
     })
 }
@@ -194,8 +198,10 @@ fn measure(engine: &mut Engine, length: usize, batch: usize, args: &Args) -> any
 fn round(engine: &mut Engine, prompts: &[Vec<u32>], max_tokens: usize) -> anyhow::Result<Round> {
     let started = Instant::now();
     let (mut tokens, mut first_token_s) = (Vec::new(), 0.0);
+    let (sampling, last_draw) = (Sampling::greedy(), max_tokens as u64 - 1);
+    let opening = Opening { sampling, prompt: None, last_draw };
     for (seq, prompt) in (0..).zip(prompts) {
-        engine.open(seq, &Sampling::greedy());
+        engine.open(seq, &opening);
         let drawn = prefill(engine, seq, prompt)?;
         tokens.push(drawn.context("the engine drew no token")?.token);
         if seq == 0 {
@@ -249,7 +255,7 @@ fn table(report: &Report, step_path: &StepPath) -> String {
     )];
     lines.push(format!("steps of one sequence: {step_path}"));
     lines.push(format!(
-        "{:>7} {:>6} {:>12} {:>9} {:>12} {:>8} {:>8} {:>8} {:>8}",
+        "{:>7} {:>6} {:>12} {:>9} {:>12} {:>8} {:>8} {:>8} {:>8} {:>8}",
         "PROMPT",
         "BATCH",
         "PREFILL/S",
@@ -259,11 +265,12 @@ fn table(report: &Report, step_path: &StepPath) -> String {
         "BUILD",
         "SUBMIT",
         "WAIT",
+        "HOST CPU",
     ));
     for run in &report.runs {
         let step = run.step_ms;
         lines.push(format!(
-            "{:>7} {:>6} {:>12.1} {:>9.1} {:>12.1} {:>8.3} {:>8.3} {:>8.3} {:>8.3}",
+            "{:>7} {:>6} {:>12.1} {:>9.1} {:>12.1} {:>8.3} {:>8.3} {:>8.3} {:>8.3} {:>8.3}",
             run.prompt_tokens,
             run.batch,
             run.prefill_tokens_per_s,
@@ -273,6 +280,7 @@ fn table(report: &Report, step_path: &StepPath) -> String {
             step.build,
             step.submit,
             step.wait,
+            step.host_cpu,
         ));
     }
     lines.join("\n")

@@ -13,7 +13,9 @@ use clap::{Parser, ValueEnum};
 use exo_crds::generate::SamplingParams;
 use exo_engine::distributed::Group;
 use exo_engine::text::{ChatInput, ChatTemplate, Detokenizer, Tokenizer};
-use exo_engine::{Engine, LoadConfig, NoKernels, Sampling, SeqId, Step, StepOutput, StepPath};
+use exo_engine::{
+    Engine, LoadConfig, NoKernels, Opening, Sampling, SeqId, Step, StepOutput, StepPath,
+};
 use serde::Serialize;
 
 use crate::printer::Printer;
@@ -319,7 +321,8 @@ fn generate(
     ensure!(room > 0, "the prompt of {} tokens fills the context", prompt.len());
     // The last token drawn need not be fed: it takes no room.
     let max_tokens = args.max_tokens.min(room + 1);
-    engine.open(SEQUENCE, &sampling);
+    let last_draw = (max_tokens as u64).saturating_sub(1);
+    engine.open(SEQUENCE, &Opening { sampling, prompt: None, last_draw });
     let mut detokenizer = Detokenizer::new();
 
     let started = Instant::now();

@@ -112,19 +112,19 @@ impl Ranks {
 }
 
 impl Engine {
-    /// While the caller handles a token, the device already works on the next one.
+    /// Nothing is begun ahead here: MLX takes no more work than the device soon gets to, so that whoever waits for the
+    /// first token would wait for most of the second one too.
     pub(super) fn run_prefill(&mut self, batch: &Batch) -> Result<Option<StepOutput>, EngineError> {
         let tokens = ids(&batch.tokens);
         let Some(drawn) = self.pass(&tokens, &batch.rows, batch.draws, None)? else {
             return Ok(None);
         };
-        let begun = self.begin(&batch.rows, std::slice::from_ref(&drawn))?;
         let outputs = self.read(&drawn)?;
-        self.keep_ahead(begun, &outputs);
         Ok(outputs.into_iter().next().map(|(_, output)| output))
     }
 
-    /// As [`Engine::run_prefill`] for one token to each of several sequences.
+    /// One token to each of several sequences. While the caller handles what is drawn, the device already works on the
+    /// next step.
     pub(super) fn run_decode(&mut self, feeds: &[Feed]) -> Result<Vec<StepOutput>, EngineError> {
         let (mut drawn, cold) = self.settle(feeds)?;
         self.note(feeds);
@@ -216,7 +216,8 @@ impl Engine {
         }
     }
 
-    /// Begins to feed what `drawn` has for `rows`, unless a context is full with it or nothing may be begun ahead.
+    /// Begins to feed what `drawn` has for `rows`, unless a context is full with it, none of the rows goes on, or
+    /// nothing may be begun ahead.
     fn begin(
         &mut self,
         rows: &[Fed],
@@ -224,7 +225,8 @@ impl Engine {
     ) -> Result<Option<(Vec<Fed>, Drawn)>, EngineError> {
         let max_context = self.info.max_context;
         let is_full = |fed: &Fed| self.sequences[&fed.seq].position >= max_context;
-        if !self.ranks.look_ahead() || rows.iter().any(is_full) {
+        let ends = |fed: &Fed| fed.draw >= self.sequences[&fed.seq].last_draw;
+        if !self.ranks.look_ahead() || rows.iter().any(is_full) || rows.iter().all(ends) {
             return Ok(None);
         }
         let order = self.segments.gather(&rows.iter().map(|fed| fed.row).collect())?;

@@ -41,7 +41,7 @@ fn load(dir: &Path) -> Result<Engine, EngineError> {
 
 /// A short answer; what was loaded must be fit for use.
 fn run(engine: &mut Engine) -> Result<(), EngineError> {
-    engine.open(1, &Sampling::greedy());
+    engine.open(1, &Sampling::greedy().into());
     let step = Step::Prefill { seq: 1, tokens: vec![0, 0, 0], sample: true, draw: 0 };
     let drawn = engine.step(&step)?.unwrap().token;
     engine.step(&Step::Decode { seq: 1, token: drawn, draw: 1 }).map(drop)

@@ -7,7 +7,7 @@
 use std::{collections::BTreeMap, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use exo_crds::runner::RunnerConfig;
-use exo_engine::{Feed, Sampling, SeqId, Step};
+use exo_engine::{Feed, Opening, SeqId, Step};
 use exo_trust::{ClientAuth, NODE_DNS_NAME, TlsPaths, TrustError};
 use futures::StreamExt as _;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -31,11 +31,9 @@ const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// What all ranks run, in this order.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum RankCommand {
-    /// The first `prompt` tokens that are fed are the prompt.
     Open {
         seq: SeqId,
-        sampling: Sampling,
-        prompt: usize,
+        opening: Opening,
     },
     Prefill(Step),
     Decode(Vec<Feed>),

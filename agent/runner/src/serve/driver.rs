@@ -13,7 +13,7 @@ use std::{
 };
 
 use exo_crds::generate::{ErrorCode, GenerateEvent};
-use exo_engine::{Feed, Sampling, SeqId, Step, StepOutput};
+use exo_engine::{Feed, Opening, SeqId, Step, StepOutput};
 use tokio::sync::{OwnedSemaphorePermit, mpsc::Sender};
 use tracing::{debug, warn};
 
@@ -26,8 +26,7 @@ use super::{
 
 /// Runs steps on all ranks. The seam between the loop and MLX.
 pub(crate) trait Executor {
-    /// The first `prompt` tokens that are fed are the prompt.
-    fn open(&mut self, seq: SeqId, sampling: &Sampling, prompt: usize) -> Result<(), Failure>;
+    fn open(&mut self, seq: SeqId, opening: &Opening) -> Result<(), Failure>;
     /// Feeds a chunk of a prompt.
     fn prefill(&mut self, step: &Step) -> Result<Stepped, Failure>;
     /// Feeds a token to each of several sequences, and draws the next for each, in this order. With
@@ -69,7 +68,7 @@ pub(crate) enum Order {
 #[derive(Debug)]
 pub(crate) struct Submission {
     pub(crate) job: Job,
-    pub(crate) sampling: Sampling,
+    pub(crate) opening: Opening,
     pub(crate) answer: Answer,
     /// Has room for all events of the answer.
     pub(crate) events: Sender<GenerateEvent>,
@@ -80,7 +79,7 @@ pub(crate) struct Submission {
 
 #[derive(Debug)]
 struct Running {
-    sampling: Sampling,
+    opening: Opening,
     answer: Answer,
     events: Sender<GenerateEvent>,
     accepted: Instant,
@@ -131,10 +130,10 @@ impl<E: Executor> Driver<E> {
     fn take(&mut self, order: Order) {
         match order {
             Order::Submit(submission) => {
-                let Submission { job, sampling, answer, events, accepted, permit } = *submission;
+                let Submission { job, opening, answer, events, accepted, permit } = *submission;
                 self.metrics.requests.inc();
                 let running = Running {
-                    sampling,
+                    opening,
                     answer,
                     events,
                     accepted,
@@ -162,9 +161,9 @@ impl<E: Executor> Driver<E> {
             return Ok(false);
         };
         match action {
-            Action::Open { seq, prompt } => {
+            Action::Open { seq } => {
                 if let Some(running) = self.running.get(&seq) {
-                    self.executor.open(seq, &running.sampling, prompt)?;
+                    self.executor.open(seq, &running.opening)?;
                 }
             }
             Action::Close { seq } => self.executor.close(seq)?,

@@ -19,7 +19,7 @@ use axum::{
     routing::{get, post},
 };
 use exo_crds::generate::{self, ErrorCode, GenerateEvent};
-use exo_engine::SeqId;
+use exo_engine::{Opening, SeqId};
 use futures::{Stream, StreamExt as _};
 use tokio::sync::{Semaphore, mpsc as events};
 use tokio_stream::wrappers::ReceiverStream;
@@ -170,9 +170,10 @@ fn enter(service: &Service, body: &[u8]) -> Result<Entered, Refusal> {
         return Ok(Entered { events, cancel });
     }
     tokens.extend(&spec.generated);
+    let last_draw = u64::from(spec.tokens_max).saturating_sub(1);
     let submission = Submission {
-        job: Job { seq, tokens, prompt, draws: spec.generated.len() as u64 },
-        sampling,
+        job: Job { seq, tokens, draws: spec.generated.len() as u64 },
+        opening: Opening { sampling, prompt: Some(prompt), last_draw },
         answer,
         events: sender,
         accepted: Instant::now(),

@@ -37,8 +37,6 @@ pub(crate) struct Job {
     pub(crate) seq: SeqId,
     /// Not empty; tokens drawn in an earlier run included.
     pub(crate) tokens: Vec<u32>,
-    /// How many of the tokens are the prompt.
-    pub(crate) prompt: usize,
     /// How many tokens were drawn in earlier runs.
     pub(crate) draws: u64,
 }
@@ -46,16 +44,10 @@ pub(crate) struct Job {
 /// The next thing to do.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Action {
-    /// The first `prompt` tokens that are fed are the prompt.
-    Open {
-        seq: SeqId,
-        prompt: usize,
-    },
+    Open { seq: SeqId },
     Prefill(Step),
     Decode(Vec<Feed>),
-    Close {
-        seq: SeqId,
-    },
+    Close { seq: SeqId },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,10 +141,10 @@ impl Scheduler {
             return Some(Action::Close { seq });
         }
         if let Some(job) = self.admit() {
-            let (seq, prompt) = (job.seq, job.prompt);
+            let seq = job.seq;
             self.live.insert(seq, Live { job, state: State::Prefill { fed: 0 } });
             self.prefilling.push_back(seq);
-            return Some(Action::Open { seq, prompt });
+            return Some(Action::Open { seq });
         }
         if self.chunk_was_last {
             return self.next_decode().or_else(|| self.next_chunk());

@@ -2,7 +2,7 @@
 //! computes no numbers is found out. Owns the choice of shapes; measures nothing, and never decides how long is too
 //! long.
 
-use exo_engine::{Feed, Sampling, SeqId, Step, cache_positions};
+use exo_engine::{Feed, Opening, Sampling, SeqId, Step, cache_positions};
 
 use super::{
     driver::{Executor, Stepped},
@@ -144,7 +144,8 @@ fn run_open(
     open: &mut Vec<SeqId>,
 ) -> Result<(), Failure> {
     for ((sampling, prompt), seq) in round.rows.iter().zip(0..) {
-        executor.open(seq, sampling, *prompt)?;
+        let opening = Opening { prompt: Some(*prompt), ..sampling.clone().into() };
+        executor.open(seq, &opening)?;
         open.push(seq);
         let mut fed = 0;
         while fed < *prompt {
@@ -240,7 +241,7 @@ mod tests {
     }
 
     impl Executor for Model {
-        fn open(&mut self, seq: SeqId, _: &Sampling, _: usize) -> Result<(), Failure> {
+        fn open(&mut self, seq: SeqId, _: &Opening) -> Result<(), Failure> {
             assert!(self.held.insert(seq, 0).is_none());
             Ok(())
         }

@@ -21,11 +21,23 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
+/// Again while the outcome is unknown, as when the leader was lost: only an earlier try of this call
+/// can be in its way.
 async fn create(store: &Store, key: &str, value: &str) -> u64 {
-    match store.txn(Txn::create(key, value)).await.unwrap() {
-        TxnOutcome::Committed { revision } => revision,
-        TxnOutcome::Conflict { current } => panic!("{key}: conflict with {current:?}"),
+    for attempt in 0..5 {
+        match store.txn(Txn::create(key, value)).await {
+            Ok(TxnOutcome::Committed { revision }) => return revision,
+            Ok(TxnOutcome::Conflict { current }) => match &*current {
+                [Some(entry)] if attempt > 0 && &*entry.value == value => {
+                    return entry.mod_revision;
+                }
+                _ => panic!("{key}: conflict with {current:?}"),
+            },
+            Err(StoreError::Unknown(_)) => {}
+            Err(error) => panic!("{key}: {error}"),
+        }
     }
+    panic!("{key}: the outcome stays unknown");
 }
 
 fn keys(store: &Store) -> BTreeSet<String> {

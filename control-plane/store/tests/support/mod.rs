@@ -6,6 +6,7 @@
 pub mod etcd;
 
 use std::{
+    cell::Cell,
     collections::BTreeSet,
     net::SocketAddr,
     sync::{
@@ -243,8 +244,13 @@ impl Cluster {
                 self.nodes.iter().filter(|n| ids.contains(&n.id) && n.running.is_some());
             running.find(|n| n.store().is_leader()).map(|n| n.id)
         };
-        self.until("a leader", || leader().is_some()).await;
-        leader().unwrap()
+        let found = Cell::new(None);
+        self.until("a leader", || {
+            found.set(leader());
+            found.get().is_some()
+        })
+        .await;
+        found.get().unwrap()
     }
 
     pub async fn leader(&self) -> u64 {

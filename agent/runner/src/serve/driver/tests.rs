@@ -3,6 +3,7 @@
 use std::sync::{Arc, mpsc};
 
 use exo_crds::generate::FinishReason;
+use exo_engine::Sampling;
 use tokio::sync::{Semaphore, mpsc as events};
 
 use super::{super::answer::AnswerSpec, super::samples, *};
@@ -27,9 +28,10 @@ impl Echo {
 }
 
 impl Executor for Echo {
-    fn open(&mut self, seq: SeqId, _: &Sampling, prompt: usize) -> Result<(), Failure> {
+    fn open(&mut self, seq: SeqId, opening: &Opening) -> Result<(), Failure> {
         self.log.push(format!("open {seq}"));
         assert_eq!(self.told, None);
+        let prompt = opening.prompt.expect("serve knows it");
         assert!(self.fed.insert(seq, (prompt, Vec::new())).is_none());
         Ok(())
     }
@@ -110,10 +112,15 @@ impl Bench {
         let (answer, _) = Answer::new(samples::tokenizer(), samples::EOS.into(), &spec).unwrap();
         let (events, receiver) = events::channel(tokens_max as usize + 3);
         self.next += 1;
+        let opening = Opening {
+            sampling: Sampling::greedy(),
+            prompt: Some(prompt.len()),
+            last_draw: u64::from(tokens_max) - 1,
+        };
         let tokens: Vec<u32> = prompt.bytes().map(u32::from).collect();
         let submission = Submission {
-            job: Job { seq: self.next, prompt: tokens.len(), tokens, draws: 0 },
-            sampling: Sampling::greedy(),
+            job: Job { seq: self.next, tokens, draws: 0 },
+            opening,
             answer,
             events,
             accepted: Instant::now(),

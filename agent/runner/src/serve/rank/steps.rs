@@ -7,7 +7,7 @@ use std::{
 };
 
 use exo_crds::{ShardPhase, runner::RunnerConfig};
-use exo_engine::{Engine, EngineError, Feed, Sampling, SeqId, Step, StepOutput};
+use exo_engine::{Engine, EngineError, Feed, Opening, SeqId, Step, StepOutput};
 use tokio::{
     runtime::Handle,
     sync::{Mutex, Semaphore},
@@ -149,9 +149,7 @@ impl Ranks {
         self.watchdog.watch(WARMING, WARM_LIMIT);
         while let Ok(command) = commands.recv() {
             match command {
-                RankCommand::Open { seq, sampling, prompt } => {
-                    self.engine.resume(seq, &sampling, prompt);
-                }
+                RankCommand::Open { seq, opening } => self.engine.open(seq, &opening),
                 RankCommand::Prefill(step) => {
                     let result = self.watched(|engine| engine.step(&step));
                     warn_of_refusal(&stepped(result)?);
@@ -226,9 +224,9 @@ impl Ranks {
 }
 
 impl Executor for Ranks {
-    fn open(&mut self, seq: SeqId, sampling: &Sampling, prompt: usize) -> Result<(), Failure> {
-        self.tell(|| RankCommand::Open { seq, sampling: sampling.clone(), prompt })?;
-        self.engine.resume(seq, sampling, prompt);
+    fn open(&mut self, seq: SeqId, opening: &Opening) -> Result<(), Failure> {
+        self.tell(|| RankCommand::Open { seq, opening: opening.clone() })?;
+        self.engine.open(seq, opening);
         Ok(())
     }
 

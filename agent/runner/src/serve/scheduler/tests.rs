@@ -9,11 +9,11 @@ fn scheduler(live_max: usize, chunk_tokens: usize) -> Scheduler {
 }
 
 fn job(seq: SeqId, prompt: usize) -> Job {
-    Job { seq, tokens: (0..prompt as u32).collect(), prompt, draws: 0 }
+    Job { seq, tokens: (0..prompt as u32).collect(), draws: 0 }
 }
 
-fn open(seq: SeqId, prompt: usize) -> Action {
-    Action::Open { seq, prompt }
+fn open(seq: SeqId) -> Action {
+    Action::Open { seq }
 }
 
 fn prefill(seq: SeqId, tokens: std::ops::Range<u32>, sample: bool) -> Action {
@@ -30,7 +30,7 @@ fn a_prompt_goes_in_chunks_and_then_decodes() {
     let mut s = scheduler(1, 4);
     assert_eq!(s.next(), None);
     s.submit(job(7, 6));
-    assert_eq!(s.next(), Some(open(7, 6)));
+    assert_eq!(s.next(), Some(open(7)));
     assert_eq!(s.next(), Some(prefill(7, 0..4, false)));
     assert_eq!(s.next(), Some(prefill(7, 4..6, true)));
     assert_eq!(s.next(), None);
@@ -47,8 +47,8 @@ fn a_prompt_goes_in_chunks_and_then_decodes() {
 #[test]
 fn a_resumed_sequence_goes_on_counting_draws() {
     let mut s = scheduler(1, 4);
-    s.submit(Job { seq: 1, tokens: vec![5, 6], prompt: 1, draws: 9 });
-    assert_eq!(s.next(), Some(open(1, 1)));
+    s.submit(Job { seq: 1, tokens: vec![5, 6], draws: 9 });
+    assert_eq!(s.next(), Some(open(1)));
     let step = Step::Prefill { seq: 1, tokens: vec![5, 6], sample: true, draw: 9 };
     assert_eq!(s.next(), Some(Action::Prefill(step)));
     s.drew(1, 4);
@@ -61,8 +61,8 @@ fn a_long_prompt_holds_up_the_others_by_one_chunk() {
     s.submit(job(1, 1));
     s.submit(job(2, 1));
     s.submit(job(3, 9));
-    for (seq, prompt) in [(1, 1), (2, 1), (3, 9)] {
-        assert_eq!(s.next(), Some(open(seq, prompt)));
+    for seq in 1..=3 {
+        assert_eq!(s.next(), Some(open(seq)));
     }
     let mut seen = Vec::new();
     for _ in 0..7 {
@@ -98,12 +98,12 @@ fn the_rest_waits_in_order_and_may_leave() {
     for seq in 1..=3 {
         s.submit(job(seq, 1));
     }
-    assert_eq!(s.next(), Some(open(1, 1)));
+    assert_eq!(s.next(), Some(open(1)));
     assert_eq!(s.counts(), (1, 2));
     s.finish(2);
     s.finish(1);
     assert_eq!(s.next(), Some(Action::Close { seq: 1 }));
-    assert_eq!(s.next(), Some(open(3, 1)));
+    assert_eq!(s.next(), Some(open(3)));
     assert_eq!(s.counts(), (1, 0));
 }
 
@@ -114,8 +114,8 @@ fn the_newest_is_put_off_when_memory_runs_short_and_goes_on_later() {
     for seq in 1..=3 {
         s.submit(job(seq, 100));
     }
-    assert_eq!(s.next(), Some(open(1, 100)));
-    assert_eq!(s.next(), Some(open(2, 100)));
+    assert_eq!(s.next(), Some(open(1)));
+    assert_eq!(s.next(), Some(open(2)));
     assert_eq!(s.next(), Some(prefill(1, 0..100, true)));
     s.drew(1, 50);
     assert_eq!(s.next(), Some(decode(&[(1, 50, 1)])));
@@ -139,7 +139,7 @@ fn the_newest_is_put_off_when_memory_runs_short_and_goes_on_later() {
     s.finish(1);
     assert_eq!(s.next(), Some(Action::Close { seq: 1 }));
     // It goes on with all that it had, before the one that has not begun.
-    assert_eq!(s.next(), Some(open(2, 100)));
+    assert_eq!(s.next(), Some(open(2)));
     let Some(Action::Prefill(Step::Prefill { seq: 2, tokens, sample: true, draw })) = s.next()
     else {
         panic!("the second goes on")
@@ -214,11 +214,11 @@ impl Track {
 fn run_one(s: &mut Scheduler, limits: Limits, tracks: &mut [Track]) -> bool {
     let Some(action) = s.next() else { return false };
     match action {
-        Action::Open { seq, prompt } => {
+        Action::Open { seq } => {
             let waits_longer = |t: &Track| !t.open && !t.over;
             assert!(!tracks[..seq as usize].iter().any(waits_longer), "not in order");
             let track = &mut tracks[seq as usize];
-            assert!(!track.open && track.fed == 0 && prompt == track.prompt);
+            assert!(!track.open && track.fed == 0);
             (track.open, track.begun) = (true, true);
         }
         Action::Close { seq } => {
