@@ -80,13 +80,18 @@ struct Known {
     heard: Instant,
     /// Until then another one may stand.
     promised: Option<Instant>,
+    /// When the promise was last one that may come too late, and a person was told.
+    told: Option<Instant>,
+    /// When this node, which leads, was last asked by one that lacks some of its log.
+    needed: Option<Instant>,
     /// Set while this node asks.
     standing: Option<Candidate>,
 }
 
 impl Ear {
     pub(super) fn new(pace: Pace) -> Self {
-        let known = Known { heard: Instant::now(), promised: None, standing: None };
+        let heard = Instant::now();
+        let known = Known { heard, promised: None, told: None, needed: None, standing: None };
         Self { known: Mutex::new(known), pace }
     }
 
@@ -102,6 +107,11 @@ impl Ear {
     /// When that was last.
     pub(super) fn heard_at(&self) -> Instant {
         self.known().heard
+    }
+
+    /// When this node was last asked by one that can't be elected without it.
+    pub(super) fn needed_at(&self) -> Option<Instant> {
+        self.known().needed
     }
 
     /// This node stood still for so long: a leader could not be heard in that time.
@@ -128,9 +138,10 @@ impl Ear {
             return false;
         }
         known.standing = None;
-        let before = known.promised.replace(now + self.pace.times(PROMISE));
-        drop(known);
-        if !in_time && before.is_none_or(|until| now > until + TOLD_AGAIN) {
+        known.promised = Some(now + self.pace.times(PROMISE));
+        if !in_time && known.told.is_none_or(|told| now > told + TOLD_AGAIN) {
+            known.told = Some(now);
+            drop(known);
             tracing::warn!(
                 candidate = other.id,
                 "this node's disk is much slower than that of the voter that stands for election: \
@@ -170,7 +181,11 @@ impl Node {
 
     /// This node's answer to another one that would stand.
     pub(super) fn would_have(&self, other: Candidate) -> bool {
-        !self.is_followed() && self.ear.would_have(other, self.candidate(), Instant::now())
+        let own = self.candidate();
+        if other.last < own.last && self.leads() {
+            self.ear.known().needed = Some(Instant::now());
+        }
+        !self.is_followed() && self.ear.would_have(other, own, Instant::now())
     }
 
     fn leads(&self) -> bool {

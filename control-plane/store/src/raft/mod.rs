@@ -250,7 +250,7 @@ impl RaftBackend {
         let (sender, leadership) = watch::channel(now);
         let tasks = vec![
             tokio::spawn(follow_leadership(node.raft.server_metrics(), sender, leads_sender)),
-            tokio::spawn(node::watch_quorum(node.metrics(), quorum_sender, silence, pace)),
+            tokio::spawn(node::watch_quorum(Arc::clone(&node), quorum_sender, silence)),
             tokio::spawn(election::keep(Arc::clone(&node))),
             tokio::spawn(snapshot_by_size(Arc::clone(&node), growth)),
             tokio::spawn(tell_address(Arc::clone(&node), config.name, config.address)),

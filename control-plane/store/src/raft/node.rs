@@ -33,16 +33,19 @@ const ELECTION: Duration = Duration::from_millis(1_500);
 /// Who waits so long for a leader, or longer where one election takes longer, is told that there is
 /// none.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Where no leader was heard for all that time, one may yet come: whoever asks then waits less.
+/// Where no leader was heard for all that time, one may yet come: whoever asks then waits less, but
+/// for so long, times the [`Pace`].
 const PATIENCE_ALONE: Duration = Duration::from_secs(1);
 /// Signs of life are looked for at least this often while there is no leader.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// A leader that no majority answered for this long takes no more writes.
 const QUORUM_LOST: Duration = Duration::from_millis(1_500);
 /// It goes on to call them for so long, then keeps still for as long, and so on: its followers may
-/// hear it all the same, and want no other leader as long as they do. An election fits into this,
-/// times the [`Pace`].
+/// hear it all the same, and want no other leader as long as they do. The first silence is one
+/// election of this node's [`Pace`]; each is twice as long as the one before, up to the second time,
+/// because followers with slower disks wait longer, and do not say so.
 const SILENCE: Duration = ELECTION;
+const SILENCE_MAX: Duration = Duration::from_secs(15);
 /// An answer that a leader gave before another one came is on its way for no longer than this.
 const LAST_ANSWER: Duration = Duration::from_millis(100);
 
@@ -187,7 +190,7 @@ impl Node {
             Place::Here => None,
             Place::There(_) | Place::Nowhere(_) => Some(self.ear.heard_at()),
         };
-        deadline(Instant::now(), heard_at, patience(self.pace))
+        deadline(Instant::now(), heard_at, self.pace)
     }
 
     /// Calls the leader. Its answer is waited for until there is another one: a machine that stands
@@ -264,21 +267,19 @@ pub(super) fn patience(pace: Pace) -> Duration {
 }
 
 /// `heard_at`: when a leader was heard last, where another one than this node is needed.
-fn deadline(now: Instant, heard_at: Option<Instant>, patience: Duration) -> Instant {
-    match heard_at {
-        None => now + patience,
-        Some(heard_at) => (heard_at + patience).clamp(now + PATIENCE_ALONE, now + patience),
-    }
+fn deadline(now: Instant, heard_at: Option<Instant>, pace: Pace) -> Instant {
+    let (least, most) = (now + pace.times(PATIENCE_ALONE), now + patience(pace));
+    heard_at.map_or(most, |heard_at| (heard_at + patience(pace)).clamp(least, most))
 }
 
 /// Looks whether this node leads without a majority. Tells it, and keeps it still then.
 pub(super) async fn watch_quorum(
-    metrics: watch::Receiver<RaftMetrics<u64, MemberNode>>,
+    node: Arc<Node>,
     lost: watch::Sender<Option<String>>,
     silence: Silence,
-    pace: Pace,
 ) {
-    let limit = pace.times(QUORUM_LOST);
+    let metrics = node.metrics();
+    let limit = node.pace.times(QUORUM_LOST);
     let mut quorum = Quorum::default();
     loop {
         tokio::time::sleep(LOOK_AGAIN).await;
@@ -289,7 +290,10 @@ pub(super) async fn watch_quorum(
             let ms = (limit + since).as_millis();
             format!("no majority of voters has answered this leader for {ms} ms")
         });
-        silence.set(since_lost.is_some_and(|since| is_silent(since, pace.times(SILENCE))));
+        silence.set(since_lost.is_some_and(|since| {
+            let since_needed = node.ear.needed_at().map_or(since, |needed| needed.elapsed());
+            is_silent(since.min(since_needed), node.pace.times(SILENCE))
+        }));
         lost.send_if_modified(|known| {
             let changed = known.is_some() != why.is_some();
             *known = why;
@@ -298,10 +302,18 @@ pub(super) async fn watch_quorum(
     }
 }
 
-/// Whether a leader keeps still, so long after it was found to have lost its majority: it calls and
-/// keeps still in turn, `each` time for so long.
-fn is_silent(since_lost: Duration, each: Duration) -> bool {
-    since_lost.as_millis() % (2 * each.as_millis()) >= each.as_millis()
+/// Whether a leader keeps still, so long after it was found to have lost its majority, or was asked
+/// by who can do nothing without it: it calls for `first` and keeps still in turn.
+fn is_silent(since_lost: Duration, first: Duration) -> bool {
+    let (mut left, mut silence) = (since_lost, first);
+    while let Some(rest) = left.checked_sub(first) {
+        if rest < silence {
+            return true;
+        }
+        left = rest.saturating_sub(silence);
+        silence = (silence * 2).min(first.max(SILENCE_MAX));
+    }
+    false
 }
 
 /// What has to be remembered about a leader's majority.
@@ -337,14 +349,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_leader_without_a_majority_keeps_still_half_of_the_time() {
-        let at = |ms| is_silent(Duration::from_millis(ms), SILENCE);
-        assert_eq!(
-            [0, 1_499, 1_500, 2_999, 3_000, 4_500].map(at),
-            [false, false, true, true, false, true]
-        );
-        let slowly = |ms| is_silent(Duration::from_millis(ms), SILENCE * 4);
-        assert_eq!([5_999, 6_000, 11_999, 12_000].map(slowly), [false, true, true, false]);
+    fn a_leader_without_a_majority_keeps_still_for_longer_and_longer() {
+        let changes = |first: Duration| {
+            let at = |step: u64| is_silent(Duration::from_millis(step * 100), first);
+            (1..500).filter(|step| at(*step) != at(step - 1)).collect::<Vec<_>>()
+        };
+        let usual = changes(SILENCE);
+        assert_eq!(usual, [15, 30, 45, 75, 90, 150, 165, 285, 300, 450, 465]);
+        assert_eq!(changes(SILENCE * 4), [60, 120, 180, 300, 360]);
+        assert!(!is_silent(Duration::ZERO, SILENCE));
+        // The slowest of all is heard to call again only when it would have stood long before.
+        let slowest: Pace = serde_json::from_str("10").unwrap();
+        assert!(SILENCE_MAX > slowest.times(Duration::from_millis(600) * 2));
+        assert!(is_silent(slowest.times(SILENCE), slowest.times(SILENCE)));
     }
 
     #[test]
@@ -358,10 +375,13 @@ mod tests {
         let heard = Instant::now();
         let seconds = |now: u64| {
             let now = heard + Duration::from_secs(now);
-            (deadline(now, Some(heard), PATIENCE) - now).as_secs()
+            (deadline(now, Some(heard), Pace::default()) - now).as_secs()
         };
         assert_eq!([0, 2, 4, 5, 60].map(seconds), [5, 3, 1, 1, 1]);
-        assert_eq!(deadline(heard, None, PATIENCE) - heard, PATIENCE);
+        assert_eq!(deadline(heard, None, Pace::default()) - heard, PATIENCE);
+        let slow: Pace = serde_json::from_str("4").unwrap();
+        let late = heard + Duration::from_secs(60);
+        assert_eq!(deadline(late, Some(heard), slow) - late, PATIENCE_ALONE * 4);
     }
 
     #[test]

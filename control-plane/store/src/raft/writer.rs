@@ -94,6 +94,9 @@ async fn write_batches(node: Arc<Node>, mut queue: mpsc::Receiver<Order>) {
     while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
         let Some(first) = queue.recv().await else { return };
         let batch = Batch::collect(first, &mut queue, patience(node.pace));
+        if batch.waiting.is_empty() {
+            continue;
+        }
         // Proposed here and now, so that entries are in the order of arrival.
         let begun = match node.place() {
             Place::Here => Some(propose(&node, &batch.commands).await),

@@ -6,7 +6,7 @@ use exo_store::{Store, StoreError};
 use tokio::time::timeout;
 
 use crate::{
-    create, gauges,
+    create, gauges, get,
     support::{Cluster, LIMIT},
 };
 
@@ -21,7 +21,7 @@ async fn nodes_join_and_leave() {
     cluster.until("it knows itself", || is_voter(&learner, 4) == Some(false)).await;
     // A learner serves like the others.
     create(&learner, "/b", "1").await;
-    assert!(learner.get("/a").await.unwrap().is_some());
+    assert!(get(&learner, "/a").await.is_some());
 
     // It takes the leader's place: the order is given on the learner itself.
     let leader = cluster.leader().await;
@@ -37,7 +37,7 @@ async fn nodes_join_and_leave() {
     let another = others.iter().copied().find(|id| *id != 4).unwrap();
     cluster.stop(another).await;
     create(&learner, "/c", "1").await;
-    assert!(learner.get("/b").await.unwrap().is_some());
+    assert!(get(&learner, "/b").await.is_some());
 
     let unknown = learner.change_membership(BTreeSet::from([4, 99])).await;
     assert!(matches!(unknown, Err(StoreError::Invalid(_))), "{unknown:?}");

@@ -22,7 +22,7 @@ use axum::{
     middleware::{self, Next},
     response::IntoResponse as _,
 };
-use exo_store::{Begin, Peering, RaftConfig, Store, raft_routes};
+use exo_store::{Begin, Peering, RaftConfig, Store, StoreError, raft_routes};
 use tempfile::TempDir;
 use tokio::{
     net::TcpListener,
@@ -31,8 +31,30 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// Nothing in these tests takes so long.
-pub const LIMIT: Duration = Duration::from_secs(20);
+/// Nothing in these tests takes so long, not even on a machine that stands still now and then.
+pub const LIMIT: Duration = Duration::from_secs(90);
+
+/// What a read or a definite refusal comes to: leaders may be lost meanwhile, also for no reason that
+/// a test gave.
+///
+/// # Panics
+/// When it still fails after [`LIMIT`], or for a reason that stays.
+pub async fn in_the_end<T, F>(call: impl Fn() -> F) -> T
+where
+    F: Future<Output = Result<T, StoreError>>,
+{
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        match call().await {
+            Ok(value) => return value,
+            Err(error) => {
+                let passes = error.is_retryable() || matches!(error, StoreError::Unknown(_));
+                assert!(passes && Instant::now() < deadline, "{error}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    }
+}
 
 fn name(id: u64) -> String {
     format!("n{id}")
@@ -178,7 +200,15 @@ impl Cluster {
 
     pub async fn restart(&mut self, id: u64) {
         let node = self.nodes.iter_mut().find(|n| n.id == id).unwrap();
-        let listener = TcpListener::bind(node.address).await.unwrap();
+        // While the node was down its port was anybody's.
+        let deadline = Instant::now() + LIMIT;
+        let listener = loop {
+            match TcpListener::bind(node.address).await {
+                Ok(listener) => break listener,
+                Err(error) => assert!(Instant::now() < deadline, "{}: {error}", node.address),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
         // What is in the folder counts.
         node.run(listener, &self.client, Begin::Join).await;
     }
