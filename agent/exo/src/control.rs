@@ -31,10 +31,12 @@ use tracing::{info, warn};
 use crate::{
     config::{Config, StoreChoice, own_address},
     data_dir::{DataDir, NODE_USER_PREFIX, Standing},
-    join, reach,
+    join,
+    presence::{self, is_there},
+    reach,
 };
 
-const CLUSTER_PATH: &str = "/exo/v1/cluster";
+pub(crate) const CLUSTER_PATH: &str = "/exo/v1/cluster";
 const KEY_PATH: &str = "/exo/v1/control-plane/key";
 pub(crate) const MEMBERS_PATH: &str = "/exo/v1/control-plane/members";
 /// A request is an id and an address.
@@ -94,7 +96,7 @@ pub(crate) fn check_agent(standing: &Standing) -> anyhow::Result<()> {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct ClusterInfo {
+pub(crate) struct ClusterInfo {
     name: String,
     /// The authority's certificate, PEM.
     ca: String,
@@ -103,7 +105,7 @@ struct ClusterInfo {
     address: Option<SocketAddr>,
     /// The id under which it is a member, where nodes hold the store.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    member: Option<u64>,
+    pub(crate) member: Option<u64>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -179,6 +181,8 @@ pub(crate) struct Host {
     pub(crate) address: SocketAddr,
     /// Of this node, where nodes hold the store.
     pub(crate) node_id: Option<u64>,
+    /// Takes answers of this cluster's nodes alone.
+    pub(crate) nodes: reqwest::Client,
 }
 
 impl Host {
@@ -187,8 +191,10 @@ impl Host {
         cluster: &str,
         authority: &Authority,
         (node_id, address): (Option<u64>, SocketAddr),
+        nodes: reqwest::Client,
     ) -> Self {
         Self {
+            nodes,
             address,
             node_id,
             store,
@@ -274,7 +280,8 @@ async fn add_member(
     let mut same_name = host.store.members();
     same_name.retain(|member| member.name == name && member.id != new.id);
     for old in &same_name {
-        if Some(old.id) == host.node_id || serves_at(&old.address, old.id).await {
+        let at = (old.id, &*old.address);
+        if Some(old.id) == host.node_id || is_there(&host.nodes, at, presence::LIMIT).await {
             let body = Json(json!({"error": join::taken(&name)}));
             return (StatusCode::CONFLICT, body).into_response();
         }
@@ -303,15 +310,6 @@ async fn add_member(
             (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
         }
     }
-}
-
-/// Whether that member is there. Who has its address by now says another id.
-async fn serves_at(address: &str, id: u64) -> bool {
-    let Ok(client) = bootstrap_client() else {
-        return false;
-    };
-    let request = client.get(format!("https://{address}{CLUSTER_PATH}")).timeout(ASK_LIMIT);
-    ask::<ClusterInfo>(request).await.is_ok_and(|info| info.member == Some(id))
 }
 
 /// What is wrong where some nodes (name and address) are known by loopback addresses and others are

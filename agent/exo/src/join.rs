@@ -26,6 +26,7 @@ use tracing::{info, warn};
 use crate::{
     config::checked_name,
     data_dir::{DataDir, certificate_addresses, node_subject, now_s},
+    presence::{self, is_there},
     reach,
 };
 
@@ -62,6 +63,8 @@ pub(crate) struct Host {
     pub(crate) own_name: String,
     pub(crate) client: Client,
     pub(crate) store: Store,
+    /// Takes answers of this cluster's nodes alone.
+    pub(crate) nodes: reqwest::Client,
 }
 
 /// The route, for the API port.
@@ -137,18 +140,9 @@ async fn is_alive(client: &Client, name: &str) -> Result<bool, kube::Error> {
 /// A member of the control plane may run no agent, and has no Node then: it is asked itself.
 async fn is_member_there(host: &Host, name: &str) -> bool {
     match host.store.members().into_iter().find(|m| m.name == name) {
-        Some(member) => answers(&member.address).await,
+        Some(member) => is_there(&host.nodes, (member.id, &member.address), presence::LIMIT).await,
         None => false,
     }
-}
-
-/// Whether an API is served there.
-async fn answers(address: &str) -> bool {
-    let Ok(client) = bootstrap_client() else {
-        return false;
-    };
-    let url = format!("https://{address}/livez");
-    client.get(url).timeout(PROBE_LIMIT).send().await.is_ok()
 }
 
 /// The first peer that answers a member; the first of all when none does, for it may come back.

@@ -13,6 +13,7 @@ mod membership;
 mod metrics;
 mod open;
 mod part;
+mod presence;
 mod reach;
 mod remote;
 mod renew;

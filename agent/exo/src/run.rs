@@ -179,11 +179,13 @@ impl ControlPlane {
         let router = exo_apiserver::app(server.clone());
         let own = OwnApi::new(router.clone());
         let kind = control::StoreKind::of(choice);
+        let nodes = exo_trust::reqwest_client(&data.tls())?;
         let control = control::Host::new(
             (store.clone(), kind),
             &config.cluster,
             &authority,
             (node_id, join_address),
+            nodes.clone(),
         );
         let host = join::Host {
             authority,
@@ -191,6 +193,7 @@ impl ControlPlane {
             cluster: config.cluster.clone(),
             own_name: config.node_name.clone(),
             client: own.client("exo-join"),
+            nodes,
         };
         let app = metrics::route(registry.clone())
             .merge(router)
