@@ -126,6 +126,13 @@ impl Node {
     pub(super) async fn change_here(&self, change: &Change) -> Result<(), Refusal> {
         let deadline = Instant::now() + PATIENCE;
         let known = self.members();
+        if let Change::AddLearner { id, name, .. } = change
+            && let Some(other) = known.iter().find(|m| m.id != *id && m.name == *name)
+            && !name.is_empty()
+        {
+            let text = format!("node {} at {} is named `{name}`", other.id, other.address);
+            return Err(Refusal::Invalid(text));
+        }
         let moved = match change {
             Change::AddLearner { id, address, name } | Change::Address { id, address, name } => {
                 known.iter().any(|m| m.id == *id && (m.address != *address || m.name != *name))

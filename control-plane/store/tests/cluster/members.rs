@@ -23,6 +23,10 @@ async fn nodes_join_and_leave() {
     create(&learner, "/b", "1").await;
     assert!(get(&learner, "/a").await.is_some());
 
+    // Nobody else gets its name.
+    let namesake = learner.add_learner(5, "n4", "127.0.0.1:1").await;
+    assert!(matches!(namesake, Err(StoreError::Invalid(_))), "{namesake:?}");
+
     // It takes the leader's place: the order is given on the learner itself.
     let leader = cluster.leader().await;
     let voters: BTreeSet<u64> = (1..=4).filter(|id| *id != leader).collect();
