@@ -65,9 +65,23 @@ pub(crate) enum Start {
     Join(Vec<String>),
 }
 
-/// What the flags and the data directory come to.
-pub(crate) fn start(standing: Standing, peers: &[String]) -> anyhow::Result<Start> {
+/// What the flags and the data directory come to. `known` are the other members that this node knew
+/// when it was last one itself: they have the state when its own is gone, and an empty cluster in
+/// their name would take their nodes away.
+pub(crate) fn start(
+    standing: Standing,
+    peers: &[String],
+    known: &[String],
+) -> anyhow::Result<Start> {
     match (standing, peers) {
+        (Standing::Authority, []) if !known.is_empty() => {
+            warn!(
+                "this node's part of the store is gone: it joins its cluster again, through {} (to \
+                 begin a new cluster instead, remove the whole data directory)",
+                known.join(", ")
+            );
+            Ok(Start::Join(known.to_vec()))
+        }
         (Standing::Nothing | Standing::Authority, []) => Ok(Start::Found),
         (Standing::ControlPlane, _) => Ok(Start::Resume),
         (Standing::Joining(asked), []) => Ok(Start::Join(asked)),
@@ -490,11 +504,16 @@ mod tests {
 
     #[test]
     fn a_data_directory_is_never_used_for_something_else() {
+        let start = |standing, peers: &[String]| start(standing, peers, &[]);
         let peers = ["a:1".to_owned()];
         let joining = || Standing::Joining(vec!["b:2".to_owned()]);
         assert_eq!(start(Standing::Nothing, &[]).unwrap(), Start::Found);
         assert_eq!(start(Standing::Nothing, &peers).unwrap(), Start::Join(peers.to_vec()));
         assert_eq!(start(Standing::Authority, &[]).unwrap(), Start::Found);
+        let known = ["c:3".to_owned()];
+        let again = super::start(Standing::Authority, &[], &known).unwrap();
+        assert_eq!(again, Start::Join(known.to_vec()), "others have the state");
+        assert_eq!(super::start(Standing::ControlPlane, &[], &known).unwrap(), Start::Resume);
         assert_eq!(start(Standing::Authority, &peers).unwrap(), Start::Join(peers.to_vec()));
         assert_eq!(start(Standing::ControlPlane, &[]).unwrap(), Start::Resume);
         assert_eq!(start(Standing::ControlPlane, &peers).unwrap(), Start::Resume);

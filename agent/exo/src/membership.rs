@@ -43,12 +43,13 @@ enum Step {
 fn step(node: &Node, members: &[Member]) -> Option<Step> {
     let member = members.iter().find(|m| m.name == node.name_any());
     let held = node.finalizers().iter().any(|f| f == FINALIZER);
-    let only_voter = members.iter().filter(|m| m.is_voter).count() == 1;
+    // Another one can take the only vote over.
+    let stays = |member: &Member| member.is_voter && members.len() == 1;
     match (member, held, node.metadata.deletion_timestamp.is_some()) {
         (Some(_), false, false) => Some(Step::Hold),
         // Without it there is no store: it stays, and its agent makes the Node again.
-        (Some(member), true, true) if member.is_voter && only_voter => Some(Step::Release),
-        (Some(member), false, true) if member.is_voter && only_voter => None,
+        (Some(member), true, true) if stays(member) => Some(Step::Release),
+        (Some(member), false, true) if stays(member) => None,
         (Some(member), _, true) => Some(Step::Remove(member.id)),
         (None, true, _) => Some(Step::Release),
         (Some(_), true, false) | (None, false, _) => None,
@@ -186,8 +187,10 @@ pub(crate) async fn removed(store: Store, id: u64, client: reqwest::Client) {
         ticks.tick().await;
         for member in store.members().iter().filter(|m| m.id != id) {
             let Ok(now) = control::members_at(&client, &member.address).await else { continue };
-            // Others may be behind, and not know yet that this node has come.
-            if now.leads && now.members.iter().all(|m| m.id != id) {
+            // Others may be behind, and not know yet that this node has come. Who took the place of a
+            // member that is known here has another id, and may lead a cluster of its own.
+            let knows = |id| now.members.iter().any(|m| m.id == id);
+            if now.leads && knows(member.id) && !knows(id) {
                 return;
             }
         }
@@ -249,21 +252,22 @@ mod tests {
     }
 
     #[test]
-    fn the_only_voter_stays() {
+    fn the_only_member_stays() {
         let member = |id: u64, name: &str, is_voter: bool| Member {
             id,
             name: name.to_owned(),
             address: String::new(),
             is_voter,
         };
-        let members = [member(7, "a", true), member(8, "b", false)];
+        let both = [member(7, "a", true), member(8, "b", false)];
         let deleted = |name: &str| {
             let mut node = Node::new(name, NodeSpec::default());
             node.metadata.finalizers = Some(vec![FINALIZER.to_owned()]);
             node.metadata.deletion_timestamp = Some(Time(Timestamp::UNIX_EPOCH));
             node
         };
-        assert_eq!(step(&deleted("a"), &members), Some(Step::Release));
-        assert_eq!(step(&deleted("b"), &members), Some(Step::Remove(8)));
+        assert_eq!(step(&deleted("a"), &both[..1]), Some(Step::Release));
+        assert_eq!(step(&deleted("a"), &both), Some(Step::Remove(7)));
+        assert_eq!(step(&deleted("b"), &both), Some(Step::Remove(8)));
     }
 }

@@ -54,7 +54,7 @@ pub(crate) async fn run(mut config: Config) -> anyhow::Result<()> {
                 // Before joining, so that a cluster never hears of a node that can do nothing.
                 runner_path()?;
             }
-            let mut start = control::start(data.standing(), &peers)?;
+            let mut start = control::start(data.standing(), &peers, &data.known_members())?;
             let sockets = Sockets::bind(gateway, api).await?;
             let own = sockets.api.local_addr()?;
             let others = match &mut start {

@@ -20,6 +20,7 @@ use super::{
     MemberNode, NodeRaft,
     network::json,
     node::{Node, Place, Refusal},
+    voters,
 };
 use crate::StoreError;
 
@@ -58,7 +59,8 @@ pub(super) enum Change {
     Promote { ids: BTreeSet<u64> },
     /// A voter becomes a learner first, and then leaves. In between it may be made a voter again, if
     /// the leader is lost there and the node still answers, and nobody is left who knows of the order:
-    /// whoever wants the node gone orders it again as long as it is a member.
+    /// whoever wants the node gone orders it again as long as it is a member. The only voter's vote
+    /// goes to another member that is there.
     Remove { id: u64 },
     /// A node moved, or was given another name.
     Address {
@@ -139,13 +141,32 @@ impl Node {
             }
             Change::Voters { .. } | Change::Promote { .. } | Change::Remove { .. } => false,
         };
+        let heir = match change {
+            Change::Remove { id } => self.heir(*id, &known).await?,
+            _ => None,
+        };
         // A change has two steps. It goes on when the caller goes away in between.
-        let work = tokio::spawn(carry_out(self.changes.clone(), change.clone(), moved));
+        let work = tokio::spawn(carry_out(self.changes.clone(), change.clone(), moved, heir));
         match timeout_at(deadline, work).await {
             Ok(Ok(done)) => done,
             Ok(Err(error)) => Err(Refusal::Unknown(error.to_string())),
             Err(_) => Err(Refusal::Unknown("the change goes on, but takes long".to_owned())),
         }
+    }
+
+    /// Who gets the vote of `id`, if that is the only one.
+    async fn heir(&self, id: u64, members: &[Member]) -> Result<Option<u64>, Refusal> {
+        let Some(last) = members.iter().find(|m| m.id == id && m.is_voter) else { return Ok(None) };
+        if members.iter().any(|m| m.is_voter && m.id != id) {
+            return Ok(None);
+        }
+        let heir = voters::ready(self, members).await.into_iter().next();
+        heir.map(Some).ok_or_else(|| {
+            let Member { name, address, .. } = last;
+            Refusal::Unavailable(format!(
+                "{name} at {address} has the only vote, and no other member is there to take it"
+            ))
+        })
     }
 }
 
@@ -229,9 +250,13 @@ impl Changes {
     }
 
     /// Nobody else has the turn in between, and could make it a voter again.
-    async fn remove(&self, id: u64) -> Result<(), Refusal> {
+    async fn remove(&self, id: u64, heir: Option<u64>) -> Result<(), Refusal> {
         let turn = self.turn()?;
         let ids = BTreeSet::from([id]);
+        if let Some(heir) = heir {
+            let heir = BTreeSet::from([heir]);
+            self.make_in(&turn, ChangeMembers::AddVoterIds(heir)).await?;
+        }
         // Changes nothing when it is a learner.
         self.make_in(&turn, ChangeMembers::RemoveVoters(ids.clone())).await?;
         hand_over(&self.raft).await;
@@ -249,7 +274,12 @@ pub(super) fn is_between_steps(metrics: &RaftMetrics<u64, MemberNode>) -> bool {
     metrics.membership_config.membership().get_joint_config().len() > 1
 }
 
-async fn carry_out(changes: Changes, change: Change, moved: bool) -> Result<(), Refusal> {
+async fn carry_out(
+    changes: Changes,
+    change: Change,
+    moved: bool,
+    heir: Option<u64>,
+) -> Result<(), Refusal> {
     if let (
         true,
         Change::AddLearner { id, address, name } | Change::Address { id, address, name },
@@ -278,7 +308,7 @@ async fn carry_out(changes: Changes, change: Change, moved: bool) -> Result<(), 
         Change::Promote { ids } => {
             changes.make(ChangeMembers::AddVoterIds(ids)).await?;
         }
-        Change::Remove { id } => changes.remove(id).await?,
+        Change::Remove { id } => changes.remove(id, heir).await?,
         Change::Address { .. } => {}
     }
     hand_over(&changes.raft).await;

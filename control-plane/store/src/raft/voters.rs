@@ -103,7 +103,7 @@ fn matched(node: &Node, id: u64) -> Option<u64> {
 }
 
 /// The learners that answer and have nearly everything.
-async fn ready(node: &Node, members: &[Member]) -> BTreeSet<u64> {
+pub(super) async fn ready(node: &Node, members: &[Member]) -> BTreeSet<u64> {
     let deadline = Instant::now() + ANSWER_LIMIT;
     let newest = node.metrics().borrow().last_log_index.unwrap_or(0);
     let mut asked = tokio::task::JoinSet::new();

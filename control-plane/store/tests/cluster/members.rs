@@ -1,13 +1,13 @@
 //! Nodes that come and go, and changes of voters that are cut short.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use exo_store::{Store, StoreError};
 use tokio::time::timeout;
 
 use crate::{
     create, gauges, get,
-    support::{Cluster, LIMIT},
+    support::{Cluster, LIMIT, in_the_end},
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -45,6 +45,30 @@ async fn nodes_join_and_leave() {
 
     let unknown = learner.change_membership(BTreeSet::from([4, 99])).await;
     assert!(matches!(unknown, Err(StoreError::Invalid(_))), "{unknown:?}");
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_only_voter_may_leave_when_another_member_is_there() {
+    let mut cluster = Cluster::start(1).await;
+    cluster.join(2).await;
+    create(&cluster.store(1), "/a", "1").await;
+    // Nobody takes the vote of a member that is not there.
+    cluster.stop(2).await;
+    let leaves = cluster.store(1);
+    let refused = timeout(Duration::from_secs(3), leaves.remove_node(1)).await;
+    assert!(refused.is_err(), "{refused:?}");
+    create(&leaves, "/b", "1").await;
+    assert!(leaves.members().iter().any(|member| member.id == 1 && member.is_voter));
+
+    cluster.restart(2).await;
+    let stays = cluster.store(2);
+    in_the_end(|| stays.remove_node(1)).await;
+    let is_alone = || matches!(&*stays.members(), [member] if member.id == 2 && member.is_voter);
+    cluster.until("the other one is alone", is_alone).await;
+    cluster.stop(1).await;
+    create(&stays, "/c", "1").await;
+    assert!(get(&stays, "/a").await.is_some() && get(&stays, "/b").await.is_some());
     cluster.shutdown().await;
 }
 
