@@ -2,7 +2,7 @@
 //!
 //! One table: every refusal of this crate is a variant here, with its HTTP code and reason.
 
-use std::{collections::BTreeMap, fmt::Display, time::Duration};
+use std::{collections::BTreeMap, fmt::Display};
 
 use axum::{
     body::Body,
@@ -12,7 +12,7 @@ use axum::{
 use exo_store::{ReadError, StoreError};
 use serde_json::{Value, json};
 
-use crate::fields::FieldConflict;
+use crate::{fields::FieldConflict, request::Verb};
 
 /// One thing wrong with an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,8 +110,8 @@ pub(crate) enum ApiError {
     NotAcceptable(&'static str),
     #[error("the body of the request was in an unknown format - accepted media types include: {0}")]
     UnsupportedMediaType(&'static str),
-    #[error("the request's body was not whole within {0:?}")]
-    SlowBody(Duration),
+    #[error("the request's body was not whole in time")]
+    SlowBody,
     #[error("Request entity too large: limit is {0} bytes")]
     TooLarge(usize),
     #[error("the list has more than {0} bytes: ask for it in parts, with a limit")]
@@ -210,6 +210,21 @@ impl ApiError {
         Self::invalid_option(kind, "FieldValueNotSupported", option, &message)
     }
 
+    /// A request that took longer than it may.
+    pub(crate) fn late(verb: Verb) -> Self {
+        let what = match verb {
+            Verb::Get | Verb::List | Verb::Watch => "",
+            Verb::Create | Verb::Update | Verb::Patch | Verb::Delete => {
+                "; it may have been carried out all the same"
+            }
+            Verb::DeleteCollection => {
+                "; some of the objects are deleted, others may not be: ask again for the rest"
+            }
+        };
+        let text = "request did not complete within the allotted timeout";
+        Self::Timeout(format!("Timeout: {text}{what}"))
+    }
+
     pub(crate) fn modified(subject: Subject) -> Self {
         Self::Conflict {
             subject,
@@ -235,7 +250,7 @@ impl ApiError {
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotAcceptable(_) => StatusCode::NOT_ACCEPTABLE,
             Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::SlowBody(_) => StatusCode::REQUEST_TIMEOUT,
+            Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge(_) | Self::ListTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Expired(_) => StatusCode::GONE,
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
@@ -253,7 +268,7 @@ impl ApiError {
             Self::Invalid { .. } | Self::Unprocessable { .. } => "Invalid",
             Self::BadRequest(_) => "BadRequest",
             Self::Forbidden { .. } | Self::Terminating { .. } => "Forbidden",
-            Self::FutureVersion { .. } | Self::SlowBody(_) | Self::Timeout(_) => "Timeout",
+            Self::FutureVersion { .. } | Self::SlowBody | Self::Timeout(_) => "Timeout",
             Self::TooManyRequests(_) => "TooManyRequests",
             Self::Unauthorized => "Unauthorized",
             Self::Denied { .. } => "Forbidden",

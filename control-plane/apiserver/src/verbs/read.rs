@@ -105,6 +105,11 @@ async fn read_page(
     check_options(call)?;
     let (mut revision, mut after) = match call.query.get("continue") {
         Some(token) => {
+            if call.query.get("resourceVersion").is_some_and(|version| version != "0") {
+                return Err(ApiError::BadRequest(
+                    "specifying resource version is not allowed when using continue".to_owned(),
+                ));
+            }
             let token = Continue::decode(token, &prefix)?;
             (Some(token.revision), Some(token.after))
         }
