@@ -118,6 +118,13 @@ pub(crate) enum ApiError {
     ListTooLarge(usize),
     #[error("{0}")]
     Expired(String),
+    /// The version that a list was to go on with; with the token it goes on with the newest one.
+    #[error(
+        "The provided continue parameter is too old to display a consistent list result. Start a \
+         new list without it, or go on with the continue token of this answer: what comes then is \
+         of now, so that changes since the first part may be missed or seen twice."
+    )]
+    ExpiredPage { go_on: String },
     /// Nothing was done. Clients are not told to come back soon, here and below: a person must do
     /// something first, and shall read this at once.
     #[error("{0}")]
@@ -252,7 +259,7 @@ impl ApiError {
             Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge(_) | Self::ListTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::Expired(_) => StatusCode::GONE,
+            Self::Expired(_) | Self::ExpiredPage { .. } => StatusCode::GONE,
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Timeout(_) => StatusCode::GATEWAY_TIMEOUT,
             Self::Full(_) => StatusCode::INSUFFICIENT_STORAGE,
@@ -276,7 +283,7 @@ impl ApiError {
             Self::NotAcceptable(_) => "NotAcceptable",
             Self::UnsupportedMediaType(_) => "UnsupportedMediaType",
             Self::TooLarge(_) | Self::ListTooLarge(_) => "RequestEntityTooLarge",
-            Self::Expired(_) => "Expired",
+            Self::Expired(_) | Self::ExpiredPage { .. } => "Expired",
             Self::Unavailable(_) => "ServiceUnavailable",
             Self::Full(_) => "InsufficientStorage",
             Self::Internal(_) => "InternalError",
@@ -336,10 +343,14 @@ impl ApiError {
 
     /// The `metav1.Status` object.
     pub(crate) fn status(&self) -> Value {
+        let metadata = match self {
+            Self::ExpiredPage { go_on } => json!({"continue": go_on}),
+            _ => json!({}),
+        };
         let mut status = json!({
             "apiVersion": "v1",
             "kind": "Status",
-            "metadata": {},
+            "metadata": metadata,
             "status": "Failure",
             "message": self.to_string(),
             "reason": self.reason(),
