@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 use exo_crds::document::{self, Document};
 use http_body_util::BodyExt as _;
 use serde_json::Value;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use crate::{
     error::ApiError,
@@ -23,9 +23,14 @@ pub(crate) const MAX_BODY_BYTES: usize = 3 << 20;
 /// the answer comes often don't see it.
 const MAX_FORGOTTEN_BYTES: usize = 32 << 20;
 
-/// Reads a body that must be whole within `limit`.
-pub(crate) async fn read(body: Body, limit: Duration) -> Result<Bytes, ApiError> {
-    timeout(limit, collect(body)).await.map_err(|_| ApiError::SlowBody(limit))?
+/// Reads a body that must be whole within `limit`, and before the request's deadline.
+pub(crate) async fn read(
+    body: Body,
+    limit: Duration,
+    deadline: Instant,
+) -> Result<Bytes, ApiError> {
+    let until = deadline.min(Instant::now() + limit);
+    timeout_at(until, collect(body)).await.map_err(|_| ApiError::SlowBody)?
 }
 
 async fn collect(mut body: Body) -> Result<Bytes, ApiError> {

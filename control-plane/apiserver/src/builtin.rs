@@ -161,30 +161,19 @@ pub(crate) fn faults(resource: &Resource, object: &Value, current: Option<&Value
             let known = secret::faults(current);
             secret::faults(object).into_iter().filter(|cause| !known.contains(cause)).collect()
         }
-        // What comes later, their counts as a rule, is not checked.
-        (EVENT, None) => event::faults(resource, object),
+        (EVENT, current) => event::faults(resource, object, current),
         _ => Vec::new(),
     }
 }
 
 /// What an update must not change of these kinds.
 pub(crate) fn fixed(resource: &Resource, current: &Value, wanted: &Value) -> Vec<Cause> {
-    if !resource.builtin || resource.kind != SECRET {
+    if !resource.builtin {
         return Vec::new();
     }
-    let is_kept = |field: &str| current.get(field) == wanted.get(field);
-    let mut causes = Vec::new();
-    if !is_kept("type") {
-        let problem = format_args!("{}: field is immutable", wanted["type"]);
-        causes.push(Cause::invalid("type", problem));
+    match resource.kind.as_str() {
+        SECRET => secret::fixed(current, wanted),
+        EVENT => event::fixed(resource, current, wanted),
+        _ => Vec::new(),
     }
-    if current.get("immutable") == Some(&json!(true)) {
-        let changed = ["immutable", "data"].into_iter().filter(|field| !is_kept(field));
-        causes.extend(changed.map(|field| Cause {
-            reason: "FieldValueForbidden",
-            message: "Forbidden: field is immutable when `immutable` is set".to_owned(),
-            field: field.to_owned(),
-        }));
-    }
-    causes
 }

@@ -2,7 +2,7 @@
 //!
 //! One table: every refusal of this crate is a variant here, with its HTTP code and reason.
 
-use std::{collections::BTreeMap, fmt::Display, time::Duration};
+use std::{collections::BTreeMap, fmt::Display};
 
 use axum::{
     body::Body,
@@ -12,7 +12,7 @@ use axum::{
 use exo_store::{ReadError, StoreError};
 use serde_json::{Value, json};
 
-use crate::fields::FieldConflict;
+use crate::{fields::FieldConflict, request::Verb};
 
 /// One thing wrong with an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,14 +110,21 @@ pub(crate) enum ApiError {
     NotAcceptable(&'static str),
     #[error("the body of the request was in an unknown format - accepted media types include: {0}")]
     UnsupportedMediaType(&'static str),
-    #[error("the request's body was not whole within {0:?}")]
-    SlowBody(Duration),
+    #[error("the request's body was not whole in time")]
+    SlowBody,
     #[error("Request entity too large: limit is {0} bytes")]
     TooLarge(usize),
     #[error("the list has more than {0} bytes: ask for it in parts, with a limit")]
     ListTooLarge(usize),
     #[error("{0}")]
     Expired(String),
+    /// The version that a list was to go on with; with the token it goes on with the newest one.
+    #[error(
+        "The provided continue parameter is too old to display a consistent list result. Start a \
+         new list without it, or go on with the continue token of this answer: what comes then is \
+         of now, so that changes since the first part may be missed or seen twice."
+    )]
+    ExpiredPage { go_on: String },
     /// Nothing was done. Clients are not told to come back soon, here and below: a person must do
     /// something first, and shall read this at once.
     #[error("{0}")]
@@ -210,6 +217,21 @@ impl ApiError {
         Self::invalid_option(kind, "FieldValueNotSupported", option, &message)
     }
 
+    /// A request that took longer than it may.
+    pub(crate) fn late(verb: Verb) -> Self {
+        let what = match verb {
+            Verb::Get | Verb::List | Verb::Watch => "",
+            Verb::Create | Verb::Update | Verb::Patch | Verb::Delete => {
+                "; it may have been carried out all the same"
+            }
+            Verb::DeleteCollection => {
+                "; some of the objects are deleted, others may not be: ask again for the rest"
+            }
+        };
+        let text = "request did not complete within the allotted timeout";
+        Self::Timeout(format!("Timeout: {text}{what}"))
+    }
+
     pub(crate) fn modified(subject: Subject) -> Self {
         Self::Conflict {
             subject,
@@ -235,9 +257,9 @@ impl ApiError {
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotAcceptable(_) => StatusCode::NOT_ACCEPTABLE,
             Self::UnsupportedMediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::SlowBody(_) => StatusCode::REQUEST_TIMEOUT,
+            Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge(_) | Self::ListTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::Expired(_) => StatusCode::GONE,
+            Self::Expired(_) | Self::ExpiredPage { .. } => StatusCode::GONE,
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Timeout(_) => StatusCode::GATEWAY_TIMEOUT,
             Self::Full(_) => StatusCode::INSUFFICIENT_STORAGE,
@@ -253,7 +275,7 @@ impl ApiError {
             Self::Invalid { .. } | Self::Unprocessable { .. } => "Invalid",
             Self::BadRequest(_) => "BadRequest",
             Self::Forbidden { .. } | Self::Terminating { .. } => "Forbidden",
-            Self::FutureVersion { .. } | Self::SlowBody(_) | Self::Timeout(_) => "Timeout",
+            Self::FutureVersion { .. } | Self::SlowBody | Self::Timeout(_) => "Timeout",
             Self::TooManyRequests(_) => "TooManyRequests",
             Self::Unauthorized => "Unauthorized",
             Self::Denied { .. } => "Forbidden",
@@ -261,7 +283,7 @@ impl ApiError {
             Self::NotAcceptable(_) => "NotAcceptable",
             Self::UnsupportedMediaType(_) => "UnsupportedMediaType",
             Self::TooLarge(_) | Self::ListTooLarge(_) => "RequestEntityTooLarge",
-            Self::Expired(_) => "Expired",
+            Self::Expired(_) | Self::ExpiredPage { .. } => "Expired",
             Self::Unavailable(_) => "ServiceUnavailable",
             Self::Full(_) => "InsufficientStorage",
             Self::Internal(_) => "InternalError",
@@ -321,10 +343,14 @@ impl ApiError {
 
     /// The `metav1.Status` object.
     pub(crate) fn status(&self) -> Value {
+        let metadata = match self {
+            Self::ExpiredPage { go_on } => json!({"continue": go_on}),
+            _ => json!({}),
+        };
         let mut status = json!({
             "apiVersion": "v1",
             "kind": "Status",
-            "metadata": {},
+            "metadata": metadata,
             "status": "Failure",
             "message": self.to_string(),
             "reason": self.reason(),

@@ -23,18 +23,22 @@ pub struct Limits {
     pub list_bytes: usize,
     /// How long a request's body may be under way: it holds a place among those in flight.
     pub body: Duration,
+    /// How long a request may take up to the end of its answer; clients can ask for less with
+    /// `timeout`. Watches have a time of their own.
+    pub request: Duration,
 }
 
 impl Default for Limits {
     /// In flight as Kubernetes has it; watches for a gateway or an agent with every kind in each of
-    /// many namespaces; a list of tens of thousands of objects; for a body as long as Kubernetes has
-    /// for the whole request.
+    /// many namespaces; a list of tens of thousands of objects; for a request, and so for its body, as
+    /// long as Kubernetes has.
     fn default() -> Self {
         Self {
             in_flight: 400,
             watches_per_client: 2_000,
             list_bytes: 128 << 20,
             body: Duration::from_secs(60),
+            request: Duration::from_secs(60),
         }
     }
 }
@@ -44,6 +48,8 @@ impl Default for Limits {
 pub(crate) struct Flow {
     in_flight: Arc<Semaphore>,
     watches: Arc<Mutex<BTreeMap<String, usize>>>,
+    /// KiB of long answers that may be in memory to be written otherwise.
+    rewritten_kib: Arc<Semaphore>,
     limits: Limits,
 }
 
@@ -52,6 +58,7 @@ impl Flow {
         Self {
             in_flight: Arc::new(Semaphore::new(limits.in_flight)),
             watches: Arc::default(),
+            rewritten_kib: Arc::new(Semaphore::new(max_rewritten_kib(&limits) as usize)),
             limits,
         }
     }
@@ -69,6 +76,19 @@ impl Flow {
         Ok(RequestPlace { gauge: gauge.clone(), _permit: permit })
     }
 
+    /// A share of the memory for answers that are gathered before they are written otherwise, for
+    /// one of about so many bytes: until it is dropped. The longest list may take all of it.
+    pub(crate) fn rewriting(&self, bytes: u64) -> Result<OwnedSemaphorePermit, ApiError> {
+        let max_kib = max_rewritten_kib(&self.limits);
+        let kib = u32::try_from(bytes >> 10).unwrap_or(max_kib).clamp(1, max_kib);
+        let share = Arc::clone(&self.rewritten_kib).try_acquire_many_owned(kib);
+        share.map_err(|_| {
+            ApiError::TooManyRequests(
+                "too many long lists are being written as YAML or indented, please try again later",
+            )
+        })
+    }
+
     /// A place among the client's watches, until it is dropped.
     pub(crate) fn watch(&self, client: &str) -> Result<WatchPlace, ApiError> {
         let mut watches = self.watches.lock().unwrap_or_else(PoisonError::into_inner);
@@ -79,6 +99,11 @@ impl Flow {
         *count += 1;
         Ok(WatchPlace { client: client.to_owned(), watches: Arc::clone(&self.watches) })
     }
+}
+
+/// As many bytes as one list may have.
+fn max_rewritten_kib(limits: &Limits) -> u32 {
+    u32::try_from(limits.list_bytes >> 10).unwrap_or(u32::MAX >> 3).max(1)
 }
 
 /// One request that is being answered, until its answer is out.

@@ -17,7 +17,7 @@ use serde_json::Value;
 use crate::{resource::Resource, wire::BodyBytes};
 
 /// Long lists go out in parts of about this size; shorter ones as a whole.
-const PART_BYTES: usize = 64 << 10;
+pub(crate) const PART_BYTES: usize = 64 << 10;
 
 /// A list while its items are being gathered.
 pub(crate) struct ListBody {

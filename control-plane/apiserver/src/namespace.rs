@@ -1,7 +1,7 @@
 //! Objects that the server itself puts into the store, namespaces being the reason: `default`, and
 //! the definitions of what is served. And what namespaces mean for other objects.
 
-use exo_store::{Txn, TxnOutcome};
+use exo_store::{Compare, Txn, TxnOutcome};
 use serde_json::{Value, json};
 
 use crate::{
@@ -15,10 +15,15 @@ use crate::{
 /// Always there.
 pub(crate) const DEFAULT: &str = "default";
 
-/// New objects come only into namespaces that exist and stay.
-pub(crate) async fn check_new(call: &Call) -> Result<(), ApiError> {
+/// Where a new object comes into: holds while the namespace is as it was looked at. `None` for one
+/// that always stays, and for objects without.
+pub(crate) type Home = Option<Compare>;
+
+/// New objects come only into namespaces that exist and stay. What is found here may be a little
+/// old, where it isn't looked up `anew`: that it still holds is to be checked with the write.
+pub(crate) async fn check_new(call: &Call, anew: bool) -> Result<Home, ApiError> {
     let Some(name) = call.namespace.as_deref() else {
-        return Ok(());
+        return Ok(None);
     };
     let server = &call.server;
     if name == DEFAULT {
@@ -27,7 +32,7 @@ pub(crate) async fn check_new(call: &Call) -> Result<(), ApiError> {
     let namespaces = server.namespaces();
     let key = namespaces.key(None, name);
     let store = server.store();
-    let entry = match store.get_local(&key) {
+    let entry = match store.get_local(&key).filter(|_| !anew) {
         Some(entry) => Some(entry),
         None => store.get(&key).await?,
     };
@@ -36,7 +41,8 @@ pub(crate) async fn check_new(call: &Call) -> Result<(), ApiError> {
         let subject = call.resource.subject(&call.name);
         return Err(ApiError::Terminating { subject, namespace: name.to_owned() });
     }
-    Ok(())
+    let home = Compare { key: entry.key, mod_revision: entry.mod_revision };
+    Ok((name != DEFAULT).then_some(home))
 }
 
 /// Whether this server or another one has done that, as far as is known here.

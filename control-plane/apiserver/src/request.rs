@@ -1,6 +1,6 @@
 //! What a request asks for: path, verb and parameters, read once.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use axum::http::Method;
 
@@ -42,6 +42,38 @@ impl Query {
                 })
             })
             .transpose()
+    }
+}
+
+/// A length of time as Go writes it: `300ms`, `1m30s`, `0`. `None` for anything else, and for what
+/// lies in the past.
+pub(crate) fn duration(text: &str) -> Option<Duration> {
+    const UNITS_S: [(&str, f64); 8] = [
+        ("ns", 1e-9),
+        ("us", 1e-6),
+        ("\u{b5}s", 1e-6),
+        ("\u{3bc}s", 1e-6),
+        ("ms", 1e-3),
+        ("s", 1.0),
+        ("m", 60.0),
+        ("h", 3600.0),
+    ];
+    let mut rest = text.strip_prefix('+').unwrap_or(text);
+    if rest == "0" {
+        return Some(Duration::ZERO);
+    }
+    let mut whole = Duration::ZERO;
+    loop {
+        let is_digit = |c: char| c.is_ascii_digit() || c == '.';
+        let (number, after) = rest.split_at(rest.find(|c| !is_digit(c))?);
+        let (unit, after) = after.split_at(after.find(is_digit).unwrap_or(after.len()));
+        let (_, seconds) = UNITS_S.iter().find(|(name, _)| *name == unit)?;
+        let part = Duration::try_from_secs_f64(number.parse::<f64>().ok()? * seconds).ok()?;
+        whole = whole.checked_add(part)?;
+        rest = after;
+        if rest.is_empty() {
+            return Some(whole);
+        }
     }
 }
 
@@ -234,6 +266,29 @@ mod tests {
         check("/apis/g/v/nodes/a%2Fb", Some((None, "nodes", Some("a/b"), None)));
         for bad in ["/apis/g/v", "/apis/g/v/", "/apis/g/v/nodes/", "/x", "/apis/g/v/a/b/c/d"] {
             check(bad, None);
+        }
+    }
+
+    #[test]
+    fn lengths_of_time_are_read_as_go_does() {
+        for (text, expect_ms) in [
+            ("0", Some(0)),
+            ("0s", Some(0)),
+            ("300ms", Some(300)),
+            ("1.5h", Some(5_400_000)),
+            ("1m30s", Some(90_000)),
+            ("+2us2ms", Some(2)),
+            ("", None),
+            ("5", None),
+            ("s", None),
+            ("-1s", None),
+            ("1d", None),
+            ("1.2.3s", None),
+            ("1s5", None),
+            ("99999999999999999999h", None),
+        ] {
+            let found = duration(text).map(|time| time.as_millis());
+            assert_eq!(found, expect_ms, "{text}");
         }
     }
 

@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 
-use axum::{Extension, body::Bytes, extract::State, http::StatusCode, response::Response};
+use axum::{Extension, body::Body, extract::State, http::StatusCode, response::Response};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::{
     auth::Identity,
     authorize::Attributes,
-    discovery,
+    body, discovery,
     error::ApiError,
     object, protobuf,
     server::{ApiServer, Subresource, json_response},
@@ -27,12 +28,14 @@ const VERBS: [&str; 8] =
 
 /// Kubernetes' own clients ask with protocol buffers whatever the server speaks, and some of them
 /// without saying so.
-fn read(body: &[u8], kind: &str) -> Result<Value, ApiError> {
-    let mut review = if protobuf::is_protobuf(body) {
-        protobuf::read(body)
+async fn read(server: &ApiServer, body: Body, kind: &str) -> Result<Value, ApiError> {
+    let limits = server.flow().limits();
+    let body = body::read(body, limits.body, Instant::now() + limits.request).await?;
+    let mut review = if protobuf::is_protobuf(&body) {
+        protobuf::read(&body)
             .map_err(|error| ApiError::BadRequest(format!("the body can't be read: {error}")))?
     } else {
-        serde_json::from_slice(body)
+        serde_json::from_slice(&body)
             .map_err(|error| ApiError::BadRequest(format!("the body is not JSON: {error}")))?
     };
     let (group, ..) = REVIEWS.iter().find(|(_, of, _)| *of == kind).expect("kinds are from there");
@@ -51,9 +54,9 @@ fn answer(mut review: Value, status: Value) -> Response {
 pub(crate) async fn access(
     State(server): State<ApiServer>,
     Extension(identity): Extension<Identity>,
-    body: Bytes,
+    body: Body,
 ) -> Result<Response, ApiError> {
-    let review = read(&body, "SelfSubjectAccessReview")?;
+    let review = read(&server, body, "SelfSubjectAccessReview").await?;
     let status = match review.pointer("/spec/resourceAttributes") {
         Some(asked) => match may(&server, &identity, asked) {
             Ok(()) => json!({"allowed": true}),
@@ -99,9 +102,9 @@ fn may(server: &ApiServer, identity: &Identity, asked: &Value) -> Result<(), Str
 pub(crate) async fn rules(
     State(server): State<ApiServer>,
     Extension(identity): Extension<Identity>,
-    body: Bytes,
+    body: Body,
 ) -> Result<Response, ApiError> {
-    let review = read(&body, "SelfSubjectRulesReview")?;
+    let review = read(&server, body, "SelfSubjectRulesReview").await?;
     let mut allowed: BTreeMap<(&str, Vec<&'static str>), Vec<String>> = BTreeMap::new();
     let mut is_all = true;
     for resource in server.resources() {
@@ -150,10 +153,11 @@ pub(crate) async fn rules(
 }
 
 pub(crate) async fn identity(
+    State(server): State<ApiServer>,
     Extension(identity): Extension<Identity>,
-    body: Bytes,
+    body: Body,
 ) -> Result<Response, ApiError> {
-    let review = read(&body, "SelfSubjectReview")?;
+    let review = read(&server, body, "SelfSubjectReview").await?;
     let status = json!({"userInfo": {"username": identity.name, "groups": identity.groups}});
     Ok(answer(review, status))
 }

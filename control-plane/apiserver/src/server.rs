@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use axum::{
     Router,
-    body::{Body, HttpBody as _},
+    body::HttpBody as _,
     extract::{Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware,
@@ -13,10 +13,12 @@ use axum::{
 };
 use bytes::Bytes;
 use exo_store::{Entry, Store};
-use http_body_util::BodyExt as _;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use serde_json::{Value, json};
-use tokio::sync::OnceCell;
+use tokio::{
+    sync::OnceCell,
+    time::{Instant, timeout_at},
+};
 
 use crate::{
     auth::{self, Identity},
@@ -27,7 +29,7 @@ use crate::{
     health,
     metrics::{Metrics, Timer},
     namespace, openapi,
-    request::{Query, Target, Verb},
+    request::{self, Query, Target, Verb},
     resource::{Access, DefinitionError, Resource},
     review,
     table::Form,
@@ -181,7 +183,7 @@ pub fn app(server: ApiServer) -> Router {
         .fallback(resource_request)
         .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed })
         .layer(middleware::from_fn_with_state(server.clone(), auth::require_identity))
-        .layer(middleware::from_fn(wire::present))
+        .layer(middleware::from_fn_with_state(server.clone(), wire::present))
         .with_state(server)
 }
 
@@ -201,6 +203,8 @@ pub(crate) struct Call {
     /// Name of the identity that asks.
     pub(crate) client: String,
     pub(crate) body: Bytes,
+    /// When it must be answered; watches take no notice.
+    pub(crate) deadline: Instant,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -225,6 +229,10 @@ async fn resource_request(State(server): State<ApiServer>, request: Request) -> 
     let query = Query::parse(request.uri().query());
     let verb = match Verb::of(request.method(), &target, &query) {
         Ok(verb) => verb,
+        // What isn't there has no methods.
+        Err(_) if server.resource(&target).is_none() => {
+            return ApiError::UnknownPath.into_response();
+        }
         Err(error) => return error.into_response(),
     };
     // Watches have a limit of their own.
@@ -238,25 +246,47 @@ async fn resource_request(State(server): State<ApiServer>, request: Request) -> 
             }
         },
     };
+    let deadline = match deadline(&server, verb, &query) {
+        Ok(deadline) => deadline,
+        Err(error) => return error.into_response(),
+    };
     let timer = server.metrics().start(verb);
-    let result = Box::pin(dispatch(server.clone(), verb, target, query, request)).await;
-    let response = result.unwrap_or_else(IntoResponse::into_response);
+    let asked = Asked { verb, target, query, deadline };
+    let result = Box::pin(dispatch(server.clone(), asked, request)).await;
+    let mut response = result.unwrap_or_else(IntoResponse::into_response);
     let resource = response.extensions().get().cloned();
     let answered = Answered { timer, resource, code: response.status(), _place: place };
     // A long list is still to be written; of watches, their beginning is what counts.
-    if verb == Verb::Watch || response.body().size_hint().exact().is_some() {
-        return response;
+    if verb != Verb::Watch && response.body().size_hint().exact().is_none() {
+        response.extensions_mut().insert(wire::Unwritten { answered: answered.into(), deadline });
     }
-    response.map(|body| {
-        Body::new(body.map_frame(move |frame| {
-            let _until_it_is_out = &answered;
-            frame
-        }))
-    })
+    response
+}
+
+/// When a request that comes now must be answered.
+fn deadline(server: &ApiServer, verb: Verb, query: &Query) -> Result<Instant, ApiError> {
+    let limit = server.flow().limits().request;
+    let Some(text) = query.get("timeout").filter(|_| verb != Verb::Watch) else {
+        return Ok(Instant::now() + limit);
+    };
+    let wanted = request::duration(text).ok_or_else(|| {
+        ApiError::BadRequest(format!("invalid timeout specified in the request URL: {text:?}"))
+    })?;
+    // As in Kubernetes, none is as good as no wish.
+    let wanted = if wanted.is_zero() { limit } else { wanted.min(limit) };
+    Ok(Instant::now() + wanted)
+}
+
+/// A request but for its body.
+struct Asked {
+    verb: Verb,
+    target: Target,
+    query: Query,
+    deadline: Instant,
 }
 
 /// A request up to the end of its answer: then its place is free, and its time is known.
-struct Answered {
+pub(crate) struct Answered {
     timer: Timer,
     /// Only resources that exist become labels: a client can't make up new series.
     resource: Option<Arc<Resource>>,
@@ -272,16 +302,16 @@ impl Drop for Answered {
     }
 }
 
-async fn dispatch(
-    server: ApiServer,
-    verb: Verb,
-    target: Target,
-    query: Query,
-    request: Request,
-) -> Result<Response, ApiError> {
-    let resource = server.resource(&target).ok_or(ApiError::UnknownPath)?;
+async fn dispatch(server: ApiServer, asked: Asked, request: Request) -> Result<Response, ApiError> {
+    let resource = server.resource(&asked.target).ok_or(ApiError::UnknownPath)?;
     let resource = Arc::clone(resource);
-    let result = Box::pin(answer(server, &resource, verb, target, query, request)).await;
+    let (verb, deadline) = (asked.verb, asked.deadline);
+    let answer = Box::pin(answer(server, &resource, asked, request));
+    let result = match verb {
+        Verb::Watch => answer.await,
+        // Cancel-safe as far as a client that goes away is: what was written stays so.
+        _ => timeout_at(deadline, answer).await.unwrap_or_else(|_| Err(ApiError::late(verb))),
+    };
     let mut response = result.unwrap_or_else(IntoResponse::into_response);
     response.extensions_mut().insert(resource);
     Ok(response)
@@ -290,11 +320,10 @@ async fn dispatch(
 async fn answer(
     server: ApiServer,
     resource: &Arc<Resource>,
-    verb: Verb,
-    target: Target,
-    query: Query,
+    asked: Asked,
     request: Request,
 ) -> Result<Response, ApiError> {
+    let Asked { verb, target, query, deadline } = asked;
     check_scope(resource, verb, &target)?;
     let reads = matches!(verb, Verb::Get | Verb::List | Verb::Watch);
     if resource.access == Access::ReadOnly && !reads {
@@ -321,6 +350,7 @@ async fn answer(
     let is_watch = verb == Verb::Watch;
     let form = Form::negotiate(text(header::ACCEPT), query.get("includeObject"), is_watch)?;
     let content_type = text(header::CONTENT_TYPE)
+        .filter(|text| !text.trim().is_empty())
         .map(|t| t.split(';').next().unwrap_or(t).trim().to_ascii_lowercase());
     let call = Call {
         verb,
@@ -333,7 +363,8 @@ async fn answer(
         content_type,
         user_agent: text(header::USER_AGENT).map(str::to_owned),
         client: parts.extensions.get::<Identity>().map(|i| i.name.clone()).unwrap_or_default(),
-        body: body::read(body, server.flow().limits().body).await?,
+        body: body::read(body, server.flow().limits().body, deadline).await?,
+        deadline,
         server,
     };
     authorize(call.server.policy(), identity, verb, &call).await?;

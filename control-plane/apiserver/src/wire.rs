@@ -1,13 +1,18 @@
 //! How answers go out: as YAML or indented where the client asks for that, compressed where it can
 //! read that and it is worth the time. Never touches watches: each of their lines goes out at once.
 
-use std::io::Write as _;
+use std::{
+    convert::Infallible,
+    io::Write as _,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::Poll,
+};
 
 use async_stream::stream;
 use axum::{
     body::{Body, HttpBody as _},
-    extract::Request,
-    http::{HeaderValue, header},
+    extract::{Request, State},
+    http::{HeaderValue, Method, header},
     middleware::Next,
     response::{IntoResponse as _, Response},
 };
@@ -16,11 +21,17 @@ use exo_crds::{transcode::JsonText, yaml};
 use flate2::{Compression, write::GzEncoder};
 use futures::StreamExt as _;
 use http_body_util::BodyExt as _;
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
 
 use crate::{
     error::ApiError,
+    list::PART_BYTES,
     request::Query,
-    server::header_text,
+    server::{Answered, ApiServer, header_text},
     table::{YAML, wants_yaml},
 };
 
@@ -40,7 +51,18 @@ enum Notation {
     Yaml,
 }
 
-pub(crate) async fn present(request: Request, next: Next) -> Response {
+/// A long answer that is still to be written, up to a deadline.
+#[derive(Clone)]
+pub(crate) struct Unwritten {
+    pub(crate) answered: Arc<Answered>,
+    pub(crate) deadline: Instant,
+}
+
+pub(crate) async fn present(
+    State(server): State<ApiServer>,
+    request: Request,
+    next: Next,
+) -> Response {
     let query = Query::parse(request.uri().query());
     let headers = request.headers();
     let notation = if header_text(headers, header::ACCEPT).is_some_and(wants_yaml) {
@@ -51,17 +73,26 @@ pub(crate) async fn present(request: Request, next: Next) -> Response {
         Notation::Dense
     };
     let takes_gzip = header_text(headers, header::ACCEPT_ENCODING).is_some_and(takes_gzip);
-    let response = next.run(request).await;
-    if query.flag("watch") == Some(true) {
+    let is_watch = request.method() == Method::GET && query.flag("watch") == Some(true);
+    let mut response = next.run(request).await;
+    if is_watch {
         return response;
     }
+    let unwritten = response.extensions_mut().remove::<Unwritten>();
     let response = match notation {
         Notation::Indented | Notation::Yaml if is_json(&response) => {
-            rewrite(response, notation).await
+            match rewrite(&server, response, notation).await {
+                Ok(response) => response,
+                Err(error) => return error.into_response(),
+            }
         }
         Notation::Dense | Notation::Indented | Notation::Yaml => response,
     };
-    if takes_gzip { compress(response) } else { response }
+    let response = if takes_gzip { compress(response) } else { response };
+    match unwritten {
+        Some(unwritten) => response.map(|body| until(body, unwritten)),
+        None => response,
+    }
 }
 
 /// JSON that has no other form which is its own.
@@ -70,23 +101,77 @@ fn is_json(response: &Response) -> bool {
     header_text(response.headers(), header::CONTENT_TYPE) == Some("application/json") && !is_tagged
 }
 
-async fn rewrite(response: Response, notation: Notation) -> Response {
-    let (mut parts, body) = response.into_parts();
-    let json = match body.collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(error) => return ApiError::Internal(error.to_string()).into_response(),
+/// Long answers hold their share of the memory until they are out; the others are in memory anyway.
+async fn rewrite(
+    server: &ApiServer,
+    response: Response,
+    notation: Notation,
+) -> Result<Response, ApiError> {
+    let share = match response.body().size_hint().exact() {
+        Some(_) => None,
+        None => {
+            let announced = response.extensions().get().map_or(0, |BodyBytes(bytes)| *bytes);
+            let share = server.flow().rewriting(announced);
+            Some(share.inspect_err(|_| {
+                server.metrics().rejected.with_label_values(&["rewriting"]).inc();
+            })?)
+        }
     };
+    let (mut parts, body) = response.into_parts();
+    let internal = |error: &dyn std::error::Error| ApiError::Internal(error.to_string());
+    let json = body.collect().await.map_err(|error| internal(&error))?.to_bytes();
     // Long lists take their time.
     let written = tokio::task::spawn_blocking(move || write(json, notation)).await;
-    let text = match written {
-        Ok(text) => text,
-        Err(error) => return ApiError::Internal(error.to_string()).into_response(),
-    };
+    let text = written.map_err(|error| internal(&error))?;
     parts.headers.remove(header::CONTENT_LENGTH);
     if notation == Notation::Yaml {
         parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(YAML));
     }
-    Response::from_parts(parts, text.into())
+    let body = match share {
+        None => text.into(),
+        Some(share) => in_parts(text, share),
+    };
+    Ok(Response::from_parts(parts, body))
+}
+
+/// What is on its way to the client is a copy: the text goes when the body does.
+fn in_parts(text: Bytes, share: OwnedSemaphorePermit) -> Body {
+    Body::from_stream(stream! {
+        let _until_it_is_out = share;
+        for part in text.chunks(PART_BYTES) {
+            yield Ok::<_, Infallible>(Bytes::copy_from_slice(part));
+        }
+    })
+}
+
+/// A body that ends with an error when it isn't read by the deadline. What it holds goes then, be it
+/// that nobody reads any more: a connection that stands still doesn't ask for the rest.
+fn until(body: Body, unwritten: Unwritten) -> Body {
+    let Unwritten { answered, deadline } = unwritten;
+    let slot = Arc::new(Mutex::new(Some((body.into_data_stream(), answered))));
+    let emptied = Arc::downgrade(&slot);
+    let mut timer = JoinSet::new();
+    timer.spawn(async move {
+        sleep_until(deadline).await;
+        let held = emptied.upgrade().map(|slot| lock(&slot).take());
+        drop(held);
+    });
+    Body::from_stream(futures::stream::poll_fn(move |context| {
+        let _until_the_end = &timer;
+        match lock(&slot).as_mut() {
+            Some((parts, _)) => parts.poll_next_unpin(context),
+            None => Poll::Ready(Some(Err(axum::Error::new(LateAnswer)))),
+        }
+    }))
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the answer was not read in time")]
+struct LateAnswer;
+
+/// Nothing panics while it is held.
+fn lock<T>(slot: &Mutex<T>) -> MutexGuard<'_, T> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn write(json: Bytes, notation: Notation) -> Bytes {

@@ -14,6 +14,7 @@ use kube::{
     runtime::{WatchStreamExt as _, watcher},
 };
 use serde_json::json;
+use support::SHARDS;
 
 fn instance(name: &str) -> InferenceInstance {
     serde_json::from_value(support::instance(name)).unwrap()
@@ -226,6 +227,23 @@ async fn a_position_from_before_history_is_gone() {
     let error = api.list(&ListParams::default().limit(1).continue_token(&token)).await.unwrap_err();
     let kube::Error::Api(status) = error else { panic!("{error}") };
     assert_eq!(status.code, 410);
+    // Who doesn't mind goes on with what is there now.
+    let path = |token: &str| format!("{SHARDS}?limit=1&continue={token}");
+    let (code, refused) = server.get(&path(&token)).await;
+    assert_eq!((code.as_u16(), &refused["reason"]), (410, &json!("Expired")));
+    let token = refused["metadata"]["continue"].as_str().unwrap();
+    api.delete("b", &DeleteParams::default()).await.unwrap();
+    let (_, page) = server.get(&path(token)).await;
+    assert_eq!(page["items"][0]["metadata"]["name"], "c", "{page}");
+    assert_eq!(page["metadata"]["remainingItemCount"], 1);
+    let token = page["metadata"]["continue"].as_str().unwrap();
+    api.delete("d", &DeleteParams::default()).await.unwrap();
+    let (_, last) = server.get(&path(token)).await;
+    assert_eq!(last["items"][0]["metadata"]["name"], "d", "from there on it is consistent");
+    // Without a position there is none to go on from.
+    let (code, refused) =
+        server.get(&format!("{SHARDS}?resourceVersion=1&resourceVersionMatch=Exact")).await;
+    assert_eq!((code.as_u16(), &refused["metadata"]), (410, &json!({})));
 }
 
 #[tokio::test]

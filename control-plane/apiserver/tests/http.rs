@@ -224,6 +224,7 @@ async fn requests_that_make_no_sense_have_their_codes() {
         (&Method::DELETE, &format!("{a}/status"), 405, "MethodNotAllowed"),
         (&Method::POST, "/apis/exo.dev/v1alpha1/shards", 405, "MethodNotAllowed"),
         (&Method::POST, "/apis", 405, "MethodNotAllowed"),
+        (&Method::POST, "/api/v1/namespaces/default/pods/a/eviction", 404, "NotFound"),
         (&get, &format!("{INSTANCES}?fieldSelector=spec.replicas=x"), 400, "BadRequest"),
         (&get, &format!("{INSTANCES}?labelSelector=a+b"), 400, "BadRequest"),
         (&get, &format!("{INSTANCES}?limit=many"), 400, "BadRequest"),
@@ -272,6 +273,8 @@ async fn media_types_and_sizes_are_checked() {
     assert_eq!(send(Method::GET, &a, json, "text/html", String::new()).await, 406);
     assert_eq!(send(Method::POST, INSTANCES, json, json, "{".into()).await, 400);
     assert_eq!(send(Method::POST, INSTANCES, "application/yaml", json, yaml.into()).await, 201);
+    let unnamed = instance("unnamed").to_string();
+    assert_eq!(send(Method::POST, INSTANCES, "", json, unnamed).await, 201, "as if not said");
     let merge = "application/merge-patch+json";
     assert_eq!(send(Method::PATCH, &a, merge, json, "[]".into()).await, 400);
     let json_patch = "application/json-patch+json";
@@ -396,13 +399,23 @@ async fn updates_and_deletions_mind_their_preconditions() {
         server.call(Method::PATCH, &dry, Some(json!({"spec": {"replicas": 3}}))).await;
     assert_eq!((code.as_u16(), &body["spec"]["replicas"]), (200, &json!(3)));
     assert_eq!(server.call(Method::DELETE, &dry, None).await.0, 200);
+    let held = format!("{a}?dryRun=All&propagationPolicy=Foreground");
+    let (code, body) = server.call(Method::DELETE, &held, None).await;
+    assert_eq!(code, StatusCode::OK, "{body}");
+    assert_eq!(body["metadata"]["finalizers"], json!(["foregroundDeletion"]), "it would wait");
+    assert!(body["metadata"]["deletionTimestamp"].is_string());
     assert_eq!(server.get(a).await.1, created, "it was only tried");
 
+    let other = json!({"kind": "Scale", "apiVersion": "autoscaling/v1"});
+    assert_eq!(server.call(Method::DELETE, a, Some(other)).await.0, 400);
     let wrong = json!({"preconditions": {"uid": "other"}});
     assert_eq!(server.call(Method::DELETE, a, Some(wrong)).await.0, 409);
     let policy = json!({"propagationPolicy": "Sideways"});
     assert_eq!(server.call(Method::DELETE, a, Some(policy)).await.0, 422);
-    let right = json!({"preconditions": {"uid": uid}, "propagationPolicy": "Background"});
+    let right = json!({
+        "kind": "DeleteOptions", "apiVersion": "exo.dev/v1alpha1", "preconditions": {"uid": uid},
+        "propagationPolicy": "Background",
+    });
     let (code, body) = server.call(Method::DELETE, a, Some(right)).await;
     assert_eq!(code, StatusCode::OK);
     assert_eq!(

@@ -202,6 +202,10 @@ async fn pages_say_how_many_are_left() {
     let token = first["metadata"]["continue"].as_str().unwrap();
     let (_, second) = server.get(&format!("{NODES}?limit=2&continue={token}")).await;
     assert_eq!(remaining(&second), Some(json!(1)));
+    for (version, code) in [("0", 200), ("5", 400)] {
+        let path = format!("{NODES}?limit=2&continue={token}&resourceVersion={version}");
+        assert_eq!(server.get(&path).await.0, code, "the token says it already");
+    }
     let token = second["metadata"]["continue"].as_str().unwrap();
     let (_, last) = server.get(&format!("{NODES}?limit=2&continue={token}")).await;
     assert_eq!(

@@ -47,6 +47,25 @@ pub(super) fn faults(secret: &Value) -> Vec<Cause> {
     causes
 }
 
+/// What an update changes of what must stay.
+pub(super) fn fixed(current: &Value, wanted: &Value) -> Vec<Cause> {
+    let is_kept = |field: &str| current.get(field) == wanted.get(field);
+    let mut causes = Vec::new();
+    if !is_kept("type") {
+        let problem = format_args!("{}: field is immutable", wanted["type"]);
+        causes.push(Cause::invalid("type", problem));
+    }
+    if current.get("immutable") == Some(&json!(true)) {
+        let changed = ["immutable", "data"].into_iter().filter(|field| !is_kept(field));
+        causes.extend(changed.map(|field| Cause {
+            reason: "FieldValueForbidden",
+            message: "Forbidden: field is immutable when `immutable` is set".to_owned(),
+            field: field.to_owned(),
+        }));
+    }
+    causes
+}
+
 /// The values that programs look for in a secret of a type.
 fn type_faults(secret: &Value, data: &Map<String, Value>) -> Vec<Cause> {
     let missing = |keys: &[&str]| -> Vec<Cause> {

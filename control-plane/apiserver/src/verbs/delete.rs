@@ -5,6 +5,7 @@ use exo_store::{Store, Txn, TxnOutcome};
 use futures::future::join_all;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::read;
 use crate::{
@@ -117,9 +118,12 @@ pub(crate) async fn delete(call: &Call) -> Result<Response, ApiError> {
     if dry_run {
         let entry = store.get(&call.key()).await?;
         let entry = entry.ok_or_else(|| call.not_found())?;
-        let object = call.resource.decode(&entry)?;
+        let mut object = call.resource.decode(&entry)?;
         check(&call.resource, &object, &preconditions)?;
-        return Ok(gone(call, &object));
+        return Ok(match doom(&call.resource, &mut object, propagation) {
+            Fate::Goes => gone(call, &object),
+            Fate::Waits { .. } => call.respond(StatusCode::OK, object, &[]),
+        });
     }
     let removed = remove(store, &call.resource, &call.key(), &preconditions, propagation).await?;
     match removed.ok_or_else(|| call.not_found())? {
@@ -148,7 +152,14 @@ fn options(call: &Call) -> Result<Options, ApiError> {
     let mut options: Options = if call.body.is_empty() {
         Options::default()
     } else {
-        serde_json::from_value(call.body_object()?.object)
+        let object = call.body_object()?.object;
+        // Whoever sends another thing means another thing.
+        let kind = object.get("kind").and_then(Value::as_str).unwrap_or_default();
+        if !["", "DeleteOptions"].contains(&kind) {
+            let problem = format!("a DeleteOptions is expected here, not a {kind}");
+            return Err(ApiError::BadRequest(problem));
+        }
+        serde_json::from_value(object)
             .map_err(|error| ApiError::BadRequest(format!("bad DeleteOptions: {error}")))?
     };
     if let Some(policy) = call.query.get("propagationPolicy") {
@@ -180,21 +191,21 @@ pub(crate) async fn remove(
         };
         let mut object = resource.decode(&entry)?;
         check(resource, &object, preconditions)?;
-        let added = hold(&mut object, propagation);
-        let held = object::is_held(&object);
-        if held && !added && object::is_deleting(&object) {
-            return Ok(Some(Removed::Marked(object)));
-        }
-        let txn = if held {
-            mark(resource, &mut object);
-            Txn::replace(key, entry.mod_revision, resource.encode(&object)?)
-        } else {
-            Txn::delete(key, entry.mod_revision)
+        let fate = doom(resource, &mut object, propagation);
+        let txn = match fate {
+            Fate::Waits { is_new: false } => return Ok(Some(Removed::Marked(object))),
+            Fate::Waits { is_new: true } => {
+                Txn::replace(key, entry.mod_revision, resource.encode(&object)?)
+            }
+            Fate::Goes => Txn::delete(key, entry.mod_revision),
         };
         if let TxnOutcome::Committed { revision } = store.txn(txn).await? {
             let version = json!(revision.to_string());
             object::set_metadata(&mut object, "resourceVersion", Some(version));
-            return Ok(Some(if held { Removed::Marked(object) } else { Removed::Gone(object) }));
+            return Ok(Some(match fate {
+                Fate::Waits { .. } => Removed::Marked(object),
+                Fate::Goes => Removed::Gone(object),
+            }));
         }
     }
     Err(ApiError::modified(resource.subject(name_of(key))))
@@ -202,6 +213,27 @@ pub(crate) async fn remove(
 
 fn name_of(key: &str) -> &str {
     key.rsplit('/').next().unwrap_or(key)
+}
+
+/// What a deletion does to an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Goes,
+    /// For its finalizers; `is_new` if it did not do so before.
+    Waits {
+        is_new: bool,
+    },
+}
+
+/// Makes of the object what a deletion makes of it.
+fn doom(resource: &Resource, object: &mut Value, propagation: Propagation) -> Fate {
+    let added = hold(object, propagation);
+    if !object::is_held(object) {
+        return Fate::Goes;
+    }
+    let is_new = added || !object::is_deleting(object);
+    mark(resource, object);
+    Fate::Waits { is_new }
 }
 
 /// Adds the finalizer of the propagation; `false` if nothing is new.
@@ -287,6 +319,7 @@ async fn remove_matching(
     propagation: Propagation,
 ) -> Result<(), ApiError> {
     let mut changed = false;
+    let mut left = objects.len();
     for objects in objects.chunks(AT_ONCE) {
         let doomed = objects.iter().map(|object| {
             let key = call.resource.key(object::namespace(object), object::name(object));
@@ -305,6 +338,11 @@ async fn remove_matching(
         }
         if let Some(error) = stopped {
             return Err(halfway(error, changed));
+        }
+        // Where the store doesn't wait for anything, nobody else would look at the clock.
+        left -= objects.len();
+        if left > 0 && Instant::now() >= call.deadline {
+            return Err(ApiError::late(call.verb));
         }
     }
     Ok(())

@@ -42,6 +42,7 @@ pub(crate) async fn list(call: &Call) -> Result<Response, ApiError> {
 /// Where a list goes on; opaque to clients.
 #[derive(Serialize, Deserialize)]
 struct Continue {
+    /// 0 for the newest, whatever came before.
     revision: u64,
     /// Last key that was handed out.
     after: String,
@@ -105,11 +106,17 @@ async fn read_page(
     check_options(call)?;
     let (mut revision, mut after) = match call.query.get("continue") {
         Some(token) => {
+            if call.query.get("resourceVersion").is_some_and(|version| version != "0") {
+                return Err(ApiError::BadRequest(
+                    "specifying resource version is not allowed when using continue".to_owned(),
+                ));
+            }
             let token = Continue::decode(token, &prefix)?;
-            (Some(token.revision), Some(token.after))
+            (Some(token.revision).filter(|revision| *revision > 0), Some(token.after))
         }
         None => (exact_revision(call).await?, None),
     };
+    let begun = after.clone();
     let store = call.server.store();
     let mut local = call.takes_old();
     let (mut count, mut bytes) = (0, 0);
@@ -118,7 +125,7 @@ async fn read_page(
         let query =
             ListQuery { prefix: prefix.clone(), after: after.clone(), limit: PAGE, revision };
         let listing = if local { store.list_local(&query) } else { store.list(&query).await };
-        let listing = listing.map_err(expired)?;
+        let listing = listing.map_err(|error| expired(error, begun.as_deref()))?;
         // Further pages are of the same revision, which is here by now.
         local = true;
         revision = Some(listing.revision);
@@ -224,14 +231,19 @@ async fn check_reached(call: &Call, wanted: u64) -> Result<(), ApiError> {
     if wanted > current { Err(ApiError::FutureVersion { wanted, current }) } else { Ok(()) }
 }
 
-fn expired(error: StoreError) -> ApiError {
-    match error {
-        StoreError::Read(ReadError::Compacted { .. }) => ApiError::Expired(
-            "The provided continue parameter or resourceVersion is too old to display a \
-             consistent list result. Start a new list without it."
+/// `after` is the last key that the client has.
+fn expired(error: StoreError, after: Option<&str>) -> ApiError {
+    match (error, after) {
+        (StoreError::Read(ReadError::Compacted { .. }), Some(after)) => {
+            let go_on = Continue { revision: 0, after: after.to_owned() };
+            ApiError::ExpiredPage { go_on: go_on.encode() }
+        }
+        (StoreError::Read(ReadError::Compacted { .. }), None) => ApiError::Expired(
+            "The provided resourceVersion is too old to display a consistent list result. Start a \
+             new list without it."
                 .to_owned(),
         ),
-        other => other.into(),
+        (other, _) => other.into(),
     }
 }
 

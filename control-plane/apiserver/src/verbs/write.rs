@@ -15,7 +15,8 @@ use crate::{
     builtin, clock,
     error::{ApiError, Cause},
     fields::{self, Author},
-    namespace, object, schema,
+    namespace::{self, Home},
+    object, schema,
     server::{Call, Subresource},
 };
 
@@ -37,7 +38,7 @@ pub(crate) async fn create(call: &Call) -> Result<Response, ApiError> {
     }
     object::set_metadata(&mut object, "managedFields", None);
     admission::stamp_new(&call.resource, &mut object);
-    namespace::check_new(call).await?;
+    let mut home = namespace::check_new(call, false).await?;
     let manager = manager(call)?;
     let base = match object::text(&object, "generateName") {
         Some(base) if object::name(&object).is_empty() && !base.is_empty() => {
@@ -55,7 +56,7 @@ pub(crate) async fn create(call: &Call) -> Result<Response, ApiError> {
         let now = clock::format(clock::now());
         let author = author(call, &manager, &now);
         fields::created(call.resource.schema.typed(), &mut object, &author);
-        if let Some(inserted) = insert(call, &object).await? {
+        if let Some(inserted) = insert(call, &object, &mut home).await? {
             inserted.show(&mut object);
             return Ok(call.respond(StatusCode::CREATED, object, &warnings));
         }
@@ -113,8 +114,13 @@ impl Inserted {
     }
 }
 
-/// `None` if the name is taken.
-async fn insert(call: &Call, object: &Value) -> Result<Option<Inserted>, ApiError> {
+/// `None` if the name is taken. Nothing comes into a namespace that is no more what it was when it
+/// was looked at: then it is looked at anew.
+async fn insert(
+    call: &Call,
+    object: &Value,
+    home: &mut Home,
+) -> Result<Option<Inserted>, ApiError> {
     let name = object::name(object);
     let key = call.resource.key(call.namespace.as_deref(), name);
     let store = call.server.store();
@@ -124,10 +130,20 @@ async fn insert(call: &Call, object: &Value) -> Result<Option<Inserted>, ApiErro
             None => Some(Inserted::OnlyTried),
         });
     }
-    match store.txn(Txn::create(key, call.resource.encode(object)?)).await? {
-        TxnOutcome::Committed { revision } => Ok(Some(Inserted::At(revision))),
-        TxnOutcome::Conflict { .. } => Ok(None),
+    let value: Arc<str> = call.resource.encode(object)?.into();
+    for _ in 0..MAX_TRIES {
+        let mut txn = Txn::create(key.as_str(), Arc::clone(&value));
+        txn.compare.extend(home.clone());
+        match store.txn(txn).await? {
+            TxnOutcome::Committed { revision } => return Ok(Some(Inserted::At(revision))),
+            TxnOutcome::Conflict { current } if current.first().is_some_and(Option::is_some) => {
+                return Ok(None);
+            }
+            TxnOutcome::Conflict { .. } => *home = namespace::check_new(call, true).await?,
+        }
     }
+    let namespace = call.namespace.as_deref().unwrap_or_default();
+    Err(ApiError::modified(call.server.namespaces().subject(namespace)))
 }
 
 fn random_suffix() -> String {
@@ -292,12 +308,12 @@ async fn apply_new(
             message: "uid or resourceVersion mismatch: the object doesn't exist".to_owned(),
         });
     }
-    namespace::check_new(call).await?;
+    let mut home = namespace::check_new(call, false).await?;
     let applied = fields::apply(call.resource.schema.typed(), None, config, false, author);
     let mut object = applied.expect("a new object has no other managers");
     admission::stamp_new(&call.resource, &mut object);
     admission::admit(call, &mut object, None, &[])?;
-    Ok(insert(call, &object).await?.map(|inserted| {
+    Ok(insert(call, &object, &mut home).await?.map(|inserted| {
         inserted.show(&mut object);
         call.respond(StatusCode::CREATED, object, warnings)
     }))
@@ -456,5 +472,76 @@ fn check_finalizers(call: &Call, current: &Value, new: &Value) -> Result<(), Api
                 field: "metadata.finalizers".to_owned(),
             }],
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use exo_store::Store;
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::{
+        request::{Query, Verb},
+        server::ApiServer,
+        table::Form,
+    };
+
+    fn creation(server: &ApiServer) -> Call {
+        let resource = server.resources().iter().find(|r| r.kind == "Secret").unwrap();
+        Call {
+            server: server.clone(),
+            verb: Verb::Create,
+            resource: Arc::clone(resource),
+            namespace: Some("team".into()),
+            name: String::new(),
+            subresource: None,
+            query: Query::default(),
+            form: Form::Whole,
+            content_type: None,
+            user_agent: None,
+            client: String::new(),
+            body: bytes::Bytes::new(),
+            deadline: Instant::now(),
+        }
+    }
+
+    /// Whatever becomes of the namespace while a new object is being looked at.
+    #[tokio::test]
+    async fn nothing_comes_into_a_namespace_that_went_meanwhile() {
+        let registry = prometheus::Registry::new();
+        let store = Store::memory();
+        let server = ApiServer::new(store.clone(), &exo_crds::all(), &registry).unwrap();
+        let call = creation(&server);
+        let key = server.namespaces().key(None, "team");
+        let put = async |metadata: Value| {
+            let before = store.get_local(&key).map_or(0, |entry| entry.mod_revision);
+            let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata});
+            store.txn(Txn::replace(key.as_str(), before, object.to_string())).await.unwrap();
+        };
+        let secret = |name: &str| {
+            json!({
+                "apiVersion": "v1", "kind": "Secret",
+                "metadata": {"name": name, "namespace": "team"},
+            })
+        };
+        put(json!({"name": "team"})).await;
+        let mut home = namespace::check_new(&call, false).await.unwrap();
+        let first = home.clone();
+        put(json!({"name": "team", "labels": {"a": "b"}})).await;
+        let made = insert(&call, &secret("a"), &mut home).await.unwrap();
+        assert!(matches!(made, Some(Inserted::At(_))), "it is still there");
+        for before in [home.clone(), first.clone()] {
+            let mut home = before;
+            assert!(insert(&call, &secret("a"), &mut home).await.unwrap().is_none());
+        }
+        put(json!({"name": "team", "deletionTimestamp": "2026-01-01T00:00:00Z"})).await;
+        let refused = insert(&call, &secret("b"), &mut home).await;
+        assert!(matches!(refused, Err(ApiError::Terminating { .. })));
+        let revision = store.get_local(&key).unwrap().mod_revision;
+        store.txn(Txn::delete(key.as_str(), revision)).await.unwrap();
+        let refused = insert(&call, &secret("b"), &mut home).await;
+        assert!(matches!(refused, Err(ApiError::NotFound(_))));
+        assert!(store.get_local(&call.resource.key(Some("team"), "b")).is_none());
     }
 }
