@@ -61,7 +61,7 @@ def write(folder, config):
 def ranks_of(folder, ranks, sharding, args):
     """For each rank the bytes of its weights and its peak resident bytes."""
     command = [str(runner.binary(args.bin)), "bench", "--model", str(folder), "--json", "--sharding", sharding,
-               "--prompt-tokens", "4", "--max-tokens", "2", "--rounds", "1"]
+               "--prompt-tokens", "4", "--max-tokens", "3", "--rounds", "1"]
     with tempfile.TemporaryDirectory() as place:
         hosts = Path(place) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in runner.free_ports(ranks)]))

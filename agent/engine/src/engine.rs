@@ -122,6 +122,11 @@ pub enum EngineError {
     Load(#[from] LoadError),
     #[error("layers do not fit: {0}")]
     Layers(String),
+    #[error(
+        "rank {with} computes on CUDA and rank {without} does not: over '{backend}' either all ranks \
+         must, or none"
+    )]
+    Mixed { with: usize, without: usize, backend: &'static str },
     #[error(transparent)]
     Group(#[from] GroupError),
     #[error("MLX: {}", crate::mlx::reason(.0.what()))]
@@ -143,7 +148,7 @@ impl EngineError {
     pub fn is_permanent(&self) -> bool {
         match self {
             Self::Config(ConfigError::Io { .. }) => false,
-            Self::Config(_) | Self::Layers(_) => true,
+            Self::Config(_) | Self::Layers(_) | Self::Mixed { .. } => true,
             Self::Load(error) => error.is_permanent(),
             Self::Group(_) | Self::Mlx(_) => false,
             Self::UnknownSequence(_) | Self::FedTwice(_) | Self::NoTokens => true,
@@ -184,7 +189,7 @@ pub struct Engine {
     segments: Segments,
     next_row: RowId,
     /// What was begun before it was asked for.
-    ahead: Vec<Ahead>,
+    ahead: Option<Ahead>,
     decoded: u64,
     /// Of the vocabulary.
     last_token: Array,
@@ -250,7 +255,7 @@ impl Engine {
             sequences: BTreeMap::new(),
             segments: Segments::default(),
             next_row: 0,
-            ahead: Vec::new(),
+            ahead: None,
             decoded: 0,
             last_token,
         })
@@ -289,7 +294,7 @@ impl Engine {
     pub fn close(&mut self, seq: SeqId) {
         if let Some(sequence) = self.sequences.remove(&seq) {
             self.segments.close(sequence.row);
-            self.ahead.retain_mut(|ahead| ahead.forget(sequence.row));
+            self.forget_ahead(sequence.row);
         }
     }
 
@@ -455,6 +460,24 @@ fn part(
     Ok(part)
 }
 
+/// Checks that all ranks begin steps ahead, or none: else they would wait for each other for ever. Blocks until all have
+/// come here.
+fn meet_alike(group: &Group) -> Result<(), EngineError> {
+    let own = u32::from(group.runs_beside_the_host());
+    let all = group.all_gather(&Array::from_slice(&[own], &[1]))?;
+    all.eval().map_err(|e| GroupError::collective("all_gather", &e))?;
+    match mixed(all.as_slice(), group.backend().name()) {
+        None => Ok(()),
+        Some(error) => Err(error),
+    }
+}
+
+/// What is wrong if some ranks begin steps ahead (1) and some, which are those on CUDA, do not (0).
+fn mixed(ahead: &[u32], backend: &'static str) -> Option<EngineError> {
+    let first = |kind: u32| ahead.iter().position(|own| *own == kind);
+    Some(EngineError::Mixed { with: first(0)?, without: first(1)?, backend })
+}
+
 /// Meets the other ranks, if there are any. Blocks until all have loaded.
 fn meet(
     model: &Model,
@@ -463,6 +486,9 @@ fn meet(
     group: Option<Group>,
     facts: &Facts,
 ) -> Result<Ranks, EngineError> {
+    if let Some(group) = &group {
+        meet_alike(group)?;
+    }
     if !team.is_alone() {
         let &Facts { layers, hidden_size, vocab_size, .. } = facts;
         team.meet(&[-1, layers as i32, hidden_size as i32, vocab_size as i32])?;
@@ -481,4 +507,20 @@ fn meet(
 /// Token ids as the model takes them, `[1, positions]`.
 fn ids(tokens: &[u32]) -> Array {
     Array::from_slice(tokens, &[1, tokens.len() as i32])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_with_cuda_and_without_are_refused_by_name() {
+        assert!(mixed(&[1, 1, 1], "ring").is_none() && mixed(&[0, 0], "ring").is_none());
+        let error = mixed(&[1, 1, 0], "ring").unwrap();
+        assert_eq!(
+            error.to_string(),
+            "rank 2 computes on CUDA and rank 0 does not: over 'ring' either all ranks must, or none"
+        );
+        assert!(error.is_permanent());
+    }
 }

@@ -221,7 +221,9 @@ fn bad_batches_change_nothing() {
     let requests = requests();
     let expect = alone(&mut engine, &requests[0]);
     let token = begin(&mut engine, 0, &requests[0]);
-    let good = Feed { seq: 0, token, draw: 1 };
+    // Behind the first step another was begun ahead.
+    let token = engine.decode(&[Feed { seq: 0, token, draw: 1 }]).unwrap()[0].token;
+    let good = Feed { seq: 0, token, draw: 2 };
     for (feeds, expect) in [
         (vec![], EngineError::NoTokens.to_string()),
         (vec![good, good], EngineError::FedTwice(0).to_string()),
@@ -233,7 +235,7 @@ fn bad_batches_change_nothing() {
     ] {
         assert_eq!(engine.decode(&feeds).unwrap_err().to_string(), expect);
     }
-    assert_eq!(engine.decode(&[good]).unwrap()[0].token, expect[1]);
+    assert_eq!(engine.decode(&[good]).unwrap()[0].token, expect[2]);
 }
 
 #[test]

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{LAYERS, VOCAB, config, tensors, write};
-use exo_engine::{Engine, EngineError, LoadConfig, Sampling, Sharding, Step, StepOutput};
+use exo_engine::{Engine, EngineError, LoadConfig, Opening, Sampling, Sharding, Step, StepOutput};
 use tempfile::TempDir;
 
 fn engine() -> (TempDir, Engine) {
@@ -93,15 +93,26 @@ fn sequences_do_not_touch_each_other() {
 #[test]
 fn a_token_other_than_the_drawn_one_is_fed_as_told() {
     let (_dir, mut engine) = engine();
-    engine.open(1, &Sampling::greedy().into());
-    let drawn = prefill(&mut engine, 1, &[3, 4, 5], 0).token;
-    let other = (drawn + 1) % VOCAB as u32;
-    let tokens = decode(&mut engine, 1, other, 1..10);
+    // What was counted of the step that is taken back would change the answer.
+    let penalized = Sampling {
+        repetition_penalty: 1.3,
+        presence_penalty: 5.0,
+        frequency_penalty: 2.0,
+        ..sampling(None)
+    };
+    for sampling in [Sampling::greedy(), penalized] {
+        engine.open(1, &sampling.clone().into());
+        let first = prefill(&mut engine, 1, &[3, 4, 5], 0).token;
+        // Behind it a step was begun with what it drew.
+        let drawn = decode(&mut engine, 1, first, 1..2)[0];
+        let other = (drawn + 1) % VOCAB as u32;
+        let tokens = decode(&mut engine, 1, other, 2..12);
 
-    engine.open(2, &Sampling::greedy().into());
-    let first = prefill(&mut engine, 2, &[3, 4, 5, other], 1).token;
-    assert_eq!(tokens[0], first);
-    assert_eq!(tokens[1..], decode(&mut engine, 2, first, 2..10));
+        engine.open(2, &Opening { prompt: Some(3), ..sampling.into() });
+        let second = prefill(&mut engine, 2, &[3, 4, 5, first, other], 2).token;
+        assert_eq!(tokens[0], second);
+        assert_eq!(tokens[1..], decode(&mut engine, 2, second, 3..12));
+    }
 }
 
 #[test]
@@ -139,11 +150,20 @@ fn refused_steps_leave_the_sequence_as_it_was() {
     assert!(matches!(refused, Err(EngineError::ContextFull { wanted: 401, max_context: 400 })));
     assert_eq!(prefill(&mut engine, 1, &[7, 8, 9], 0).token, expect);
 
+    // Nor do they touch what was begun ahead.
+    let answer = decode(&mut engine, 2, expect, 1..6);
+    let mut tokens = decode(&mut engine, 1, expect, 1..3);
+    let refused = engine.step(&Step::Decode { seq: 1, token: outside, draw: 3 });
+    assert!(matches!(refused, Err(EngineError::Token { .. })));
+    assert!(matches!(engine.step(&step(&[1; 399])), Err(EngineError::ContextFull { .. })));
+    tokens.extend(decode(&mut engine, 1, tokens[1], 3..6));
+    assert_eq!(tokens, answer);
+
     // The context can be filled to its last place.
     engine.open(3, &Sampling::greedy().into());
-    let token = prefill(&mut engine, 3, &[1; 399], 0).token;
-    let last = engine.step(&Step::Decode { seq: 3, token, draw: 1 }).unwrap().unwrap();
-    let over = engine.step(&Step::Decode { seq: 3, token: last.token, draw: 2 });
+    let token = prefill(&mut engine, 3, &[1; 398], 0).token;
+    let last = decode(&mut engine, 3, token, 1..3)[1];
+    let over = engine.step(&Step::Decode { seq: 3, token: last, draw: 3 });
     assert!(matches!(over, Err(EngineError::ContextFull { wanted: 401, .. })));
 }
 

@@ -56,7 +56,7 @@ fn engine_speed(folder: &Path) -> f64 {
     report["runs"][0]["decode_tokens_per_s"].as_f64().unwrap()
 }
 
-/// As rank 0 itself measures it, from the first token to the last.
+/// As rank 0 itself measures it, from the first token to the last; `bench` begins with the second.
 async fn served_speed(folder: &Path) -> f64 {
     let config: Value =
         serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();

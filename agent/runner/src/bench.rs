@@ -1,5 +1,5 @@
 //! `exo-runner bench`: how fast this machine, or several ranks together, run a model. Owns the measuring and the
-//! printing; what it measures is the engine as it serves.
+//! printing; what it measures is the engine that serves, where prompts are fed in smaller parts.
 
 use std::io::{self, Write};
 use std::ops::Range;
@@ -30,7 +30,7 @@ pub(crate) struct Args {
     /// Lengths of the prompts, one measurement each.
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "512")]
     prompt_tokens: Vec<usize>,
-    /// Tokens to generate per round.
+    /// Tokens to generate per round. Decoding is timed from the second to the last.
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_tokens: usize,
     /// Sequences that are decoded together, one measurement each.
@@ -85,8 +85,9 @@ struct Run {
     time_to_first_token_s: f64,
     /// Of all sequences, as the next.
     prefill_tokens_per_s: f64,
+    /// From the second token to the last: behind the first, the device has nothing to do yet.
     decode_tokens_per_s: f64,
-    /// Of a decode step, the mean over a round.
+    /// Of a decode step, the mean over the same steps of a round.
     step_ms: StepMs,
 }
 
@@ -113,7 +114,7 @@ struct Round {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    ensure!(args.max_tokens > 1, "--max-tokens must be at least 2");
+    ensure!(args.max_tokens > 2, "--max-tokens must be at least 3");
     ensure!(args.rounds > 0, "--rounds must be at least 1");
     ensure!(args.prompt_tokens.iter().all(|n| *n > 0), "--prompt-tokens must be at least 1");
     ensure!(args.batch.iter().all(|n| *n > 0), "--batch must be at least 1");
@@ -171,7 +172,7 @@ fn measure(engine: &mut Engine, length: usize, batch: usize, args: &Args) -> any
     let rounds: anyhow::Result<Vec<Round>> =
         (0..args.rounds).map(|_| round(engine, &prompts, args.max_tokens)).collect();
     let rounds = rounds?;
-    let steps = (args.max_tokens - 1) as f64;
+    let steps = (args.max_tokens - 2) as f64;
     let median_of = |f: &dyn Fn(&Round) -> f64| median(rounds.iter().map(f).collect());
     let step_ms = |f: &dyn Fn(&Round) -> f64| median_of(f) * 1e3 / steps;
     let seconds = Duration::as_secs_f64;
@@ -194,11 +195,12 @@ fn measure(engine: &mut Engine, length: usize, batch: usize, args: &Args) -> any
 }
 
 /// Feeds the prompts one after the other, then draws `max_tokens` likeliest tokens for each together, whatever they
-/// are.
+/// are. Each of the steps that are timed begins the next one, as in the middle of an answer: one more is drawn behind
+/// them, so that nothing is under way when the next round begins.
 fn round(engine: &mut Engine, prompts: &[Vec<u32>], max_tokens: usize) -> anyhow::Result<Round> {
     let started = Instant::now();
     let (mut tokens, mut first_token_s) = (Vec::new(), 0.0);
-    let (sampling, last_draw) = (Sampling::greedy(), max_tokens as u64 - 1);
+    let (sampling, last_draw) = (Sampling::greedy(), max_tokens as u64);
     let opening = Opening { sampling, prompt: None, last_draw };
     for (seq, prompt) in (0..).zip(prompts) {
         engine.open(seq, &opening);
@@ -208,21 +210,29 @@ fn round(engine: &mut Engine, prompts: &[Vec<u32>], max_tokens: usize) -> anyhow
             first_token_s = started.elapsed().as_secs_f64();
         }
     }
-    let first = Instant::now();
+    let prefill_s = started.elapsed().as_secs_f64();
+    step(engine, &mut tokens, 1)?;
+    let second = Instant::now();
     DeviceTimes::take();
-    for draw in 1..max_tokens as u64 {
-        guard::watch("a step");
-        let feed = |(seq, &token): (SeqId, &u32)| Feed { seq, token, draw };
-        let feeds: Vec<Feed> = (0..).zip(&tokens).map(feed).collect();
-        let drawn = engine.decode(&feeds)?;
-        ensure!(drawn.len() == feeds.len(), "the engine drew {} tokens", drawn.len());
-        tokens = drawn.iter().map(|output| output.token).collect();
+    for draw in 2..last_draw {
+        step(engine, &mut tokens, draw)?;
     }
-    let decode_s = first.elapsed().as_secs_f64();
+    let decode_s = second.elapsed().as_secs_f64();
     let device = DeviceTimes::take();
+    step(engine, &mut tokens, last_draw)?;
     (0..prompts.len() as SeqId).for_each(|seq| engine.close(seq));
-    let prefill_s = first.duration_since(started).as_secs_f64();
     Ok(Round { first_token_s, prefill_s, decode_s, device })
+}
+
+/// Feeds the `tokens` of all sequences, and draws the next in their place.
+fn step(engine: &mut Engine, tokens: &mut Vec<u32>, draw: u64) -> anyhow::Result<()> {
+    guard::watch("a step");
+    let feed = |(seq, &token): (SeqId, &u32)| Feed { seq, token, draw };
+    let feeds: Vec<Feed> = (0..).zip(tokens.iter()).map(feed).collect();
+    let drawn = engine.decode(&feeds)?;
+    ensure!(drawn.len() == feeds.len(), "the engine drew {} tokens", drawn.len());
+    *tokens = drawn.iter().map(|output| output.token).collect();
+    Ok(())
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

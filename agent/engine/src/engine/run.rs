@@ -77,14 +77,6 @@ pub(super) struct Ahead {
     drawn: Drawn,
 }
 
-impl Ahead {
-    /// Forgets a row that is closed; false when none is left.
-    pub(super) fn forget(&mut self, row: RowId) -> bool {
-        self.fed.remove(&row);
-        !self.fed.is_empty()
-    }
-}
-
 impl Ranks {
     /// Whether a step may be begun while the host does something else.
     fn look_ahead(&self) -> bool {
@@ -126,8 +118,9 @@ impl Engine {
     /// One token to each of several sequences. While the caller handles what is drawn, the device already works on the
     /// next step.
     pub(super) fn run_decode(&mut self, feeds: &[Feed]) -> Result<Vec<StepOutput>, EngineError> {
-        let (mut drawn, cold) = self.settle(feeds)?;
+        let (ready, cold) = self.settle(feeds)?;
         self.note(feeds);
+        let mut drawn = Vec::from_iter(ready);
         if !cold.is_empty() {
             let Batch { rows, tokens, draws } = self.gather(&cold)?;
             drawn.extend(self.pass(&ids(&tokens), &rows, draws, None)?);
@@ -164,24 +157,19 @@ impl Engine {
 
     /// Takes back what was begun for rows that are fed something else now, or nothing. Returns what is confirmed, and
     /// the feeds that are yet to be run.
-    fn settle(&mut self, feeds: &[Feed]) -> Result<(Vec<Drawn>, Vec<Feed>), EngineError> {
+    fn settle(&mut self, feeds: &[Feed]) -> Result<(Option<Drawn>, Vec<Feed>), EngineError> {
         let wanted: BTreeMap<RowId, &Feed> =
             feeds.iter().map(|feed| (self.fed(feed).row, feed)).collect();
-        let (mut ready, mut confirmed) = (Vec::new(), BTreeSet::new());
-        for ahead in std::mem::take(&mut self.ahead) {
-            let before = confirmed.len();
-            for (&row, &(token, draw)) in &ahead.fed {
-                match wanted.get(&row) {
-                    Some(feed) if (feed.token, feed.draw) == (token, draw) => {
-                        confirmed.insert(row);
-                    }
-                    Some(_) | None => self.take_back(row)?,
+        let (ahead, mut confirmed) = (self.ahead.take(), BTreeSet::new());
+        for (&row, &(token, draw)) in ahead.iter().flat_map(|ahead| &ahead.fed) {
+            match wanted.get(&row) {
+                Some(feed) if (feed.token, feed.draw) == (token, draw) => {
+                    confirmed.insert(row);
                 }
-            }
-            if confirmed.len() > before {
-                ready.push(ahead.drawn);
+                Some(_) | None => self.take_back(row)?,
             }
         }
+        let ready = ahead.filter(|_| !confirmed.is_empty()).map(|ahead| ahead.drawn);
         let cold = feeds.iter().filter(|feed| !confirmed.contains(&self.fed(feed).row));
         let cold = cold.copied().collect();
         Ok((ready, cold))
@@ -189,12 +177,17 @@ impl Engine {
 
     /// Takes back what was begun for one sequence.
     pub(super) fn take_back_ahead(&mut self, seq: SeqId) -> Result<(), EngineError> {
-        let Some(row) = self.sequences.get(&seq).map(|sequence| sequence.row) else {
-            return Ok(());
-        };
-        let begun = self.ahead.iter_mut().any(|ahead| ahead.fed.remove(&row).is_some());
-        self.ahead.retain(|ahead| !ahead.fed.is_empty());
-        if begun { self.take_back(row) } else { Ok(()) }
+        match self.sequences.get(&seq).map(|sequence| sequence.row) {
+            Some(row) if self.forget_ahead(row) => self.take_back(row),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Forgets what was begun for a row; says whether there was anything.
+    pub(super) fn forget_ahead(&mut self, row: RowId) -> bool {
+        let begun = self.ahead.as_mut().is_some_and(|ahead| ahead.fed.remove(&row).is_some());
+        self.ahead.take_if(|ahead| ahead.fed.is_empty());
+        begun
     }
 
     /// Takes one token out of a row's cache again, if the row is still open.
@@ -207,13 +200,13 @@ impl Engine {
     }
 
     fn keep_ahead(&mut self, begun: Option<(Vec<Fed>, Drawn)>, outputs: &[(RowId, StepOutput)]) {
-        if let Some((rows, drawn)) = begun {
+        self.ahead = begun.map(|(rows, drawn)| {
             let tokens: BTreeMap<RowId, u32> =
                 outputs.iter().map(|(row, output)| (*row, output.token)).collect();
             let fed =
                 rows.iter().filter_map(|fed| Some((fed.row, (*tokens.get(&fed.row)?, fed.draw))));
-            self.ahead.push(Ahead { fed: fed.collect(), drawn });
-        }
+            Ahead { fed: fed.collect(), drawn }
+        });
     }
 
     /// Begins to feed what `drawn` has for `rows`, unless a context is full with it, none of the rows goes on, or

@@ -28,6 +28,10 @@ const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// Between two tries to reach rank 0, which may not listen yet.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
+/// The number of what ranks say to each other and do in a step. Goes up with every change after which ranks of both
+/// sides could not run a model together.
+const PROTOCOL: u32 = 1;
+
 /// What all ranks run, in this order.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum RankCommand {
@@ -72,6 +76,9 @@ pub(crate) struct Hello {
     pub(crate) epoch: u64,
     pub(crate) rank: u32,
     pub(crate) world_size: u32,
+    /// [`PROTOCOL`] of the rank; there was a time without.
+    #[serde(default)]
+    protocol: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,8 +98,9 @@ pub(crate) enum ChannelError {
         #[source]
         source: io::Error,
     },
-    #[error("{missing} did not connect within {seconds} s")]
-    Missing { missing: String, seconds: u64 },
+    /// With the last reason why a rank was turned away, in parentheses, if one was.
+    #[error("{missing} did not connect within {seconds} s{turned_away}")]
+    Missing { missing: String, seconds: u64, turned_away: String },
     #[error("rank 0 at {address} could not be reached within {seconds} s (last: {last})")]
     Unreachable { address: SocketAddr, seconds: u64, last: String },
     #[error("lost rank {rank}: {reason}")]
@@ -106,6 +114,7 @@ impl From<&RunnerConfig> for Hello {
             epoch: config.epoch,
             rank: config.rank,
             world_size: config.world_size,
+            protocol: PROTOCOL,
         }
     }
 }
@@ -121,6 +130,12 @@ impl Hello {
             Some(format!("world size is {}, not {}", self.world_size, other.world_size))
         } else if other.rank == 0 || other.rank >= self.world_size {
             Some(format!("there is no rank {} to be had", other.rank))
+        } else if other.protocol != self.protocol {
+            Some(format!(
+                "rank {} runs another version of exo than rank 0 (protocol {}, not {}): all nodes of a group must \
+                 run the same",
+                other.rank, other.protocol, self.protocol
+            ))
         } else {
             None
         }
@@ -219,6 +234,7 @@ pub(crate) async fn gather(
     let wanted = me.world_size.saturating_sub(1) as usize;
     let mut peers: BTreeMap<u32, Peer> = BTreeMap::new();
     let mut greetings = JoinSet::new();
+    let mut turned_away = String::new();
     while peers.len() < wanted {
         // Cancel-safe: accept, join_next and the clock lose nothing when dropped.
         tokio::select! {
@@ -227,8 +243,8 @@ pub(crate) async fn gather(
                     let (acceptor, me) = (acceptor.clone(), me.clone());
                     greetings.spawn(async move {
                         match timeout(HELLO_LIMIT, greet(stream, acceptor, &me)).await {
-                            Ok(Ok(peer)) => return Some(peer),
-                            Ok(Err(error)) => warn!(%address, error, "turned a connection away"),
+                            Ok(Ok(greeted)) => return Some(greeted),
+                            Ok(Err(error)) => warn!(%address, error, "a connection failed"),
                             Err(_) => warn!(%address, "a connection said no hello in time"),
                         }
                         None
@@ -239,10 +255,21 @@ pub(crate) async fn gather(
                     sleep(RETRY_PAUSE).await;
                 }
             },
-            Some(greeted) = greetings.join_next() => if let Ok(Some(peer)) = greeted {
-                info!(rank = peer.rank, "a rank connected");
-                // A rank that comes again has given up its first connection.
-                peers.insert(peer.rank, peer);
+            Some(greeted) = greetings.join_next() => match greeted {
+                Ok(Some(Greeted::Peer(peer))) => {
+                    info!(rank = peer.rank, "a rank connected");
+                    // A rank that comes again has given up its first connection.
+                    peers.insert(peer.rank, peer);
+                }
+                Ok(Some(Greeted::TurnedAway(reason))) => {
+                    let last = format!(" (turned away: {reason})");
+                    // The rank tries again and again.
+                    if last != turned_away {
+                        warn!(reason, "turned a rank away");
+                        turned_away = last;
+                    }
+                }
+                Ok(None) | Err(_) => {}
             },
             () = tokio::time::sleep_until(deadline) => {
                 let missing: Vec<String> = (1..me.world_size)
@@ -253,6 +280,7 @@ pub(crate) async fn gather(
                 return Err(ChannelError::Missing {
                     missing: format!("{plural} {}", missing.join(", ")),
                     seconds: limit.as_secs(),
+                    turned_away,
                 });
             }
         }
@@ -265,8 +293,14 @@ pub(crate) async fn gather(
     Ok(peers.into_values().collect())
 }
 
+/// What became of a connection that has said a hello.
+enum Greeted {
+    Peer(Peer),
+    TurnedAway(String),
+}
+
 /// Lets one rank in, or says why not.
-async fn greet(stream: TcpStream, acceptor: TlsAcceptor, me: &Hello) -> Result<Peer, String> {
+async fn greet(stream: TcpStream, acceptor: TlsAcceptor, me: &Hello) -> Result<Greeted, String> {
     stream.set_nodelay(true).map_err(|error| error.to_string())?;
     let stream = acceptor.accept(stream).await.map_err(|error| error.to_string())?;
     // The rank is not known yet.
@@ -277,10 +311,10 @@ async fn greet(stream: TcpStream, acceptor: TlsAcceptor, me: &Hello) -> Result<P
         peer.send(&refusal).await.map_err(|error| error.to_string())?;
         // Without it the end of the stream could overtake the reason.
         let _ = peer.writer.shutdown().await;
-        return Err(reason);
+        return Ok(Greeted::TurnedAway(reason));
     }
     peer.rank = hello.rank;
-    Ok(peer)
+    Ok(Greeted::Peer(peer))
 }
 
 /// Other ranks: connects to rank 0, again and again until the deadline, and waits to be welcomed.
@@ -385,7 +419,7 @@ mod tests {
     }
 
     fn hello(rank: u32) -> Hello {
-        Hello { group: "g".to_owned(), epoch: 3, rank, world_size: 3 }
+        Hello { group: "g".to_owned(), epoch: 3, rank, world_size: 3, protocol: PROTOCOL }
     }
 
     async fn listener() -> (TcpListener, SocketAddr) {
@@ -443,7 +477,10 @@ mod tests {
             connect(address, &other_tls, &two, Duration::from_secs(1)),
             connect(address, &tls, &one, short),
         );
-        assert_eq!(gathered.unwrap_err().to_string(), "rank 2 did not connect within 2 s");
+        assert_eq!(
+            gathered.unwrap_err().to_string(),
+            "rank 2 did not connect within 2 s (turned away: group is g, not h)"
+        );
         let refused = refused.unwrap_err().to_string();
         assert!(refused.contains("refused: group is g, not h"), "{refused}");
         assert!(stranger.is_err());
@@ -481,5 +518,11 @@ mod tests {
         ] {
             assert_eq!(hello(0).objection(&other).as_deref(), expect);
         }
+        // From before there was a number.
+        let old = r#"{"group": "g", "epoch": 3, "rank": 2, "world_size": 3}"#;
+        let objection = hello(0).objection(&serde_json::from_str(old).unwrap()).unwrap();
+        assert!(
+            objection.starts_with("rank 2 runs another version of exo than rank 0 (protocol 0")
+        );
     }
 }

@@ -50,7 +50,7 @@ impl From<EngineError> for Failure {
         let reason = match &error {
             EngineError::Config(_) | EngineError::Layers(_) => "BadModel",
             EngineError::Load(_) => "BadWeights",
-            EngineError::Group(_) => "GroupFailed",
+            EngineError::Group(_) | EngineError::Mixed { .. } => "GroupFailed",
             EngineError::Mlx(_)
             | EngineError::UnknownSequence(_)
             | EngineError::FedTwice(_)

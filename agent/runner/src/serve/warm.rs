@@ -2,7 +2,7 @@
 //! computes no numbers is found out. Owns the choice of shapes; measures nothing, and never decides how long is too
 //! long.
 
-use exo_engine::{Feed, Opening, Sampling, SeqId, Step, cache_positions};
+use exo_engine::{Feed, Opening, Sampling, Step, StepOutput, cache_positions};
 
 use super::{
     driver::{Executor, Stepped},
@@ -19,7 +19,7 @@ const OTHER_TOKEN: u32 = 1;
 pub(crate) const PROMPT_TOKENS: usize = 32;
 /// Between prompts of rows side by side: their positions differ then, and the shorter ones begin with padding.
 const PROMPT_DIFFERENCE: usize = 8;
-/// Two with all rows, the second of which was begun ahead; one after some have left.
+/// Two with all rows, the second of which was begun ahead, the first for half of several; one after some have left.
 const DECODE_STEPS: usize = 3;
 /// Rows up to which kernels differ by their number; more are handled as these are.
 const ROWS_MAX: usize = 32;
@@ -86,7 +86,8 @@ fn rounds(extent: &Extent) -> Vec<Round> {
     rounds.push(one(penalized(), extent.chunk_tokens));
     let longest = PROMPT_TOKENS + PROMPT_DIFFERENCE;
     let fits = |rows: usize| {
-        let tokens = longest + DECODE_STEPS + 1;
+        // With a step before all are there, and one that is begun behind the last.
+        let tokens = longest + DECODE_STEPS + 2;
         rows <= extent.live_max.min(ROWS_MAX)
             && tokens <= extent.max_context
             && cache_positions(std::iter::repeat_n(tokens, rows)) <= extent.max_context
@@ -127,54 +128,73 @@ fn run(
     round: &Round,
     token: u32,
 ) -> Result<(), Failure> {
-    let mut open: Vec<SeqId> = Vec::new();
+    let mut open: Vec<Feed> = Vec::new();
     let result = run_open(executor, extent, round, token, &mut open);
     if !result.as_ref().is_err_and(|failure| failure.reason != NOT_FINITE) {
-        open.into_iter().try_for_each(|seq| executor.close(seq))?;
+        open.into_iter().try_for_each(|feed| executor.close(feed.seq))?;
     }
     result
 }
 
-/// Leaves what is still open in `open`.
+/// Leaves in `open` what the next step would feed to each sequence that is still open.
 fn run_open(
     executor: &mut impl Executor,
     extent: &Extent,
     round: &Round,
     token: u32,
-    open: &mut Vec<SeqId>,
+    open: &mut Vec<Feed>,
 ) -> Result<(), Failure> {
+    // Half of several rows have a step begun ahead when the others come: that is how requests join others.
+    let joins = round.rows.len() / 2;
     for ((sampling, prompt), seq) in round.rows.iter().zip(0..) {
+        if seq > 0 && seq as usize == joins {
+            decode(executor, round, open)?;
+        }
         let opening = Opening { prompt: Some(*prompt), ..sampling.clone().into() };
         executor.open(seq, &opening)?;
-        open.push(seq);
-        let mut fed = 0;
-        while fed < *prompt {
-            let end = (fed + extent.chunk_tokens).min(*prompt);
-            let (tokens, sample) = (vec![token; end - fed], end == *prompt);
-            done(executor.prefill(&Step::Prefill { seq, tokens, sample, draw: 0 })?)?;
-            fed = end;
+        open.push(Feed { seq, token, draw: 0 });
+        let mut outputs = Vec::new();
+        for start in (0..*prompt).step_by(extent.chunk_tokens) {
+            let end = (start + extent.chunk_tokens).min(*prompt);
+            let (tokens, sample) = (vec![token; end - start], end == *prompt);
+            outputs = done(executor.prefill(&Step::Prefill { seq, tokens, sample, draw: 0 })?)?;
         }
+        go_on(round, &mut open[seq as usize..], &outputs);
     }
     let longest = round.rows.iter().map(|(_, prompt)| *prompt).max().unwrap_or(0);
     let steps = DECODE_STEPS.min(extent.max_context.saturating_sub(longest));
-    for draw in 1..=steps as u64 {
-        if draw as usize == DECODE_STEPS {
-            for seq in open.split_off(open.len().div_ceil(2)) {
-                executor.close(seq)?;
+    for step in 1..=steps {
+        if step == DECODE_STEPS {
+            for feed in open.split_off(open.len().div_ceil(2)) {
+                executor.close(feed.seq)?;
             }
         }
-        let feeds: Vec<Feed> = open.iter().map(|&seq| Feed { seq, token, draw }).collect();
-        done(executor.decode(&feeds, false)?)?;
+        decode(executor, round, open)?;
     }
     Ok(())
 }
 
-fn done(stepped: Stepped) -> Result<(), Failure> {
+fn decode(executor: &mut impl Executor, round: &Round, open: &mut [Feed]) -> Result<(), Failure> {
+    let outputs = done(executor.decode(open, false)?)?;
+    go_on(round, open, &outputs);
+    Ok(())
+}
+
+/// Rows side by side go on with what they drew, so that what was begun ahead is used. One row alone is fed the same token
+/// all the time, whose numbers are looked at.
+fn go_on(round: &Round, feeds: &mut [Feed], outputs: &[StepOutput]) {
+    feeds.iter_mut().for_each(|feed| feed.draw += 1);
+    if round.rows.len() > 1 {
+        feeds.iter_mut().zip(outputs).for_each(|(feed, output)| feed.token = output.token);
+    }
+}
+
+fn done(stepped: Stepped) -> Result<Vec<StepOutput>, Failure> {
     match stepped {
         Stepped::Done(outputs) => {
             let mut logprobs = outputs.iter().filter_map(|output| output.logprob);
             match logprobs.all(f32::is_finite) {
-                true => Ok(()),
+                true => Ok(outputs),
                 false => Err(Failure::permanent(
                     NOT_FINITE,
                     "the model's log-probabilities are NaN or infinite, though its weights are \
@@ -190,7 +210,7 @@ fn done(stepped: Stepped) -> Result<(), Failure> {
 mod tests {
     use std::{cell::Cell, collections::BTreeMap};
 
-    use exo_engine::StepOutput;
+    use exo_engine::SeqId;
 
     use super::*;
 
@@ -199,6 +219,8 @@ mod tests {
         extent: Extent,
         held: BTreeMap<SeqId, usize>,
         batches: Vec<usize>,
+        /// Of each batch.
+        fed: Vec<Vec<(u32, u64)>>,
         chunks: Vec<usize>,
         /// Of what it draws, if it draws.
         logprob: Option<f32>,
@@ -215,6 +237,7 @@ mod tests {
                 extent,
                 held: BTreeMap::new(),
                 batches,
+                fed: Vec::new(),
                 chunks,
                 logprob: None,
                 odd: None,
@@ -228,7 +251,7 @@ mod tests {
                 let logprob = Some(f32::NAN);
                 return Stepped::Done(vec![StepOutput { token, logprob, top: Vec::new() }]);
             }
-            let output = |logprob| StepOutput { token: 0, logprob: Some(logprob), top: Vec::new() };
+            let output = |logprob| StepOutput { token: 1, logprob: Some(logprob), top: Vec::new() };
             Stepped::Done(self.logprob.map(|x| vec![output(x); rows]).unwrap_or_default())
         }
 
@@ -260,6 +283,7 @@ mod tests {
         fn decode(&mut self, feeds: &[Feed], _: bool) -> Result<Stepped, Failure> {
             feeds.iter().for_each(|feed| self.feed(feed.seq, 1));
             self.batches.push(feeds.len());
+            self.fed.push(feeds.iter().map(|feed| (feed.token, feed.draw)).collect());
             Ok(self.drawn(feeds.len(), feeds[0].token))
         }
 
@@ -288,7 +312,7 @@ mod tests {
             chunk_tokens: 512,
         };
         let (batches, chunks) = warmed(extent, usize::MAX);
-        assert_eq!(batches, [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 1, 4, 4, 2, 8, 8, 4]);
+        assert_eq!(batches, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 1, 2, 4, 4, 2, 4, 8, 8, 4]);
         assert_eq!(chunks[..5], [32, 32, 512, 32, 40]);
         // Nothing is compiled: one short answer will do.
         let (batches, chunks) = warmed(Extent { compiles: false, ..extent }, usize::MAX);
@@ -299,6 +323,24 @@ mod tests {
         for max_context in 1..50 {
             warmed(Extent { max_context, ..extent }, usize::MAX);
         }
+    }
+
+    #[test]
+    fn rows_come_to_others_that_are_a_step_ahead() {
+        let extent = Extent {
+            compiles: true,
+            max_context: 4096,
+            vocab_size: 2,
+            live_max: 2,
+            chunk_tokens: 512,
+        };
+        let mut model = Model { logprob: Some(-0.5), ..Model::new(extent) };
+        warm_up(&mut model, &extent, || false, |_, _| {}).unwrap();
+        let alone = [vec![(TOKEN, 1)], vec![(TOKEN, 2)], vec![(TOKEN, 3)]];
+        assert_eq!(model.fed[..9], [alone.clone(), alone.clone(), alone].concat());
+        // What they drew.
+        let together = [vec![(1, 1)], vec![(1, 2), (1, 1)], vec![(1, 3), (1, 2)], vec![(1, 4)]];
+        assert_eq!(model.fed[9..], together);
     }
 
     #[test]
@@ -339,7 +381,7 @@ mod tests {
         let failure = warm_up(&mut model, &Extent { vocab_size: 1, ..extent }, || false, |_, _| {});
         assert_eq!(failure.unwrap_err().reason, NOT_FINITE);
         // In the last step of two rows, one of which has left.
-        let mut model = Model { odd: Some(TOKEN), odd_from: 17, ..Model::new(extent) };
+        let mut model = Model { odd: Some(TOKEN), odd_from: 18, ..Model::new(extent) };
         warm_up(&mut model, &extent, || false, |_, _| {}).unwrap();
         assert!(model.held.is_empty());
     }
