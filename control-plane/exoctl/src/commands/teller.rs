@@ -7,6 +7,8 @@ use tokio::time::{Instant, timeout_at};
 
 /// After so long a silence people wonder whether anything still happens.
 const PERIOD: Duration = Duration::from_secs(15);
+/// Many ranks start within a moment: of states with one reason the last one of so long is told.
+const PAUSE: Duration = Duration::from_secs(2);
 /// A reminder fits on a line; the whole text was told before.
 const MAX_REMINDER_CHARS: usize = 100;
 
@@ -15,6 +17,10 @@ pub(super) struct Teller {
     began: Instant,
     last_line: Instant,
     period: Duration,
+    /// A line that waits for the end of the pause.
+    pending: Option<String>,
+    /// The reason that the last line gave.
+    reason: String,
     /// The last state, told or not.
     state: String,
     /// The shape of the last one told that was neither a failure nor a try after one.
@@ -31,6 +37,8 @@ impl Teller {
             began: now,
             last_line: now,
             period: PERIOD,
+            pending: None,
+            reason: String::new(),
             state: String::new(),
             told: None,
             failure: None,
@@ -42,6 +50,12 @@ impl Teller {
     pub(super) fn line(&mut self, state: &str, now: Instant) -> Option<String> {
         state.clone_into(&mut self.state);
         let line = self.news(state)?;
+        if reason(&line) == self.reason && now < self.last_line + PAUSE {
+            self.pending = Some(line);
+            return None;
+        }
+        self.pending = None;
+        reason(&line).clone_into(&mut self.reason);
         self.last_line = now;
         Some(line)
     }
@@ -72,19 +86,22 @@ impl Teller {
         }
     }
 
-    /// When the next reminder is due.
+    /// When something is to be told even if nothing comes.
     fn due(&self) -> Instant {
-        self.last_line + self.period
+        self.last_line + if self.pending.is_some() { PAUSE } else { self.period }
     }
 
-    /// How long it has been, and the state in short.
-    fn reminder(&mut self, now: Instant) -> String {
+    /// That: what was held back, else how long it has been and the state in short.
+    fn overdue(&mut self, now: Instant) -> String {
         self.last_line = now;
+        if let Some(line) = self.pending.take() {
+            return line;
+        }
         let elapsed_s = now.duration_since(self.began).as_secs();
         format!("still waiting after {elapsed_s}s: {}", in_short(&self.state))
     }
 
-    /// What `next` brings before the deadline; tells reminders until then.
+    /// What `next` brings before the deadline; tells what is due until then.
     pub(super) async fn wait<T>(
         &mut self,
         next: impl Future<Output = T>,
@@ -97,10 +114,15 @@ impl Teller {
             match timeout_at(until, &mut next).await {
                 Ok(seen) => return Some(seen),
                 Err(_) if until == deadline => return None,
-                Err(_) => tell(&self.reminder(until)),
+                Err(_) => tell(&self.overdue(until)),
             }
         }
     }
+}
+
+/// The word that a state begins with.
+fn reason(state: &str) -> &str {
+    state.split([':', ',']).next().unwrap_or_default()
 }
 
 /// A state but for its numbers: free memory and times change all the while.
@@ -156,9 +178,10 @@ mod tests {
 
     /// Checks what is told of one state after the other.
     fn story(states: &[(&str, Option<&str>)]) {
-        let now = Instant::now();
+        let mut now = Instant::now();
         let mut teller = Teller::new(now);
         for (state, expect) in states {
+            now += PAUSE;
             assert_eq!(teller.line(state, now).as_deref(), *expect, "{state}");
         }
     }
@@ -218,6 +241,28 @@ mod tests {
         ]);
     }
 
+    #[test]
+    fn ranks_that_start_together_are_told_together() {
+        let began = Instant::now();
+        let mut teller = Teller::new(began);
+        let mut line =
+            |state: &str, after_ms| teller.line(state, began + Duration::from_millis(after_ms));
+        assert!(line("Starting, rank 0 Pending on a, rank 1 Pending on b", 0).is_some());
+        assert!(line("Starting, rank 0 Loading on a, rank 1 Pending on b", 10).is_none());
+        let both = "Starting, rank 0 Loading on a, rank 1 Loading on b";
+        assert!(line(both, 20).is_none());
+        // What is no news doesn't take its place.
+        assert!(line(both, 30).is_none());
+        assert_eq!(teller.due(), began + PAUSE);
+        assert_eq!(teller.overdue(began + PAUSE), both);
+        assert_eq!(teller.due(), began + PAUSE + PERIOD);
+        // Another reason waits for nothing.
+        let mut line = |state: &str| teller.line(state, began + PAUSE);
+        assert!(line("Starting, rank 0 Ready on a, rank 1 Loading on b").is_none());
+        assert!(line("Unplaceable: no node is known").is_some());
+        assert_eq!(teller.due(), began + PAUSE + PERIOD);
+    }
+
     #[tokio::test]
     async fn a_long_wait_is_not_silent() {
         let began = Instant::now();
@@ -245,7 +290,7 @@ mod tests {
             let now = began + Duration::from_secs(after_s);
             teller.line(state, began);
             assert_eq!(teller.due(), began + PERIOD);
-            let reminder = teller.reminder(now);
+            let reminder = teller.overdue(now);
             assert_eq!(teller.due(), now + PERIOD);
             teller.last_line = began;
             reminder

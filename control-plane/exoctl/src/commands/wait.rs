@@ -4,7 +4,10 @@ use std::{io::Write, time::Duration};
 
 use anyhow::{anyhow, bail};
 use futures::{StreamExt as _, pin_mut};
-use kube::runtime::{WatchStreamExt as _, watcher::watch_object};
+use kube::runtime::{
+    WatchStreamExt as _,
+    watcher::{self, watch_object},
+};
 use serde_json::Value;
 use tokio::time::Instant;
 
@@ -114,7 +117,9 @@ pub(super) async fn wait_for(
                 was_there |= object.is_some();
             }
             // The connection may come back before the deadline.
-            Some(Some(Err(error))) => trouble = Some(format!("trying again: {error}")),
+            Some(Some(Err(error))) => {
+                trouble = Some(format!("trying again: {}", of_watch(server, error)))
+            }
             Some(None) => bail!("the watch of {} ended", target.named()),
             None => {
                 let error = anyhow!(
@@ -150,6 +155,15 @@ async fn has_hope(
         }
     }
     Ok(())
+}
+
+fn of_watch(server: &Server, error: watcher::Error) -> anyhow::Error {
+    match error {
+        watcher::Error::InitialListFailed(error)
+        | watcher::Error::WatchStartFailed(error)
+        | watcher::Error::WatchFailed(error) => server.explain(error),
+        error => error.into(),
+    }
 }
 
 /// What to do about an object that isn't as it was to be, in time.
