@@ -178,7 +178,8 @@ async fn objects(
             }
         }
         if let Some(order) = Order::of(args, one.kind) {
-            if failures.note(order.sort(one.kind, &mut objects, |object| object))?.is_none() {
+            let sorted = order.sort(one.kind, &mut objects, |object| object);
+            if failures.note(sorted)?.is_none() {
                 continue;
             }
         }

@@ -118,7 +118,7 @@ pub(super) async fn wait_for(
             }
             // The connection may come back before the deadline.
             Some(Some(Err(error))) => {
-                trouble = Some(format!("trying again: {}", of_watch(server, error)))
+                trouble = Some(format!("trying again: {}", of_watch(server, error)));
             }
             Some(None) => bail!("the watch of {} ended", target.named()),
             None => {
