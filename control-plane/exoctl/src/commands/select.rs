@@ -137,7 +137,8 @@ async fn object_named(server: &Server, kinds: &Kinds, name: &str) -> Option<Stri
     let name = checked(name).ok()?;
     for kind in LIKELY_KINDS.iter().filter_map(|kind| kinds.find(kind).ok()) {
         let path = kind.path(Some(server.namespace()), Some(&name));
-        if let Ok(Some(_)) = server.get_if_exists(&path).await {
+        // One that can't find out would say the same of all.
+        if server.get_if_exists(&path).await.ok()?.is_some() {
             return Some(format!("{} {name}", kind.spoken()));
         }
     }

@@ -1,9 +1,9 @@
 //! What a command that waits tells: each new state once, of a failure that comes again only that,
 //! and now and then how long it has been waiting. Decides what to say, and prints nothing.
 
-use std::{collections::BTreeSet, future::Future, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 /// After so long a silence people wonder whether anything still happens.
 const PERIOD: Duration = Duration::from_secs(15);
@@ -16,7 +16,6 @@ const MAX_REMINDER_CHARS: usize = 100;
 pub(super) struct Teller {
     began: Instant,
     last_line: Instant,
-    period: Duration,
     /// A line that waits for the end of the pause.
     pending: Option<String>,
     /// The reason that the last line gave.
@@ -36,7 +35,6 @@ impl Teller {
         Self {
             began: now,
             last_line: now,
-            period: PERIOD,
             pending: None,
             reason: String::new(),
             state: String::new(),
@@ -87,36 +85,18 @@ impl Teller {
     }
 
     /// When something is to be told even if nothing comes.
-    fn due(&self) -> Instant {
-        self.last_line + if self.pending.is_some() { PAUSE } else { self.period }
+    pub(super) fn due(&self) -> Instant {
+        self.last_line + if self.pending.is_some() { PAUSE } else { PERIOD }
     }
 
     /// That: what was held back, else how long it has been and the state in short.
-    fn overdue(&mut self, now: Instant) -> String {
+    pub(super) fn overdue(&mut self, now: Instant) -> String {
         self.last_line = now;
         if let Some(line) = self.pending.take() {
             return line;
         }
         let elapsed_s = now.duration_since(self.began).as_secs();
         format!("still waiting after {elapsed_s}s: {}", in_short(&self.state))
-    }
-
-    /// What `next` brings before the deadline; tells what is due until then.
-    pub(super) async fn wait<T>(
-        &mut self,
-        next: impl Future<Output = T>,
-        deadline: Instant,
-        mut tell: impl FnMut(&str),
-    ) -> Option<T> {
-        tokio::pin!(next);
-        loop {
-            let until = deadline.min(self.due());
-            match timeout_at(until, &mut next).await {
-                Ok(seen) => return Some(seen),
-                Err(_) if until == deadline => return None,
-                Err(_) => tell(&self.overdue(until)),
-            }
-        }
     }
 }
 
@@ -263,25 +243,6 @@ mod tests {
         assert_eq!(teller.due(), began + PAUSE + PERIOD);
     }
 
-    #[tokio::test]
-    async fn a_long_wait_is_not_silent() {
-        let began = Instant::now();
-        let mut teller = Teller { period: Duration::from_millis(20), ..Teller::new(began) };
-        let state = format!("NoCapacity: {}", "no node has room ".repeat(9));
-        teller.line(&state, began);
-        let mut told = Vec::new();
-        let deadline = began + Duration::from_millis(50);
-        let seen =
-            teller.wait(std::future::pending::<()>(), deadline, |line| told.push(line.to_owned()));
-        assert_eq!(seen.await, None);
-        assert_eq!(told.len(), 2, "{told:?}");
-        assert!(told[0].starts_with("still waiting after 0s: NoCapacity: no node has room "));
-        assert!(told[0].chars().count() < 130 && told[0].ends_with('…'), "{told:?}");
-        // What comes is returned at once, even after the last moment.
-        let ready = teller.wait(std::future::ready(7), began, |line| panic!("{line}"));
-        assert_eq!(ready.await, Some(7));
-    }
-
     #[test]
     fn reminders_give_the_time_and_the_newest_state() {
         let began = Instant::now();
@@ -303,6 +264,12 @@ mod tests {
             reminder("shard a-0-a7-0 on b: Crashed: x; 7 failure(s) in a row, next try soon", 90),
             "still waiting after 90s: Crashed: x; failed 7 time(s), next try soon"
         );
+        let long = reminder(&format!("NoCapacity: {}", "no node has room ".repeat(9)), 75);
+        assert!(
+            long.starts_with("still waiting after 75s: NoCapacity: no node has room "),
+            "{long}"
+        );
+        assert!(long.chars().count() < 130 && long.ends_with('…'), "{long}");
         assert_eq!(
             reminder("Starting, rank 0 Loading on a; 2 failure(s) before, the last: x", 30),
             "still waiting after 30s: Starting, rank 0 Loading on a; failed 2 time(s) before"

@@ -9,7 +9,7 @@ use kube::runtime::{
     watcher::{self, watch_object},
 };
 use serde_json::Value;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use super::{hopeless, select, teller::Teller};
 use crate::{
@@ -93,9 +93,9 @@ pub(super) async fn wait_for(
     let objects = objects.default_backoff();
     pin_mut!(objects);
     let mut teller = Teller::new(Instant::now());
-    let tell = |line: &str| eprintln!("{}: {line}", target.name);
     let mut was_there = object.is_some();
     let mut trouble = None;
+    let mut due = false;
     loop {
         let State::NotYet(mut now) = State::of(goal, object.as_ref(), uid) else {
             return Ok(());
@@ -108,20 +108,27 @@ pub(super) async fn wait_for(
         // The state is an old one then.
         now = trouble.take().unwrap_or(now);
         // Deletions are quick and their states are dull.
-        if let Some(line) = teller.line(&now, Instant::now()).filter(|_| *goal != Goal::Delete) {
-            tell(&line);
+        let line = teller.line(&now, Instant::now()).filter(|_| *goal != Goal::Delete);
+        if let Some(line) = line.or_else(|| due.then(|| teller.overdue(Instant::now()))) {
+            eprintln!("{}: {line}", target.name);
         }
-        match teller.wait(objects.next(), deadline, tell).await {
-            Some(Some(Ok(seen))) => {
-                object = seen.and_then(|object| serde_json::to_value(object).ok());
-                was_there |= object.is_some();
-            }
+        let until = deadline.min(teller.due());
+        let seen = timeout_at(until, objects.next()).await;
+        due = seen.is_err();
+        match seen {
+            Ok(Some(Ok(seen))) => object = seen.and_then(|seen| serde_json::to_value(seen).ok()),
             // The connection may come back before the deadline.
-            Some(Some(Err(error))) => {
-                trouble = Some(format!("trying again: {}", of_watch(server, error)));
+            Ok(Some(Err(error))) => trouble = Some(of_watch(server, error)),
+            Ok(None) => bail!("the watch of {} ended", target.named()),
+            Err(_) if until < deadline => {
+                // A server that has no majority any more keeps its watches, and sends nothing.
+                match timeout_at(deadline, server.get_if_exists(&path)).await {
+                    Ok(Ok(found)) => object = found,
+                    Ok(Err(error)) => trouble = Some(format!("trying again: {error}")),
+                    Err(_) => {}
+                }
             }
-            Some(None) => bail!("the watch of {} ended", target.named()),
-            None => {
+            Err(_) => {
                 let error = anyhow!(
                     "timed out after {timeout:?} waiting for {} of {}: {now}",
                     describe(goal),
@@ -131,6 +138,7 @@ pub(super) async fn wait_for(
                 return Err(Hinted { error, hint }.into());
             }
         }
+        was_there |= object.is_some();
     }
 }
 
@@ -150,20 +158,21 @@ async fn has_hope(
     }
     if target.gives_up {
         let reason = hopeless::reason(server, target.namespace, object);
-        if let Ok(Some(reason)) = tokio::time::timeout_at(deadline, reason).await {
+        if let Ok(Some(reason)) = timeout_at(deadline, reason).await {
             bail!("{} will not become Ready: {reason}", target.named());
         }
     }
     Ok(())
 }
 
-fn of_watch(server: &Server, error: watcher::Error) -> anyhow::Error {
-    match error {
+fn of_watch(server: &Server, error: watcher::Error) -> String {
+    let error = match error {
         watcher::Error::InitialListFailed(error)
         | watcher::Error::WatchStartFailed(error)
         | watcher::Error::WatchFailed(error) => server.explain(error),
         error => error.into(),
-    }
+    };
+    format!("trying again: {error}")
 }
 
 /// What to do about an object that isn't as it was to be, in time.
