@@ -61,7 +61,7 @@ async fn fields_given_twice_are_refused_warned_of_or_ignored() {
     for (content_type, body) in [(JSON, TWICE), (YAML, TWICE_YAML)] {
         let (code, _, answer) = send(&server, (Method::POST, &strict), content_type, body).await;
         assert_eq!(code, 400, "{answer}");
-        let told = "InferenceInstance in version \"v1alpha1\" cannot be handled as a \
+        let told = "InferenceInstance in version \"v1alpha1\" cannot be handled as an \
                     InferenceInstance: strict decoding error: duplicate field \"spec.model\", \
                     unknown field \"spec.modle\"";
         assert_eq!(answer["message"], told);

@@ -19,6 +19,7 @@ mod logs;
 mod patch;
 mod scale;
 mod select;
+mod teller;
 mod top;
 mod version;
 mod wait;

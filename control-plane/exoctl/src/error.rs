@@ -25,7 +25,7 @@ pub(crate) struct Differs;
 #[derive(Debug)]
 pub(crate) struct Hinted {
     pub(crate) error: anyhow::Error,
-    pub(crate) hint: &'static str,
+    pub(crate) hint: String,
 }
 
 impl fmt::Display for Hinted {
@@ -73,7 +73,7 @@ impl Collector {
 /// What to print: a line for every failure, then what may be tried.
 pub(crate) fn lines(error: &anyhow::Error) -> Vec<String> {
     if let Some(Hinted { error, hint }) = error.downcast_ref::<Hinted>() {
-        return lines(error).into_iter().chain([(*hint).to_owned()]).collect();
+        return lines(error).into_iter().chain([hint.clone()]).collect();
     }
     match error.downcast_ref::<Failures>() {
         Some(failures) => failures.0.iter().flat_map(lines).collect(),
@@ -226,7 +226,7 @@ mod tests {
         let ended = collector.note::<()>(Err(lost.into())).unwrap_err();
         assert_eq!(lines(&ended), ["error: one", "error: no majority"]);
         assert!(is_unavailable(&ended));
-        let hinted = Hinted { error: ended, hint: "try again" }.into();
+        let hinted = Hinted { error: ended, hint: "try again".to_owned() }.into();
         assert_eq!(lines(&hinted), ["error: one", "error: no majority", "try again"]);
 
         let pipe = io::Error::from(io::ErrorKind::BrokenPipe);

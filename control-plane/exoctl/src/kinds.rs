@@ -57,6 +57,13 @@ pub(crate) struct UnknownKind {
     known: String,
 }
 
+impl UnknownKind {
+    /// The same, now that it is known what was meant.
+    pub(crate) fn meaning(self, suggestion: String) -> Self {
+        Self { suggestion: Some(suggestion), ..self }
+    }
+}
+
 /// What was meant, else all that may have been.
 fn or_else(suggestion: Option<&str>, known: &str) -> String {
     match suggestion {
@@ -153,8 +160,14 @@ impl Kind {
     }
 
     /// What people call several of them.
-    fn word(&self) -> &str {
+    pub(crate) fn word(&self) -> &str {
         self.words().last().unwrap_or(&self.api.plural)
+    }
+
+    /// What people call one of them: `instance`.
+    pub(crate) fn spoken(&self) -> &str {
+        let one = self.word().strip_suffix('s').unwrap_or_default();
+        self.names().find(|name| *name == one).unwrap_or(&self.singular)
     }
 
     fn names(&self) -> impl Iterator<Item = &str> {
@@ -353,6 +366,16 @@ pub(crate) mod tests {
         assert!(!kinds.find("model").unwrap().namespaced);
         let error = kinds.find_exact("v1", "Secret").unwrap_err().to_string();
         assert_eq!(error, "without a server, exoctl knows no resource type `v1 Secret`");
+    }
+
+    #[test]
+    fn one_of_a_kind_has_a_name() {
+        let check = |kinds: &Kinds, word: &str, expect: &str| {
+            assert_eq!(kinds.find(word).unwrap().spoken(), expect, "{word}");
+        };
+        check(&Kinds::built_in(), "ii", "instance");
+        check(&Kinds::built_in(), "shards", "shard");
+        check(&some_kinds(), "ii", "inferenceinstance");
     }
 
     #[test]

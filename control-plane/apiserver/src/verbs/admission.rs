@@ -127,8 +127,9 @@ pub(super) fn judge(
         let kind = &resource.kind;
         let version = &resource.version;
         return Err(ApiError::BadRequest(format!(
-            "{kind} in version \"{version}\" cannot be handled as a {kind}: strict decoding \
+            "{kind} in version \"{version}\" cannot be handled as {} {kind}: strict decoding \
              error: {}",
+            if kind.starts_with(['A', 'E', 'I', 'O']) { "an" } else { "a" },
             faults.join(", ")
         )));
     }

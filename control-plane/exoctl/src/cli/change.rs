@@ -4,7 +4,10 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::ValueEnum;
 
-use super::{DryRun, Select, parse::duration};
+use super::{
+    DryRun, Select,
+    parse::{duration, replicas},
+};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Edit {
@@ -98,10 +101,10 @@ pub(crate) struct Scale {
     #[arg(value_name = "NAME")]
     pub(crate) names: Vec<String>,
     /// How many shall run
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = replicas)]
     pub(crate) replicas: u32,
     /// Only if so many are wanted now
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = replicas)]
     pub(crate) current_replicas: Option<u32>,
     /// Waits until the instances are Ready
     #[arg(long)]

@@ -290,7 +290,8 @@ pub(crate) struct Explain {
     #[arg(value_name = "MODEL")]
     pub(crate) model: String,
     /// On exactly so many nodes
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) nodes: Option<u32>,
     /// How to split the model
     #[arg(long, default_value = "auto", ignore_case = true, value_name = "HOW")]
@@ -299,7 +300,8 @@ pub(crate) struct Explain {
     #[arg(long, default_value = "auto", ignore_case = true, value_name = "HOW")]
     pub(crate) transport: TransportArg,
     /// Tokens of context [default: the model's limit]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(16..))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = clap::value_parser!(u32).range(16..))]
     pub(crate) context_length: Option<u32>,
     /// Labels that a node must carry, as in `rack=a`
     #[arg(short = 'l', long = "selector", value_name = "SEL")]

@@ -112,6 +112,11 @@ impl Goal {
     }
 }
 
+/// How many replicas.
+pub(super) fn replicas(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| "replicas must be a whole number, 0 or more".to_owned())
+}
+
 /// Reads `90s`, `5m`, `1h30m`; a plain number is seconds.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("`{text}` is not a time such as 30s, 5m or 1h30m");

@@ -49,6 +49,11 @@ impl<'k> Planned<'k> {
         planned.iter().any(|p| p.is_namespace() && p.name == self.namespace)
     }
 
+    /// Only instances do; the other kinds are what they are, and so is one that shall not run.
+    fn becomes_ready(&self) -> bool {
+        self.kind.api.kind == "InferenceInstance" && self.object["spec"]["replicas"] != 0
+    }
+
     fn is_namespace(&self) -> bool {
         self.kind.api.kind == "Namespace" && self.kind.api.group.is_empty()
     }
@@ -71,8 +76,7 @@ pub(super) async fn run(args: &Apply, server: &Server, out: &mut dyn Write) -> a
     if args.wait && args.dry_run.is_none() {
         let deadline = Instant::now() + args.timeout;
         let mut failures = Collector::default();
-        // Only instances become Ready; the other kinds are what they are.
-        for one in planned.iter().filter(|p| p.kind.api.kind == "InferenceInstance") {
+        for one in planned.iter().filter(|one| one.becomes_ready()) {
             let one = one.found();
             let waited = wait_until_ready(server, &one, (deadline, args.timeout), out).await;
             failures.note(waited)?;

@@ -50,7 +50,7 @@ pub(super) async fn run(args: &Events, server: &Server, out: &mut dyn Write) -> 
     let mut all_namespaces = args.all_namespaces;
     if let Some(about) = &args.about {
         let Some((kind, name)) = about.split_once('/') else {
-            bail!("--for: `{about}` is not KIND/NAME");
+            bail!("--for: `{about}` is not KIND/NAME, as in instance/{about}");
         };
         let kind = server.kinds().await?.find(kind)?;
         rules.push(about_rule(kind, &select::checked(name)?));

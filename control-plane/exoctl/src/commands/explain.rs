@@ -49,7 +49,7 @@ pub(super) async fn run(
         Ok(placement) => print(&placement, &states, out),
         Err(refusal) => {
             let rows = refusal.nodes.iter().map(|(node, why)| vec![node.clone(), why.to_string()]);
-            table(&["NODE", "WHY NOT"], rows, out)?;
+            table(&["NODE", "STATE"], rows, out)?;
             bail!("model `{name}` can't be placed: {}", refusal.why)
         }
     }

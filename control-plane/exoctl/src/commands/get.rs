@@ -18,7 +18,7 @@ use crate::{
     kinds::Kind,
     output::Objects,
     server::{Form, Server},
-    table::{Printer, Row, Style, Table},
+    table::{Printer, Style, Table},
 };
 
 const EMPTY_WATCH_PAUSE: Duration = Duration::from_millis(250);
@@ -47,7 +47,8 @@ pub(super) async fn run(args: &Get, server: &Server, out: &mut dyn Write) -> any
     };
     match got {
         Err(error) if !args.stale && is_unavailable(&error) => {
-            Err(Hinted { error, hint: "--stale shows what this server had last" }.into())
+            let hint = "--stale shows what this server had last".to_owned();
+            Err(Hinted { error, hint }.into())
         }
         got => got,
     }
@@ -85,7 +86,10 @@ async fn tables(
             continue;
         }
         if let Some(order) = order {
-            table.rows.sort_by(|a: &Row, b: &Row| order.compare(&a.object, &b.object));
+            let sorted = order.sort(one.kind, &mut table.rows, |row| &row.object);
+            if failures.note(sorted)?.is_none() {
+                continue;
+            }
         }
         if std::mem::replace(&mut printed, true) {
             writeln!(out)?;
@@ -114,6 +118,26 @@ impl<'a> Order<'a> {
     fn of(args: &'a Get, kind: &Kind) -> Option<Self> {
         let newest_last = || events::is_event(kind).then_some(Self::LastSeen);
         args.sort_by.as_ref().map(Self::Path).or_else(newest_last)
+    }
+
+    /// Puts in order what stands for objects of a kind.
+    ///
+    /// # Errors
+    /// As with kubectl, when none of them has the field to go by: nobody means that.
+    fn sort<T>(
+        &self,
+        kind: &Kind,
+        things: &mut [T],
+        object: impl Fn(&T) -> &Value,
+    ) -> anyhow::Result<()> {
+        if let Self::Path(path) = self {
+            let has_it = |thing: &T| path.find(object(thing)).is_some();
+            if !things.is_empty() && !things.iter().any(has_it) {
+                bail!("--sort-by: none of the {} has the field {path}", kind.word());
+            }
+        }
+        things.sort_by(|a, b| self.compare(object(a), object(b)));
+        Ok(())
     }
 
     /// Objects without a value come first.
@@ -154,7 +178,10 @@ async fn objects(
             }
         }
         if let Some(order) = Order::of(args, one.kind) {
-            objects.sort_by(|a, b| order.compare(a, b));
+            let sorted = order.sort(one.kind, &mut objects, |object| object);
+            if failures.note(sorted)?.is_none() {
+                continue;
+            }
         }
         found.extend(objects.into_iter().map(|object| (one.kind, object)));
     }

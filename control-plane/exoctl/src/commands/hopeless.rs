@@ -1,22 +1,29 @@
 //! Tells that an instance can't become Ready before somebody changes something, so that nobody need
-//! wait for it. The controller goes on trying; only the command that waits gives up.
+//! wait for it, and what to change. The controller goes on trying; only the command that waits gives
+//! up.
 
 use exo_crds::{GROUP, LABEL_INSTANCE, VERSION};
 use serde_json::Value;
 
 use super::wait::is_stale;
-use crate::server::{Form, Server};
+use crate::{
+    jsonpath::plain,
+    server::{Form, Server},
+};
 
 /// Reason of a Ready condition that no time changes: names stay.
 const NAME_TOO_LONG: &str = "NameTooLong";
 /// Reason of a Ready condition while a failed replica waits for its next try.
 const SHARD_FAILED: &str = "ShardFailed";
 
+/// Reason of a Ready condition of an instance that shall not run.
+const NO_REPLICAS: &str = "NoReplicas";
+
 /// Why it is hopeless; `None` when it is not, or when that can't be found out now.
 pub(super) async fn reason(server: &Server, namespace: &str, instance: &Value) -> Option<String> {
     let ready = ready(instance)?;
     let text = |field: &str| ready[field].as_str().unwrap_or_default();
-    if text("reason") == NAME_TOO_LONG {
+    if [NAME_TOO_LONG, NO_REPLICAS].contains(&text("reason")) {
         return Some(text("message").to_owned());
     }
     if text("reason") != SHARD_FAILED && instance["status"]["phase"] != "Failed" {
@@ -30,6 +37,28 @@ pub(super) async fn reason(server: &Server, namespace: &str, instance: &Value) -
     let list: Value =
         server.get(&kind.path(Some(namespace), None), &query, Form::Json).await.ok()?;
     permanent_failure(instance, list["items"].as_array()?)
+}
+
+/// What to do about an instance that was waited for in vain, where the reason says it.
+pub(super) fn advice(instance: &Value) -> Option<String> {
+    let model = plain(&instance["spec"]["model"]);
+    let nodes = instance["spec"]["nodes"]["min"].as_u64().filter(|min| *min > 1);
+    let nodes = nodes.map_or_else(String::new, |min| format!(" --nodes {min}"));
+    let advice = match ready(instance)?["reason"].as_str()? {
+        "ModelNotFound" => {
+            format!("apply a Model named {model}; `exoctl get models` lists those there are")
+        }
+        "Unplaceable" => format!(
+            "start exo on another machine, free memory or ask for less; `exoctl explain placement \
+             {model}{nodes}` shows what there is"
+        ),
+        "WeightsNotFound" => format!(
+            "put the folder where the node looks for it, or correct it with `exoctl edit model \
+             {model}`"
+        ),
+        _ => return None,
+    };
+    Some(format!("{advice}; exo goes on trying"))
 }
 
 /// The Ready condition, if it is about the present spec.
@@ -92,6 +121,24 @@ mod tests {
         let mut other_replica = shard(2, true);
         other_replica["spec"]["replica"] = json!(1);
         check(&[other_replica], None);
+    }
+
+    #[test]
+    fn advice_fits_the_reason() {
+        let check = |reason: &str, expect: Option<&str>| {
+            let instance = json!({"spec": {"model": "tiny", "nodes": {"min": 2}}, "status":
+                {"conditions": [{"type": "Ready", "status": "False", "reason": reason}]}});
+            let told = advice(&instance);
+            let fits = match (&told, expect) {
+                (Some(told), Some(expect)) => told.contains(expect),
+                (told, expect) => told.is_none() && expect.is_none(),
+            };
+            assert!(fits, "{reason}: {told:?}");
+        };
+        check("ModelNotFound", Some("apply a Model named tiny"));
+        check("Unplaceable", Some("`exoctl explain placement tiny --nodes 2`"));
+        check("WeightsNotFound", Some("`exoctl edit model tiny`"));
+        check("Starting", None);
     }
 
     #[test]

@@ -26,13 +26,36 @@ pub(super) struct Sort {
     field: &'static str,
     one: &'static str,
     done: &'static str,
+    /// When keys were only removed.
+    undone: &'static str,
     manager: &'static str,
 }
 
-pub(super) const LABELS: Sort =
-    Sort { field: "labels", one: "label", done: "labeled", manager: "exoctl-label" };
-pub(super) const ANNOTATIONS: Sort =
-    Sort { field: "annotations", one: "annotation", done: "annotated", manager: "exoctl-annotate" };
+impl Sort {
+    /// kubectl's word for what became of an object.
+    fn word(self, changed: &Map<String, Value>) -> String {
+        if changed.is_empty() {
+            return format!("not {}", self.done);
+        }
+        let only_removed = changed.values().all(Value::is_null);
+        (if only_removed { self.undone } else { self.done }).to_owned()
+    }
+}
+
+pub(super) const LABELS: Sort = Sort {
+    field: "labels",
+    one: "label",
+    done: "labeled",
+    undone: "unlabeled",
+    manager: "exoctl-label",
+};
+pub(super) const ANNOTATIONS: Sort = Sort {
+    field: "annotations",
+    one: "annotation",
+    done: "annotated",
+    undone: "annotated",
+    manager: "exoctl-annotate",
+};
 
 /// What to do with each key: set it to a value, or remove it.
 type Changes = BTreeMap<String, Option<String>>;
@@ -65,8 +88,7 @@ pub(super) async fn run(
         }
         let marked = mark(args, sort, server, &one, &changes).await;
         if let Some(changed) = failures.note(marked)? {
-            let not = if changed { "" } else { "not " };
-            writeln!(out, "{} {not}{}{suffix}", one.named(), sort.done)?;
+            writeln!(out, "{} {}{suffix}", one.named(), sort.word(&changed))?;
             out.flush()?;
         }
     }
@@ -104,26 +126,26 @@ fn split(words: &[String]) -> anyhow::Result<(Vec<String>, Changes)> {
     Ok((words[..start].to_vec(), changes))
 }
 
-/// Whether anything had to be changed.
+/// What had to be changed: values set, null for keys removed.
 async fn mark(
     args: &Marks,
     sort: Sort,
     server: &Server,
     one: &Found<'_>,
     changes: &Changes,
-) -> anyhow::Result<bool> {
+) -> anyhow::Result<Map<String, Value>> {
     let query = change_query(sort.manager, args.dry_run);
     for _ in 0..MAX_TRIES {
         let object: Value = server.get(&one.path(), &[], Form::Json).await?;
         let wanted = wanted(sort, changes, &object, args.overwrite)?;
         if wanted.is_empty() {
-            return Ok(false);
+            return Ok(wanted);
         }
         // What was looked at is what is changed.
         let version = &object["metadata"]["resourceVersion"];
         let patch = json!({"metadata": {"resourceVersion": version, sort.field: wanted}});
         match server.patch(&one.path(), MERGE_PATCH, &query, &patch).await {
-            Ok(_) => return Ok(true),
+            Ok(_) => return Ok(wanted),
             Err(error) if refused(&error).is_some_and(|r| r.is_conflict()) => {}
             Err(error) => return Err(error),
         }
@@ -188,6 +210,14 @@ mod tests {
         assert_eq!(of("x a=1", false).unwrap(), json!({}));
         assert_eq!(of("x a=2", true).unwrap(), json!({"a": "2"}));
         assert_eq!(of("x b- c=3 d-", false).unwrap(), json!({"b": null, "c": "3"}));
+        let word = |sort: Sort, text: &str| {
+            let (_, changes) = split(&words(text)).unwrap();
+            sort.word(&wanted(sort, &changes, &object, true).unwrap())
+        };
+        assert_eq!(word(LABELS, "x b- d-"), "unlabeled");
+        assert_eq!(word(LABELS, "x b- c=3"), "labeled");
+        assert_eq!(word(LABELS, "x d- a=1"), "not labeled");
+        assert_eq!(word(ANNOTATIONS, "x d-"), "not annotated");
         assert!(of("x a=2", false).unwrap_err().to_string().contains("--overwrite"));
     }
 }

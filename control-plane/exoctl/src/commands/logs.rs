@@ -6,9 +6,14 @@ use std::io::Write;
 use anyhow::bail;
 use serde_json::Value;
 
-use super::{events, select::checked};
+use exo_crds::LABEL_INSTANCE;
+
+use super::{
+    events,
+    select::{self, checked},
+};
 use crate::{
-    cli::Logs,
+    cli::{Logs, Select},
     error::is_not_found,
     jsonpath::plain,
     kinds::Kind,
@@ -16,13 +21,25 @@ use crate::{
 };
 
 pub(super) async fn run(args: &Logs, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
-    let name = args.shard.split_once('/').map_or(args.shard.as_str(), |(_, name)| name);
     let kind = server.own_kind("Shard").await?;
+    let name = match args.shard.split_once('/') {
+        None => args.shard.as_str(),
+        Some((word, name)) => match server.kinds().await?.find(word)? {
+            found if found == kind => name,
+            found if found.api.kind == "InferenceInstance" => {
+                bail!("{}", of_instance(server, kind, name).await?)
+            }
+            found => bail!("shards have logs, {} have none", found.api.plural),
+        },
+    };
     let path = kind.path(Some(server.namespace()), Some(&checked(name)?));
     let shard: Value = match server.get(&path, &[], Form::Json).await {
         Err(error) if is_not_found(&error) => match failure(server, kind, name).await {
             Some(failure) => bail!("{failure}. It was replaced since"),
-            None => return Err(error),
+            None => match of_instance(server, kind, name).await {
+                Ok(told) => bail!("{told}"),
+                Err(_) => return Err(error),
+            },
         },
         got => got?,
     };
@@ -45,6 +62,26 @@ pub(super) async fn run(args: &Logs, server: &Server, out: &mut dyn Write) -> an
         writeln!(out, "{}", plain(line))?;
     }
     Ok(())
+}
+
+/// What to say to somebody who asks for the logs of an instance.
+///
+/// # Errors
+/// When there is no such instance.
+async fn of_instance(server: &Server, shards: &Kind, name: &str) -> anyhow::Result<String> {
+    let instances = server.own_kind("InferenceInstance").await?;
+    let path = instances.path(Some(server.namespace()), Some(&checked(name)?));
+    server.get::<Value>(&path, &[], Form::Json).await?;
+    let labels = Some(format!("{LABEL_INSTANCE}={name}"));
+    let select = Select { labels, ..Select::default() };
+    let shards = select::list(server, shards, &select).await?;
+    let names: Vec<String> = shards.iter().map(|s| plain(&s["metadata"]["name"])).collect();
+    Ok(match names.is_empty() {
+        true => format!(
+            "`{name}` is an instance without shards: `exoctl describe instance {name}` says why"
+        ),
+        false => format!("`{name}` is an instance; its shards have logs: {}", names.join(", ")),
+    })
 }
 
 /// The shard in whose place this one came.

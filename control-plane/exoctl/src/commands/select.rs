@@ -5,9 +5,12 @@ use serde_json::Value;
 
 use crate::{
     cli::Select,
-    kinds::Kind,
+    kinds::{Kind, Kinds},
     server::{Form, Server},
 };
+
+/// Whose objects are called by their names alone, the likeliest first.
+const LIKELY_KINDS: [&str; 4] = ["instances", "shards", "nodes", "models"];
 
 /// One object of a cluster.
 #[derive(Clone, Debug)]
@@ -110,7 +113,12 @@ pub(super) async fn read<'s>(
         let found = match kinds.find(word) {
             Ok(kind) => vec![kind],
             Err(unknown) => match kinds.of_category(word) {
-                several if several.is_empty() => return Err(unknown.into()),
+                several if several.is_empty() => {
+                    return Err(match object_named(server, kinds, word).await {
+                        Some(object) => unknown.meaning(object).into(),
+                        None => unknown.into(),
+                    });
+                }
                 several if rest.is_empty() => several,
                 _ => bail!("`{word}` stands for several kinds: names go with one"),
             },
@@ -121,6 +129,20 @@ pub(super) async fn read<'s>(
         }
     }
     Ok(selected)
+}
+
+/// `instance tiny`, where a word in a kind's place is the name of an object that is there: the kind
+/// was left out.
+async fn object_named(server: &Server, kinds: &Kinds, name: &str) -> Option<String> {
+    let name = checked(name).ok()?;
+    for kind in LIKELY_KINDS.iter().filter_map(|kind| kinds.find(kind).ok()) {
+        let path = kind.path(Some(server.namespace()), Some(&name));
+        // One that can't find out would say the same of all.
+        if server.get_if_exists(&path).await.ok()?.is_some() {
+            return Some(format!("{} {name}", kind.spoken()));
+        }
+    }
+    None
 }
 
 /// Names end up in URLs; a wrong one must not reach another path.

@@ -1,17 +1,20 @@
 //! `exoctl wait`, and the waiting of `apply` and `delete`.
 
-use std::{collections::BTreeSet, io::Write, time::Duration};
+use std::{io::Write, time::Duration};
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use futures::{StreamExt as _, pin_mut};
-use kube::runtime::{WatchStreamExt as _, watcher::watch_object};
+use kube::runtime::{
+    WatchStreamExt as _,
+    watcher::{self, watch_object},
+};
 use serde_json::Value;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
-use super::{hopeless, select};
+use super::{hopeless, select, teller::Teller};
 use crate::{
     cli::{Goal, Wait},
-    error::Collector,
+    error::{Collector, Hinted},
     jsonpath::plain,
     kinds::{Kind, closest, did_you_mean},
     schema::Schemas,
@@ -28,6 +31,12 @@ pub(super) struct Target<'a> {
     pub(super) uid: Option<&'a Value>,
     /// An instance that has failed for good ends the wait.
     pub(super) gives_up: bool,
+}
+
+impl Target<'_> {
+    fn named(&self) -> String {
+        self.kind.named(self.name)
+    }
 }
 
 pub(super) async fn run(args: &Wait, server: &Server, out: &mut dyn Write) -> anyhow::Result<()> {
@@ -59,7 +68,7 @@ pub(super) async fn run(args: &Wait, server: &Server, out: &mut dyn Write) -> an
 }
 
 /// Returns once the goal is reached. An object that doesn't exist yet is waited for as well.
-/// Changes on the way are told on stderr. `timeout` is only for the message.
+/// What happens on the way is told on stderr. `timeout` is only for the message.
 pub(super) async fn wait_for(
     server: &Server,
     target: &Target<'_>,
@@ -67,11 +76,7 @@ pub(super) async fn wait_for(
     deadline: Instant,
     timeout: Duration,
 ) -> anyhow::Result<()> {
-    let known = match goal {
-        Goal::Condition { .. } => has_conditions(target.kind),
-        Goal::Create | Goal::Delete | Goal::Path { .. } => None,
-    };
-    if known == Some(false) {
+    if let (Goal::Condition { .. }, Some(false)) = (goal, has_conditions(target.kind)) {
         bail!(
             "{} have no conditions: wait with --for=jsonpath={{.status.phase}}=VALUE, or for \
              another field",
@@ -87,45 +92,107 @@ pub(super) async fn wait_for(
     let objects = watch_object(server.api(target.kind, target.namespace), target.name);
     let objects = objects.default_backoff();
     pin_mut!(objects);
-    let mut teller = Teller::default();
-    let named = target.kind.named(target.name);
+    let mut teller = Teller::new(Instant::now());
     let mut was_there = object.is_some();
+    let mut trouble = None;
+    let mut due = false;
     loop {
         let State::NotYet(mut now) = State::of(goal, object.as_ref(), uid) else {
             return Ok(());
         };
-        match (&object, goal) {
-            (None, _) if was_there => bail!("{named} was deleted meanwhile"),
-            (None, _) => now += &similar(server, target).await,
-            (Some(object), Goal::Condition { kind, .. }) if known == Some(true) => {
-                if let Some(why) = never(object, kind) {
-                    bail!("{named} {why}");
+        match &object {
+            None if was_there => bail!("{} was deleted meanwhile", target.named()),
+            None => now += &similar(server, target).await,
+            Some(object) => has_hope(server, target, goal, object, deadline).await?,
+        }
+        // The state is an old one then.
+        now = trouble.take().unwrap_or(now);
+        // Deletions are quick and their states are dull.
+        let line = teller.line(&now, Instant::now()).filter(|_| *goal != Goal::Delete);
+        if let Some(line) = line.or_else(|| due.then(|| teller.overdue(Instant::now()))) {
+            eprintln!("{}: {line}", target.name);
+        }
+        let until = deadline.min(teller.due());
+        let seen = timeout_at(until, objects.next()).await;
+        due = seen.is_err();
+        match seen {
+            Ok(Some(Ok(seen))) => object = seen.and_then(|seen| serde_json::to_value(seen).ok()),
+            // The connection may come back before the deadline.
+            Ok(Some(Err(error))) => trouble = Some(of_watch(server, error)),
+            Ok(None) => bail!("the watch of {} ended", target.named()),
+            Err(_) if until < deadline => {
+                // A server that has no majority any more keeps its watches, and sends nothing.
+                match timeout_at(deadline, server.get_if_exists(&path)).await {
+                    Ok(Ok(found)) => object = found,
+                    Ok(Err(error)) => trouble = Some(format!("trying again: {error}")),
+                    Err(_) => {}
                 }
             }
-            (Some(_), _) => {}
-        }
-        if let (true, Some(instance)) = (target.gives_up, &object) {
-            let reason = hopeless::reason(server, target.namespace, instance);
-            let reason = tokio::time::timeout_at(deadline, reason).await;
-            if let Ok(Some(reason)) = reason {
-                bail!("{named} will not become Ready: {reason}");
+            Err(_) => {
+                let error = anyhow!(
+                    "timed out after {timeout:?} waiting for {} of {}: {now}",
+                    describe(goal),
+                    target.named()
+                );
+                let hint = advice(server, target, goal, object.as_ref());
+                return Err(Hinted { error, hint }.into());
             }
         }
-        teller.tell(target, goal, &now);
-        match tokio::time::timeout_at(deadline, objects.next()).await {
-            Ok(Some(Ok(seen))) => {
-                object = seen.and_then(|object| serde_json::to_value(object).ok());
-                was_there |= object.is_some();
-            }
-            // The connection may come back before the deadline.
-            Ok(Some(Err(error))) => teller.tell(target, goal, &format!("trying again: {error}")),
-            Ok(None) => bail!("the watch of {named} ended"),
-            Err(_) => bail!(
-                "timed out after {timeout:?} waiting for {} of {named}: {now}",
-                describe(goal)
-            ),
+        was_there |= object.is_some();
+    }
+}
+
+/// # Errors
+/// When the goal can't be reached before somebody changes something.
+async fn has_hope(
+    server: &Server,
+    target: &Target<'_>,
+    goal: &Goal,
+    object: &Value,
+    deadline: Instant,
+) -> anyhow::Result<()> {
+    if let (Goal::Condition { kind, .. }, Some(true)) = (goal, has_conditions(target.kind))
+        && let Some(why) = never(object, kind)
+    {
+        bail!("{} {why}", target.named());
+    }
+    if target.gives_up {
+        let reason = hopeless::reason(server, target.namespace, object);
+        if let Ok(Some(reason)) = timeout_at(deadline, reason).await {
+            bail!("{} will not become Ready: {reason}", target.named());
         }
     }
+    Ok(())
+}
+
+fn of_watch(server: &Server, error: watcher::Error) -> String {
+    let error = match error {
+        watcher::Error::InitialListFailed(error)
+        | watcher::Error::WatchStartFailed(error)
+        | watcher::Error::WatchFailed(error) => server.explain(error),
+        error => error.into(),
+    };
+    format!("trying again: {error}")
+}
+
+/// What to do about an object that isn't as it was to be, in time.
+fn advice(server: &Server, target: &Target<'_>, goal: &Goal, object: Option<&Value>) -> String {
+    let Target { kind, name, .. } = target;
+    let is_default = target.namespace == server.client.default_namespace();
+    let namespace = match kind.namespaced && !is_default {
+        true => format!(" -n {}", target.namespace),
+        false => String::new(),
+    };
+    let Some(object) = object else {
+        return format!("`exoctl get {}{namespace}` lists those there are", kind.word());
+    };
+    let known = match goal {
+        Goal::Condition { .. } => hopeless::advice(object),
+        Goal::Create | Goal::Delete | Goal::Path { .. } => None,
+    };
+    let look =
+        || format!("`exoctl describe {} {name}{namespace}` tells what happened", kind.spoken());
+    known.unwrap_or_else(look)
 }
 
 /// The name that was meant, where an object of nearly that name is there.
@@ -242,74 +309,6 @@ fn describe(goal: &Goal) -> String {
     }
 }
 
-/// Tells each new state once, and of a failure that comes again only that.
-#[derive(Debug, Default)]
-struct Teller {
-    /// The last state.
-    last: Option<String>,
-    /// The last failure, without the shard that told it.
-    failure: Option<String>,
-    /// How far the tries after it were told to have come.
-    tries: BTreeSet<String>,
-}
-
-impl Teller {
-    fn tell(&mut self, target: &Target<'_>, goal: &Goal, now: &str) {
-        // Deletions are quick and their states are dull.
-        if *goal == Goal::Delete {
-            return;
-        }
-        if let Some(line) = self.line(now) {
-            eprintln!("{}: {line}", target.name);
-        }
-    }
-
-    /// What is to be told of a state.
-    fn line(&mut self, now: &str) -> Option<String> {
-        let is_known = self.last.as_deref() == Some(now);
-        self.last = Some(now.to_owned());
-        if is_known { None } else { self.news(now) }
-    }
-
-    fn news(&mut self, now: &str) -> Option<String> {
-        let (text, failures) = split_failures(now);
-        match failures {
-            // A try after failures: it is news as long as it comes further than those before.
-            Some((_, tail)) if tail.starts_with("before") => {
-                self.tries.insert(text.to_owned()).then(|| text.to_owned())
-            }
-            Some((count, tail)) => {
-                let failure = of_any_shard(text);
-                if self.failure.as_deref() == Some(failure) {
-                    let tail = tail.strip_prefix("in a row, ").unwrap_or(tail);
-                    return Some(format!("failed {count} times like that, {tail}"));
-                }
-                (self.failure, self.tries) = (Some(failure.to_owned()), BTreeSet::new());
-                Some(now.to_owned())
-            }
-            // What is stopped because of it.
-            None if self.failure.as_ref().is_some_and(|failure| now.contains(failure)) => None,
-            None => Some(now.to_owned()),
-        }
-    }
-}
-
-/// The controller's words about failures, at the end of a message: `; 3 failure(s) …`.
-fn split_failures(text: &str) -> (&str, Option<(&str, &str)>) {
-    let split = || {
-        let (before, tail) = text.split_once(" failure(s) ")?;
-        let (head, count) = before.rsplit_once("; ")?;
-        count.parse::<u32>().ok().map(|_| (head, Some((count, tail))))
-    };
-    split().unwrap_or((text, None))
-}
-
-/// A failure without its `shard NAME on NODE: `: each try has new names, and ranks fail alike.
-fn of_any_shard(failure: &str) -> &str {
-    let of_shard = failure.split_once("shard ").and_then(|(_, rest)| rest.split_once(": "));
-    of_shard.map_or(failure, |(_, what)| what)
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -344,44 +343,6 @@ mod tests {
         let bare = json!({"status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}});
         check(bare, not_yet("ready is Unknown"));
         assert_eq!(State::of(&ready, None, None), not_yet("it does not exist yet"));
-    }
-
-    #[test]
-    fn the_same_failure_is_told_once() {
-        let mut teller = Teller::default();
-        let mut check = |now: &str, expect: Option<&str>| {
-            assert_eq!(teller.line(now).as_deref(), expect, "{now}");
-        };
-        let starting = "Starting, rank 0 Pending on a, rank 1 Pending on b";
-        let missing = "WeightsNotFound: no folder `x`";
-        check(starting, Some(starting));
-        let first = format!(
-            "shard tiny-0-a1-1 on b: {missing}; 1 failure(s) in a row, next try after 08:00:01Z"
-        );
-        check(&first, Some(&first));
-        check(&first, None);
-        check(&format!("Stopping: shard tiny-0-a1-1 on b: {missing}; waiting for it"), None);
-        let again = |phase: &str, count: u32| {
-            let last = format!("shard tiny-0-a{count}-1 on b: {missing}");
-            format!("Starting, rank 0 {phase} on a; {count} failure(s) before, the last: {last}")
-        };
-        check(&again("Pending", 1), Some("Starting, rank 0 Pending on a"));
-        check(
-            &format!(
-                "shard tiny-0-a2-0 on a: {missing}; 2 failure(s) in a row, next try after 08:00:04Z"
-            ),
-            Some("failed 2 times like that, next try after 08:00:04Z"),
-        );
-        check(&again("Pending", 2), None);
-        check(&again("Loading", 2), Some("Starting, rank 0 Loading on a"));
-        let other = "ShardFailed: shard tiny-0-a3-0 on a: RunnerExited: killed by signal 9; \
-                     3 failure(s) in a row, next try after 08:00:09Z";
-        check(other, Some(other));
-        check(&again("Pending", 3), Some("Starting, rank 0 Pending on a"));
-        check(
-            "the newest change has not been looked at",
-            Some("the newest change has not been looked at"),
-        );
     }
 
     #[test]

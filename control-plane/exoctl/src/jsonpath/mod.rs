@@ -5,7 +5,7 @@
 mod parse;
 mod template;
 
-use std::{cmp::Ordering, str::FromStr};
+use std::{cmp::Ordering, fmt, str::FromStr};
 
 use serde_json::Value;
 
@@ -15,6 +15,14 @@ pub(crate) use template::Template;
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct JsonPath {
     steps: Vec<Step>,
+    /// As it was written, without braces.
+    text: String,
+}
+
+impl fmt::Display for JsonPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{{{}}}", self.text)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -69,7 +77,10 @@ impl FromStr for JsonPath {
         let braced = trimmed.strip_prefix('{').map(|rest| rest.strip_suffix('}'));
         let path = braced.unwrap_or(Some(trimmed)).ok_or_else(error)?;
         let steps = parse::path(path).ok_or_else(error)?;
-        if steps.is_empty() { Err(error()) } else { Ok(Self { steps }) }
+        if steps.is_empty() {
+            return Err(error());
+        }
+        Ok(Self { steps, text: path.trim().to_owned() })
     }
 }
 

@@ -83,7 +83,7 @@ impl FromStr for Template {
 fn read(path: &str, segment: &str) -> Result<JsonPath, ParseTemplateError> {
     let steps = parse::path(path.trim());
     let steps = steps.ok_or_else(|| ParseTemplateError::Segment(segment.to_owned()))?;
-    Ok(JsonPath { steps })
+    Ok(JsonPath { steps, text: path.trim().to_owned() })
 }
 
 impl Template {

@@ -60,17 +60,13 @@ impl<'a> Fields<'a> {
         name: &str,
         range: std::ops::RangeInclusive<i64>,
     ) -> Result<Option<i64>, ApiError> {
-        let number = self.typed(name, "a whole number", Value::as_i64)?;
-        match number {
-            Some(n) if !range.contains(&n) => {
+        match self.typed(name, "a whole number", whole)?.map(i64::try_from) {
+            None => Ok(None),
+            Some(Ok(number)) if range.contains(&number) => Ok(Some(number)),
+            Some(_) => {
                 let (low, high) = range.into_inner();
-                let limits = match high {
-                    i64::MAX => format!("must be at least {low}"),
-                    high => format!("must be between {low} and {high}"),
-                };
-                Err(self.error(name, &limits))
+                Err(self.error(name, &format!("must be between {low} and {high}")))
             }
-            number => Ok(number),
         }
     }
 
@@ -105,6 +101,13 @@ impl<'a> Fields<'a> {
             })
             .transpose()
     }
+}
+
+/// A number without a fraction, however it is written and however large it is.
+fn whole(value: &Value) -> Option<i128> {
+    let exact = value.as_i64().map(i128::from).or_else(|| value.as_u64().map(i128::from));
+    // What 64 bits don't hold was read as a float; the cast ends at the type's limits.
+    exact.or_else(|| value.as_f64().filter(|n| n.fract() == 0.0).map(|n| n as i128))
 }
 
 /// What a value is, in the words of an error message.

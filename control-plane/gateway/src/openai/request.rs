@@ -306,6 +306,25 @@ mod tests {
     }
 
     #[test]
+    fn whole_numbers_have_limits() {
+        let message = |extra: &str| {
+            let extra = serde_json::from_str(extra).unwrap();
+            ChatRequest::read(&with(extra)).unwrap_err().message
+        };
+        let tokens = "`max_tokens` must be between 1 and 4294967295";
+        assert_eq!(message(r#"{"max_tokens": 0}"#), tokens);
+        assert_eq!(message(r#"{"max_tokens": 10000000000000000000}"#), tokens);
+        assert_eq!(message(r#"{"max_tokens": 99999999999999999999}"#), tokens);
+        assert_eq!(message(r#"{"max_tokens": -99999999999999999999}"#), tokens);
+        let fraction = message(r#"{"max_tokens": 1.5}"#);
+        assert_eq!(fraction, "`max_tokens` must be a whole number, not a fraction");
+        let seed = message(r#"{"seed": 18446744073709551615}"#);
+        assert!(seed.starts_with("`seed` must be between -9223372036854775808 and "), "{seed}");
+        let whole = ChatRequest::read(&with(json!({"max_tokens": 5.0}))).unwrap();
+        assert_eq!(whole.max_tokens, Some(5));
+    }
+
+    #[test]
     fn a_body_that_is_no_object_is_refused() {
         for body in [json!([]), json!("x"), json!(null)] {
             assert_eq!(ChatRequest::read(&body).unwrap_err().status, 400);
