@@ -2,8 +2,8 @@
 
 use std::{net::SocketAddr, path::Path};
 
-use anyhow::anyhow;
-use exo_store::{Begin, OpenError, Peering, RaftConfig, Store};
+use anyhow::{anyhow, bail};
+use exo_store::{Begin, OpenError, Peering, RaftConfig, Store, Txn};
 use exo_trust::{client_config, reqwest_client};
 
 use crate::{
@@ -47,6 +47,41 @@ fn unopened(dir: &Path, error: OpenError) -> anyhow::Error {
         ),
         false => error,
     }
+}
+
+/// Beside the API's resources, which are all under another prefix.
+const AUTHORITY: &str = "/exo/authority";
+
+/// Whether this node belongs to the cluster whose state is in a store that is nobody's part of: nodes
+/// with certificates of another authority would be in it and never reach the others.
+///
+/// # Errors
+/// The store's cluster has another authority than `own`, or this node has none yet; or the store
+/// can't be asked.
+pub(crate) async fn check_authority(store: &Store, own: Option<&str>) -> anyhow::Result<()> {
+    let known = store.get(AUTHORITY).await?;
+    match (known, own) {
+        (Some(known), Some(own)) if known.value.trim() == own.trim() => Ok(()),
+        (Some(_), Some(_)) => bail!(
+            "the data directory belongs to another cluster than the one in etcd: give this node \
+             another --data-dir and --peers HOST:PORT, the address of one of its nodes"
+        ),
+        (Some(_), None) => bail!(
+            "there is a cluster in etcd already: to join it, add --peers HOST:PORT, the address of \
+             one of its nodes"
+        ),
+        (None, _) => Ok(()),
+    }
+}
+
+/// Writes down whose cluster is in the store, if nobody has.
+///
+/// # Errors
+/// As [`check_authority`].
+pub(crate) async fn claim(store: &Store, own: &str) -> anyhow::Result<()> {
+    // Whoever was first is the one.
+    store.txn(Txn::create(AUTHORITY, own)).await?;
+    check_authority(store, Some(own)).await
 }
 
 #[cfg(feature = "etcd")]
@@ -100,6 +135,19 @@ mod tests {
         let other = DiskError::OtherNode { path: "x".into(), found: 1, expected: 2 };
         let text = format!("{:#}", unopened(dir.path(), other.into()));
         assert!(!text.contains("remove"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_store_is_one_clusters() {
+        let store = Store::memory();
+        check_authority(&store, None).await.unwrap();
+        claim(&store, "pem a\n").await.unwrap();
+        claim(&store, "pem a").await.unwrap();
+        check_authority(&store, Some("pem a")).await.unwrap();
+        let error = check_authority(&store, None).await.unwrap_err().to_string();
+        assert!(error.contains("add --peers"), "{error}");
+        let error = claim(&store, "pem b").await.unwrap_err().to_string();
+        assert!(error.contains("another cluster"), "{error}");
     }
 
     #[test]

@@ -159,18 +159,30 @@ impl ControlPlane {
         sockets: Sockets,
         (start, choice): (&Start, &StoreChoice),
     ) -> anyhow::Result<Self> {
-        let authority = data.authority(&config.node_name, config.address)?;
         let api_address = sockets.api.local_addr()?;
         let gateway_address = sockets.gateway.local_addr()?;
-        data.write_kubeconfig(&authority, api_address)?;
         // Others are told this node's own address, not the one that was bound.
         let join_address = SocketAddr::new(config.address, api_address.port());
-        let (store, node_id) = match choice {
-            StoreChoice::Raft => {
+        let shared = match choice {
+            StoreChoice::Raft => None,
+            StoreChoice::Etcd(etcd) => {
+                let store = open::etcd(etcd, join_address).await?;
+                // Before this node has an authority of its own.
+                open::check_authority(&store, data.authority_pem().ok().as_deref()).await?;
+                Some(store)
+            }
+        };
+        let authority = data.authority(&config.node_name, config.address)?;
+        data.write_kubeconfig(&authority, api_address)?;
+        let (store, node_id) = match shared {
+            Some(store) => {
+                open::claim(&store, authority.certificate_pem()).await?;
+                (store, None)
+            }
+            None => {
                 let (store, id) = open::raft(config, data, start, join_address).await?;
                 (store, Some(id))
             }
-            StoreChoice::Etcd(etcd) => (open::etcd(etcd, join_address).await?, None),
         };
         let registry = Registry::new();
         store.register_metrics(&registry)?;
