@@ -29,7 +29,8 @@ fn a_drained_nodes_shards_move_to_the_others() {
     // Nothing moves back by itself; the node may be used again.
     cluster.exoctl_ok(&["uncordon", &first]).unwrap();
     let instance = sample_instance(&cluster);
-    cluster.exoctl_ok(&["scale", "instance", &instance, "--replicas", "2", "--wait"]).unwrap();
+    let scale = ["scale", "instance", &instance, "--replicas", "2", "--wait", "--timeout", "5m"];
+    cluster.exoctl_ok(&scale).unwrap();
     cluster.wait_for_shards(2).unwrap();
 }
 

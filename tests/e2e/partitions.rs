@@ -10,8 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::ensure;
 use exo_tests::{
-    Admin, Trio,
+    Admin, Trio, in_the_end,
     linear::{Kind, Op, is_linearizable},
     net::Net,
     wait_for,
@@ -223,21 +224,26 @@ fn faults_leave_a_history_that_is_linearizable() {
 
 /// A leader that was cut off refuses writes and up-to-date reads, and shows what it had.
 fn a_minority_says_so(runtime: &tokio::runtime::Runtime, minority: &Admin) {
-    let ask = |request: reqwest::RequestBuilder| {
-        runtime.block_on(async {
-            let answer = request.send().await.unwrap();
-            (answer.status(), answer.text().await.unwrap())
-        })
+    // Who stood still gets no answer at all, and nobody knows at once that the majority is gone.
+    let refusal = |request: &dyn Fn() -> reqwest::RequestBuilder| {
+        let ask = async || {
+            let answer = request().send().await?;
+            let (status, text) = (answer.status(), answer.text().await?);
+            assert!(matches!(status.as_u16(), 503 | 504), "{status}: {text}");
+            ensure!(text.contains("majority") || text.contains("leader"), "{text}");
+            Ok(())
+        };
+        in_the_end("a refusal with its reason", || runtime.block_on(ask())).unwrap();
     };
-    let is_refused = |status: StatusCode| matches!(status.as_u16(), 503 | 504);
     let new = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
         "metadata": {"name": "minority"}, "spec": {}});
-    let (status, text) = ask(minority.client.post(minority.leases()).json(&new));
-    assert!(is_refused(status), "{text}");
-    assert!(text.contains("majority") || text.contains("leader"), "{text}");
-    let (status, text) = ask(minority.client.get(url(minority, 0)));
-    assert!(is_refused(status), "{text}");
+    refusal(&|| minority.client.post(minority.leases()).json(&new));
+    refusal(&|| minority.client.get(url(minority, 0)));
     let old = format!("{}?resourceVersion=0", url(minority, 0));
-    let (status, text) = ask(minority.client.get(old));
+    let ask = async || {
+        let answer = minority.client.get(&old).send().await?;
+        anyhow::Ok((answer.status(), answer.text().await?))
+    };
+    let (status, text) = in_the_end("what it had", || runtime.block_on(ask())).unwrap();
     assert_eq!(status, StatusCode::OK, "{text}");
 }

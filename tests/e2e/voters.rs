@@ -140,7 +140,7 @@ fn the_loss_of_the_leader_costs_a_moment_and_nothing_else() {
     // Served through every node, whichever the shards are on.
     let sample = root().join("manifests/samples/tiny.yaml");
     let sample = sample.to_str().unwrap();
-    trio.exoctl_ok(survivors[0], &["apply", "-f", sample, "--wait"]).unwrap();
+    trio.exoctl_ok(survivors[0], &["apply", "-f", sample, "--wait", "--timeout", "5m"]).unwrap();
     let answers: Vec<String> =
         trio.nodes.iter().map(|exo| answer_at(exo.gateway().unwrap())).collect();
     assert!(answers[0].contains("98") && answers.iter().all(|a| *a == answers[0]), "{answers:?}");

@@ -194,7 +194,9 @@ impl Cluster {
         fs::write(&file, text)?;
         let file = file.to_str().context("the path is UTF-8")?.to_owned();
         let mut args = vec!["apply", "-f", &file];
-        args.extend(wait.then_some("--wait"));
+        if wait {
+            args.extend(["--wait", "--timeout", "5m"]);
+        }
         exoctl_led(&self.kubeconfig(), &args)
     }
 
