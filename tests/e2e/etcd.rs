@@ -6,7 +6,9 @@ use std::{
     time::Duration,
 };
 
-use exo_tests::{Admin, Exo, Place, binary, wait_for};
+use anyhow::ensure;
+use exo_tests::{Admin, Exo, Place, TRIES, binary, in_the_end, wait_for};
+use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 struct Etcd {
@@ -29,6 +31,13 @@ impl Etcd {
             eprintln!("no etcd here, or an exo without it: this test did not run");
             return None;
         }
+        // Somebody else may get one of its ports before it does.
+        let started = (0..TRIES).find_map(|_| Self::try_start());
+        Some(started.expect("etcd starts"))
+    }
+
+    /// `None` when it ended at once.
+    fn try_start() -> Option<Self> {
         let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let (address, peer) = (free(), format!("http://{}", free()));
         let (client, dir) = (format!("http://{address}"), tempfile::tempdir().unwrap());
@@ -40,15 +49,19 @@ impl Etcd {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let started = Self { process, address, dir };
-        wait_for("etcd", || Ok(TcpStream::connect(address).ok())).unwrap();
-        Some(started)
+        let mut started = Self { process, address, dir };
+        let is_up = wait_for("etcd", || {
+            let has_ended = started.process.try_wait()?.is_some();
+            Ok((has_ended || TcpStream::connect(address).is_ok()).then_some(!has_ended))
+        });
+        is_up.unwrap().then_some(started)
     }
 }
 
 impl Drop for Etcd {
     fn drop(&mut self) {
-        self.process.kill().unwrap();
+        // Where it has ended there is nothing to kill.
+        let _ = self.process.kill();
         self.process.wait().unwrap();
     }
 }
@@ -69,15 +82,21 @@ fn two_control_planes_share_an_etcd() {
     let create = |admin: &Admin, name: &str| {
         let body = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
             "metadata": {"name": name}, "spec": {}});
-        runtime.block_on(async {
-            let answer = admin.client.post(admin.leases()).json(&body).send().await.unwrap();
-            assert!(answer.status().is_success(), "{}", answer.text().await.unwrap());
-        });
+        let ask = async || {
+            let answer = admin.client.post(admin.leases()).json(&body).send().await?;
+            // A try whose end is unknown may have made it.
+            let is_made = answer.status().is_success() || answer.status() == StatusCode::CONFLICT;
+            ensure!(is_made, "{}", answer.text().await?);
+            Ok(())
+        };
+        in_the_end("a write", || runtime.block_on(ask())).unwrap();
     };
     let names = |admin: &Admin| -> Vec<String> {
-        let list: Value = runtime.block_on(async {
-            admin.client.get(admin.leases()).send().await.unwrap().json().await.unwrap()
-        });
+        let ask = async || {
+            let answer = admin.client.get(admin.leases()).send().await?;
+            Ok(answer.error_for_status()?.json::<Value>().await?)
+        };
+        let list = in_the_end("a list", || runtime.block_on(ask())).unwrap();
         let items = list["items"].as_array().unwrap();
         items.iter().map(|l| l["metadata"]["name"].as_str().unwrap().to_owned()).collect()
     };

@@ -10,7 +10,7 @@ fn home(cluster: &Cluster, but: Option<&str>) -> String {
         let node = shards.first().and_then(|shard| shard["spec"]["node"].as_str());
         Ok(node.filter(|node| ready && Some(*node) != but).map(str::to_owned))
     })
-    .unwrap_or_else(|error| panic!("{error}{:?}{}", cluster.shards(), cluster.logs()))
+    .unwrap_or_else(|error| panic!("{error:#}{:?}{}", cluster.shards(), cluster.logs()))
 }
 
 #[test]
@@ -20,7 +20,7 @@ fn a_drained_nodes_shards_move_to_the_others() {
     let output = cluster.apply(&sample.unwrap().replace("min: 2", "min: 1"), true).unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let first = home(&cluster, None);
-    let drained = cluster.exoctl_ok(&["drain", &first, "--timeout", "60s"]).unwrap();
+    let drained = cluster.exoctl_ok(&["drain", &first, "--timeout", "180s"]).unwrap();
     assert!(drained.contains(&format!("node.exo.dev/{first} drained")), "{drained}");
     let second = home(&cluster, Some(&first));
     let described = cluster.exoctl_ok(&["describe", "node", &second]).unwrap();
@@ -29,8 +29,9 @@ fn a_drained_nodes_shards_move_to_the_others() {
     // Nothing moves back by itself; the node may be used again.
     cluster.exoctl_ok(&["uncordon", &first]).unwrap();
     let instance = sample_instance(&cluster);
-    cluster.exoctl_ok(&["scale", "instance", &instance, "--replicas", "2", "--wait"]).unwrap();
-    assert_eq!(cluster.shards().unwrap().len(), 2);
+    let scale = ["scale", "instance", &instance, "--replicas", "2", "--wait", "--timeout", "5m"];
+    cluster.exoctl_ok(&scale).unwrap();
+    cluster.wait_for_shards(2).unwrap();
 }
 
 fn sample_instance(cluster: &Cluster) -> String {

@@ -2,26 +2,27 @@
 
 use std::{
     io::{BufRead as _, BufReader},
-    process::{Command, Stdio},
+    process::Command,
     time::Duration,
 };
 
-use anyhow::Context as _;
-use exo_tests::{Cluster, metric, python, root, wait_for};
+use anyhow::{Context as _, ensure};
+use exo_tests::{Cluster, TRIES, in_the_end, metric, python, root, wait_for};
 use serde_json::{Value, json};
+
+use crate::failures::counting_at;
 
 fn http() -> reqwest::Client {
     exo_trust::install_crypto();
-    reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(60)).build().unwrap()
+    reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(300)).build().unwrap()
 }
 
 #[test]
 fn two_shards_answer_the_official_openai_client() {
     let cluster = Cluster::start().unwrap();
     cluster.apply_tiny().unwrap();
-    let shards = cluster.shards().unwrap();
+    let shards = cluster.wait_for_shards(2).unwrap();
     let layers: Vec<_> = shards.iter().map(|s| s["spec"]["layers"].as_str().unwrap()).collect();
-    assert_eq!(shards.len(), 2, "{shards:?}");
     assert_ne!(shards[0]["spec"]["node"], shards[1]["spec"]["node"]);
     assert!(layers[0].starts_with("0-") && layers[1].ends_with("-7"), "{layers:?}");
 
@@ -73,9 +74,11 @@ fn a_tensor_parallel_instance_answers() {
     let url = format!("{}/chat/completions", cluster.first.gateway().unwrap());
     for question in questions.iter().filter(|q| q.get("tools").is_none()).step_by(12).take(8) {
         let body = json!({"model": "tiny", "temperature": 0, "messages": question["messages"]});
-        let answer: Value = runtime.block_on(async {
-            http().post(&url).json(&body).send().await.unwrap().json().await.unwrap()
-        });
+        let ask = async || {
+            let answer = http().post(&url).json(&body).send().await?;
+            Ok(answer.error_for_status()?.json::<Value>().await?)
+        };
+        let answer = in_the_end("an answer", || runtime.block_on(ask())).unwrap();
         let text = &answer["choices"][0]["message"]["content"];
         assert_eq!(text, &question["answer"], "{}", question["id"]);
     }
@@ -107,51 +110,46 @@ fn unknown_models_are_not_found(cluster: &Cluster) {
 /// curl reads the first words of a long answer and is killed; the runner stops soon after.
 fn a_client_that_goes_away_stops_its_generation(cluster: &Cluster) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let runner = || runner_metrics(&runtime, cluster).unwrap();
-    let tokens = || metric(&runner(), "exo_runner_tokens_total", &["kind=\"completion\""]);
+    let runner = || runner_metrics(&runtime, cluster);
+    let tokens = || {
+        let text = in_the_end("the runner's metrics", runner).unwrap();
+        metric(&text, "exo_runner_tokens_total", &["kind=\"completion\""])
+    };
     let gone = || {
         let text = cluster.gateway_metrics().unwrap();
         metric(&text, "exo_gateway_requests_total", &["code=\"499\""])
     };
-    let body = json!({
-        "model": "tiny", "stream": true, "temperature": 0,
-        "messages": [{"role": "user", "content": "Count from 1 to 99."}],
-    });
-    let ask = || {
-        Command::new("curl")
-            .args(["-sN", "--max-time", "60", "-H", "Content-Type: application/json", "-d"])
-            .arg(body.to_string())
-            .arg(format!("{}/chat/completions", cluster.first.gateway().unwrap()))
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap()
-    };
+    let ask = || counting_at(cluster.first.gateway().unwrap()).spawn().unwrap();
     let before = tokens();
     let whole = ask().wait_with_output().unwrap();
     assert!(String::from_utf8_lossy(&whole.stdout).contains("[DONE]"));
     let undisturbed = tokens() - before;
     assert!(undisturbed > 50.0, "a long answer has {undisturbed} tokens");
 
-    let (before, gone_before) = (tokens(), gone());
-    let mut curl = ask();
-    let mut first = String::new();
-    BufReader::new(curl.stdout.take().unwrap()).read_line(&mut first).unwrap();
-    assert!(first.starts_with("data: {"), "{first}");
-    curl.kill().unwrap();
-    curl.wait().unwrap();
-    wait_for("the request to leave the gateway", || {
-        let text = cluster.gateway_metrics()?;
-        Ok((metric(&text, "exo_gateway_in_flight", &[]) == 0.0).then_some(()))
-    })
-    .unwrap();
-    wait_for("the runner to drop the sequence", || {
-        let active = metric(&runner(), "exo_runner_active_sequences", &[]);
-        Ok((active == 0.0).then_some(()))
-    })
-    .unwrap();
-    let disturbed = tokens() - before;
-    assert!(disturbed < undisturbed / 2.0, "{disturbed} of {undisturbed} tokens were made");
-    assert_eq!(gone() - gone_before, 1.0, "the client's leaving is counted");
+    let is_stopped = (0..TRIES).any(|_| {
+        let (before, gone_before) = (tokens(), gone());
+        let mut curl = ask();
+        let mut first = String::new();
+        BufReader::new(curl.stdout.take().unwrap()).read_line(&mut first).unwrap();
+        assert!(first.starts_with("data: {"), "{first}");
+        curl.kill().unwrap();
+        curl.wait().unwrap();
+        wait_for("the request to leave the gateway", || {
+            let text = cluster.gateway_metrics()?;
+            Ok((metric(&text, "exo_gateway_in_flight", &[]) == 0.0).then_some(()))
+        })
+        .unwrap();
+        wait_for("the runner to drop the sequence", || {
+            let active = metric(&runner()?, "exo_runner_active_sequences", &[]);
+            Ok((active == 0.0).then_some(()))
+        })
+        .unwrap();
+        let (disturbed, counted) = (tokens() - before, gone() - gone_before);
+        eprintln!("{disturbed} of {undisturbed} tokens were made, {counted} client went away");
+        // A runner that was replaced counts anew.
+        (0.0..undisturbed / 2.0).contains(&disturbed) && counted == 1.0
+    });
+    assert!(is_stopped, "a client's leaving is counted, and ends its answer");
 }
 
 /// What rank 0's runner says at `/metrics`, asked with the node's own certificate.
@@ -175,26 +173,29 @@ fn kubectl_shows_the_shards(cluster: &Cluster) {
         command.arg("--kubeconfig").arg(cluster.kubeconfig()).args(args).env("HOME", home);
         command.output()
     };
-    let output = match ask(&["get", "shards"]) {
-        Ok(output) => output,
-        Err(error) => {
-            assert!(std::env::var_os("CI").is_none(), "kubectl is missing in CI: {error}");
-            eprintln!("kubectl is not installed; its part of this test did not run");
-            return;
-        }
-    };
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let rows: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
-    let header = "NAME INSTANCE RANK NODE LAYERS SHARDING BACKEND PHASE PROGRESS MEMORY AGE";
-    assert_eq!(rows[0].join(" "), header);
-    assert_eq!(rows.len(), 3, "{text}");
-    assert_eq!(rows[1][0], "tiny-0-a1-0");
-    assert_eq!(rows[1][6..9], ["ring", "Ready", "100%"]);
-    let same = cluster.exoctl_ok(&["get", "shards"]).unwrap();
+    if let Err(error) = ask(&["version", "--client"]) {
+        assert!(std::env::var_os("CI").is_none(), "kubectl is missing in CI: {error}");
+        eprintln!("kubectl is not installed; its part of this test did not run");
+        return;
+    }
     let without_age = |text: &str| -> Vec<String> {
         let cut = |l: &str| l.split_whitespace().take(10).collect::<Vec<_>>().join(" ");
         text.lines().map(cut).collect()
     };
-    assert_eq!(without_age(&same), without_age(&text), "exoctl and kubectl print the same");
+    // Between two looks, a status may change.
+    in_the_end("the same table of kubectl and exoctl", || {
+        let output = ask(&["get", "shards"])?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout)?;
+        let rows: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
+        let header = "NAME INSTANCE RANK NODE LAYERS SHARDING BACKEND PHASE PROGRESS MEMORY AGE";
+        ensure!(rows.len() == 3 && rows[0].join(" ") == header, "{text}");
+        let first = &rows[1];
+        ensure!(first[0].starts_with("tiny-0-a") && first[0].ends_with("-0"), "{text}");
+        ensure!(first[6..9] == ["ring", "Ready", "100%"], "{text}");
+        let same = cluster.exoctl_ok(&["get", "shards"])?;
+        ensure!(without_age(&same) == without_age(&text), "exoctl: {same}kubectl: {text}");
+        Ok(())
+    })
+    .unwrap();
 }

@@ -79,7 +79,7 @@ fn expect_failure(cluster: &Cluster, name: &str, needle: &str, permanent: bool) 
         });
         Ok(failed.then_some(()))
     })
-    .unwrap_or_else(|error| panic!("{error}{:?}{}", cluster.shards(), cluster.logs()));
+    .unwrap_or_else(|error| panic!("{error:#}{:?}{}", cluster.shards(), cluster.logs()));
     wait_for("the instance to say so", || {
         let text = cluster.exoctl_ok(&["get", "instance", name, "-o", "json"])?;
         let instance: Value = serde_json::from_str(&text)?;

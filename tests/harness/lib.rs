@@ -8,6 +8,7 @@ mod trio;
 use std::{
     fs::{self, File},
     io::{BufRead as _, BufReader},
+    net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::mpsc,
@@ -19,10 +20,21 @@ use serde_json::Value;
 use tempfile::TempDir;
 pub use trio::{Admin, Trio, members};
 
-/// Longest wait for anything in these tests. Generous: CI machines are small and shared.
-pub const DEADLINE: Duration = Duration::from_secs(90);
+/// Longest wait for anything in these tests. Generous: CI machines are small and shared, and stand
+/// still for seconds.
+pub const DEADLINE: Duration = Duration::from_secs(180);
+/// Tries to meet something while it is under way: it is over already where the machine stood still
+/// in between.
+pub const TRIES: usize = 5;
 /// Pause between two looks at a condition.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// What exoctl says where another try may do what this one couldn't.
+const PASSING: [&str; 4] = [
+    "can't reach the API server",
+    "doesn't lead the store",
+    "the outcome of the write is unknown",
+    "the store is unavailable",
+];
 
 /// The repository's root.
 pub fn root() -> PathBuf {
@@ -61,21 +73,69 @@ pub fn metric(text: &str, name: &str, labels: &[&str]) -> f64 {
         .sum()
 }
 
-/// Looks until `condition` gives a value.
+/// Looks until `condition` gives a value. A look that fails has seen nothing yet; its error is told
+/// when no later one sees anything.
 pub fn wait_for<T>(
     what: &str,
     mut condition: impl FnMut() -> anyhow::Result<Option<T>>,
 ) -> anyhow::Result<T> {
-    let begin = Instant::now();
+    let (begin, mut failed) = (Instant::now(), String::new());
     loop {
-        if let Some(value) = condition()? {
-            return Ok(value);
+        match condition() {
+            Ok(Some(value)) => return Ok(value),
+            Ok(None) => {}
+            Err(error) => failed = format!("; the last look that failed: {error:#}"),
         }
         if begin.elapsed() > DEADLINE {
-            bail!("waited {DEADLINE:?} for {what}");
+            bail!("waited {DEADLINE:?} for {what}{failed}");
         }
         std::thread::sleep(LOOK_AGAIN);
     }
+}
+
+/// Tries until it succeeds.
+pub fn in_the_end<T>(
+    what: &str,
+    mut attempt: impl FnMut() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    wait_for(what, || attempt().map(Some))
+}
+
+/// Runs exoctl as the admin, once.
+fn exoctl(kubeconfig: &Path, args: &[&str]) -> anyhow::Result<Output> {
+    let mut command = Command::new(binary("exoctl")?);
+    Ok(command.arg("--kubeconfig").arg(kubeconfig).args(args).output()?)
+}
+
+/// The same, again while there is no leader: whoever stood still may have lost it.
+fn exoctl_led(kubeconfig: &Path, args: &[&str]) -> anyhow::Result<Output> {
+    let (begin, mut args) = (Instant::now(), args.to_vec());
+    loop {
+        let output = exoctl(kubeconfig, &args)?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        let passes = PASSING.iter().any(|passing| text.contains(passing));
+        if output.status.success() || !passes || begin.elapsed() > DEADLINE {
+            return Ok(output);
+        }
+        eprintln!("exoctl {args:?} once more: {text}");
+        // The try whose end is unknown may have done it.
+        if args[0] == "delete" && !args.contains(&"--ignore-not-found") {
+            args.push("--ignore-not-found");
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
+/// The same; anything but success is an error. Returns stdout.
+fn exoctl_ok(
+    kubeconfig: &Path,
+    args: &[&str],
+    logs: impl Fn() -> String,
+) -> anyhow::Result<String> {
+    let output = exoctl_led(kubeconfig, args)?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "exoctl {args:?}: {text}{}", logs());
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// Control plane with an agent (`mac-1`) and a second agent (`mac-2`).
@@ -122,32 +182,22 @@ impl Cluster {
         self.first.data_dir.join("kubeconfig")
     }
 
-    /// Runs exoctl as the admin.
-    pub fn exoctl(&self, args: &[&str]) -> anyhow::Result<Output> {
-        let mut command = Command::new(binary("exoctl")?);
-        Ok(command.arg("--kubeconfig").arg(self.kubeconfig()).args(args).output()?)
-    }
-
-    /// The same; anything but success is an error. Returns stdout.
+    /// Runs exoctl as the admin, again while there is no leader; anything but success is an error.
+    /// Returns stdout.
     pub fn exoctl_ok(&self, args: &[&str]) -> anyhow::Result<String> {
-        let output = self.exoctl(args)?;
-        ensure!(
-            output.status.success(),
-            "exoctl {args:?}: {}{}",
-            String::from_utf8_lossy(&output.stderr),
-            self.logs()
-        );
-        Ok(String::from_utf8(output.stdout)?)
+        exoctl_ok(&self.kubeconfig(), args, || self.logs())
     }
 
-    /// Applies a manifest given as text; see [`Self::exoctl`].
+    /// Applies a manifest given as text; the answer may be a refusal.
     pub fn apply(&self, text: &str, wait: bool) -> anyhow::Result<Output> {
         let file = self.dir.path().join("manifest.yaml");
         fs::write(&file, text)?;
         let file = file.to_str().context("the path is UTF-8")?.to_owned();
         let mut args = vec!["apply", "-f", &file];
-        args.extend(wait.then_some("--wait"));
-        self.exoctl(&args)
+        if wait {
+            args.extend(["--wait", "--timeout", "5m"]);
+        }
+        exoctl_led(&self.kubeconfig(), &args)
     }
 
     /// The sample with the tiny model, applied and Ready.
@@ -166,9 +216,19 @@ impl Cluster {
     /// What the gateway says about itself at `/metrics`.
     pub fn gateway_metrics(&self) -> anyhow::Result<String> {
         let url = self.first.gateway()?.replace("/v1", "/metrics");
-        let output = Command::new("curl").args(["-sf", "--max-time", "60", &url]).output()?;
-        ensure!(output.status.success(), "no metrics at {url}");
-        Ok(String::from_utf8(output.stdout)?)
+        in_the_end("the gateway's metrics", || {
+            let output = Command::new("curl").args(["-sf", "--max-time", "60", &url]).output()?;
+            ensure!(output.status.success(), "no metrics at {url}");
+            Ok(String::from_utf8(output.stdout)?)
+        })
+    }
+
+    /// The shards once there are so many.
+    pub fn wait_for_shards(&self, count: usize) -> anyhow::Result<Vec<Value>> {
+        wait_for(&format!("{count} shards"), || {
+            Ok(Some(self.shards()?).filter(|shards| shards.len() == count))
+        })
+        .with_context(|| self.logs())
     }
 
     /// All shards, as JSON objects sorted by name.
@@ -364,6 +424,7 @@ impl Exo {
         if !self.endpoints.is_empty() {
             let gateway = port(self.gateway()?).context("the gateway has a port")?;
             let api = port(self.api()?).context("the API has a port")?;
+            self.wait_for_ports([&gateway, &api])?;
             let mut args = ["--port", &gateway, "--api-port", &api].map(str::to_owned).to_vec();
             let mut old = self.args.iter();
             while let Some(arg) = old.next() {
@@ -377,6 +438,20 @@ impl Exo {
         }
         self.child = Self::spawn(&self.name, &self.data_dir, &self.place, &self.log, &self.args)?;
         Ok(())
+    }
+
+    /// While it was down, any connection of this machine may have got its ports.
+    fn wait_for_ports(&self, ports: [&str; 2]) -> anyhow::Result<()> {
+        // Nobody else is in a namespace, and nobody here can try.
+        if self.place.space.is_some() {
+            return Ok(());
+        }
+        in_the_end("its ports to be free", || {
+            for port in ports {
+                TcpListener::bind(format!("{}:{port}", self.place.listen))?;
+            }
+            Ok(())
+        })
     }
 
     /// Asks it to stop as launchd would and returns its exit status.

@@ -11,7 +11,7 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Exo, Place, binary, models_in, net::Net, wait_for};
+use crate::{Exo, Place, exoctl, exoctl_ok, models_in, net::Net, wait_for};
 
 /// Three control planes: `mac-1` founded the cluster, `mac-2` and `mac-3` joined it.
 pub struct Trio {
@@ -70,7 +70,7 @@ impl Trio {
     /// Waits until a node knows of so many voters.
     pub fn wait_for_voters(&self, at: usize, count: usize) -> anyhow::Result<()> {
         wait_for(&format!("{count} voters"), || {
-            let Ok(answer) = members(&self.nodes[at]) else { return Ok(None) };
+            let answer = members(&self.nodes[at])?;
             let members = answer["members"].as_array().context("a list of members")?;
             let voters = members.iter().filter(|m| m["voter"] == true).count();
             Ok((voters == count).then_some(()))
@@ -93,23 +93,14 @@ impl Trio {
         self.leader_among(&[0, 1, 2])
     }
 
-    /// Runs exoctl as the admin, through one node.
+    /// Runs exoctl as the admin, through one node and once.
     pub fn exoctl(&self, at: usize, args: &[&str]) -> anyhow::Result<Output> {
-        let kubeconfig = self.nodes[at].data_dir.join("kubeconfig");
-        let mut command = Command::new(binary("exoctl")?);
-        Ok(command.arg("--kubeconfig").arg(kubeconfig).args(args).output()?)
+        exoctl(&self.nodes[at].data_dir.join("kubeconfig"), args)
     }
 
-    /// The same; anything but success is an error. Returns stdout.
+    /// The same, again while there is no leader; anything but success is an error. Returns stdout.
     pub fn exoctl_ok(&self, at: usize, args: &[&str]) -> anyhow::Result<String> {
-        let output = self.exoctl(at, args)?;
-        ensure!(
-            output.status.success(),
-            "exoctl {args:?}: {}{}",
-            String::from_utf8_lossy(&output.stderr),
-            self.logs()
-        );
-        Ok(String::from_utf8(output.stdout)?)
+        exoctl_ok(&self.nodes[at].data_dir.join("kubeconfig"), args, || self.logs())
     }
 
     pub fn logs(&self) -> String {
@@ -117,12 +108,13 @@ impl Trio {
     }
 }
 
-/// What a node says of the control plane, asked with its own certificate.
+/// What a node says of the control plane, asked with its own certificate. It may have to find out
+/// first who leads.
 pub fn members(exo: &Exo) -> anyhow::Result<Value> {
     let pki = exo.data_dir.join("pki");
     let file = |name: &str| -> PathBuf { pki.join(name) };
     let output = Command::new("curl")
-        .args(["-sf", "--max-time", "3", "--cacert"])
+        .args(["-sf", "--max-time", "20", "--cacert"])
         .arg(file("ca.crt"))
         .arg("--cert")
         .arg(file("node.crt"))
