@@ -171,13 +171,14 @@ pub struct ReplicaStatus {
     /// By rank.
     pub nodes: Vec<String>,
     pub ready: bool,
-    /// Since when this epoch answers; absent while it does not.
+    /// When this epoch became ready; absent before that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ready_since: Option<k8s_openapi::apimachinery::pkg::apis::meta::v1::Time>,
     /// Where rank 0 takes requests, `HOST:PORT`; only while ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
-    /// Epochs in a row that failed before becoming ready; sets the back-off.
+    /// Epochs in a row that failed by themselves; sets the back-off. Forgotten after a minute of
+    /// being ready.
     #[serde(default)]
     pub failures: u32,
     /// No new epoch before this time (RFC 3339).
@@ -186,6 +187,10 @@ pub struct ReplicaStatus {
     /// What ended the last epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_failure: Option<String>,
+    /// Failed shards that stay until the next epoch for their messages to be read. Whoever deletes
+    /// one of them asks for that epoch at once.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kept_shards: Vec<String>,
 }
 
 impl ReplicaStatus {

@@ -24,6 +24,10 @@ pub const EXIT_PERMANENT: i32 = 2;
 /// Reason of a rank that ended only because another one did: never the cause.
 pub const REASON_PEER_LOST: &str = "PeerLost";
 
+/// Reason of a shard whose agent was restarted, with the node or without: its runner ended with it
+/// and is not to blame.
+pub const REASON_RUNNER_LOST: &str = "RunnerLost";
+
 /// A runner that says nothing for this long before it is `Ready` is taken for hung and killed. The
 /// runner's own deadlines are shorter, so that it can say which step hangs.
 pub const SILENCE_LIMIT_S: u64 = 120;

@@ -325,6 +325,25 @@ async fn an_instance_lives_through_failure_and_change() {
     tokio::time::timeout(DEADLINE, cluster.controllers).await.unwrap().unwrap().unwrap();
 }
 
+/// The next try would be five minutes away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failed_shard_that_somebody_deletes_is_tried_again_at_once() {
+    let cluster = Arc::new(Cluster::start(true));
+    cluster.populate().await;
+    cluster.ready_epoch(1).await;
+    let failure = json!({"reason": "BadWeights", "message": "no tensor `x`", "permanent": true});
+    cluster.patch_status("chat-0-a1-1", json!({"phase": "Failed", "failure": failure})).await;
+    let failed = |cluster: Arc<Cluster>| async move {
+        cluster.message("chat", "Ready", "ShardFailed").await
+    };
+    cluster.until("the failure in the status", failed, &cluster).await;
+    let status = cluster.instances().get("chat").await.unwrap().status.unwrap();
+    assert_eq!(status.replicas[0].kept_shards, ["chat-0-a1-1"]);
+    cluster.shards().delete("chat-0-a1-1", &DeleteParams::default()).await.unwrap();
+    let status = cluster.ready_epoch(2).await.status.unwrap();
+    assert_eq!((status.replicas[0].failures, status.replicas[0].kept_shards.len()), (0, 0));
+}
+
 /// `exoctl delete instance chat --cascade=orphan`, and later an instance of that name again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn shards_that_were_left_running_are_adopted() {

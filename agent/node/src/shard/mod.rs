@@ -12,7 +12,7 @@ use std::{path::PathBuf, time::Duration};
 use exo_crds::{
     Quantity, Rendezvous, SHARD_FINALIZER, Shard, ShardFailure, ShardListen, ShardPhase,
     ShardStatus,
-    runner::{EXIT_PERMANENT, RunnerEvent},
+    runner::{EXIT_PERMANENT, REASON_RUNNER_LOST, RunnerEvent},
 };
 
 /// What this node has done for a shard so far.
@@ -87,7 +87,7 @@ impl Local {
     /// reported.
     pub(crate) fn begin(shard: &Shard) -> Self {
         let status = shard.status.clone().unwrap_or_default();
-        let lost = |message: &str| Stage::Failed(failure("RunnerLost", message, false));
+        let lost = |message: &str| Stage::Failed(failure(REASON_RUNNER_LOST, message, false));
         let stage = match status.phase.unwrap_or(ShardPhase::Pending) {
             ShardPhase::Failed => Stage::Failed(
                 status.failure.unwrap_or_else(|| failure("Unknown", "failed earlier", false)),

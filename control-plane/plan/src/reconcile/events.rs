@@ -18,8 +18,7 @@ pub(super) fn progress(before: Option<&ReplicaStatus>, after: &ReplicaStatus) ->
         let note = format!("replica {index}, epoch {epoch}: placed on {nodes}");
         told.push(Occurrence::normal("Placed", note));
     }
-    let failure = after.last_failure.as_ref().filter(|_| after.failures > 0);
-    if let Some(failure) = failure
+    if let Some(failure) = &after.last_failure
         && (after.failures > before.failures || before.last_failure.as_ref() != Some(failure))
     {
         told.push(Occurrence::warning("EpochFailed", format!("replica {index}: {failure}")));
@@ -99,6 +98,9 @@ mod tests {
         check(Some(failed(1, "x")), failed(2, "x"), &["EpochFailed"]);
         check(Some(failed(1, "x")), failed(1, "the cause"), &["EpochFailed"]);
         check(Some(failed(2, "x")), replica(2, false, Some((2, "x"))), &["Placed"]);
+        // One that was not to blame does not count.
+        check(Some(replica(1, true, None)), failed(0, "x"), &["EpochFailed"]);
+        check(Some(failed(0, "x")), failed(0, "x"), &[]);
     }
 
     #[test]

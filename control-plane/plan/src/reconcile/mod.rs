@@ -7,7 +7,12 @@
 //! - Shards that the server would refuse for their names are never asked for; those that it refuses
 //!   for something else count as a failed epoch (see [`create_refused`]), so that the next try waits.
 //! - Shards of an epoch that failed stay, for their messages to be read, until the next try; their
-//!   peers are stopped at once.
+//!   peers are stopped at once. When somebody else deletes one of those that stay, that try comes at
+//!   once, and earlier failures are forgotten.
+//! - An epoch that had been ready and ended because an agent or a node went away is no failure: it
+//!   is not counted, and the next one waits as after a first failure. Nodes that come and go still
+//!   cannot make epochs follow each other faster than models become ready: an epoch that ends
+//!   before that counts, whatever ended it.
 //!
 //! # Assumptions
 //! - What is observed was read after the last own writes, so that a shard just created is seen.
@@ -47,8 +52,9 @@ const LONGEST_DELAY_S: i64 = 60;
 const HEARSAY_DELAY_S: i64 = 2;
 /// Bad weights don't get better by themselves, but somebody may replace the files.
 const PERMANENT_DELAY_S: i64 = 300;
-/// After answering for this long, earlier failures are forgotten.
-const STABLE_S: i64 = 60;
+/// After being ready for this long, earlier failures are forgotten: an instance that answers for
+/// longer than it would ever wait for its next try loses little by each.
+const STABLE_S: i64 = LONGEST_DELAY_S;
 /// Kubernetes' word for an object whose dependents stay when it goes.
 const ORPHAN_FINALIZER: &str = "orphan";
 /// Reason of a Ready condition of an instance that waits for its next try. Where it has no weights

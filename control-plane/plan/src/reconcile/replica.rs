@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use exo_crds::{REASON_WEIGHTS_NOT_FOUND, ReplicaStatus, Shard, event::Occurrence};
+use k8s_openapi::jiff::Timestamp;
 
 use super::{
     Action, HEARSAY_DELAY_S, NAME_TOO_LONG, Observed, PERMANENT_DELAY_S, SHARD_FAILED, STABLE_S,
-    State, UNPLACEABLE_RETRY, after, back_off_s, build, by_rank, delete, events, promise, status,
-    time_left,
+    State, UNPLACEABLE_RETRY, after, back_off_s, build, by_rank, delete, events, is_deleting,
+    promise, status, time_left,
     verdict::{self, End, Verdict},
     whole_seconds,
 };
@@ -19,6 +20,7 @@ struct Failure<'a> {
     reason: &'a str,
     permanent: bool,
     hearsay: bool,
+    blameless: bool,
 }
 
 /// One replica's part of a decision.
@@ -60,7 +62,13 @@ impl Planner<'_> {
         let (current, old): (Vec<&Shard>, Vec<&Shard>) =
             shards.iter().partition(|shard| shard.spec.epoch == status.epoch);
         let mut actions = delete(&old);
-        let verdict = verdict::judge(self.observed, &current);
+        let mut verdict = verdict::judge(self.observed, &current);
+        if asks_for_next(&status, &current, self.observed.now) {
+            forget_failures(&mut status);
+            if let Verdict::Ended(end @ End::Failed { .. }) = &mut verdict {
+                *end = End::Deleted;
+            }
+        }
         if !matches!(verdict, Verdict::Live { ready: true, .. }) {
             status.ready = false;
             status.endpoint = None;
@@ -69,8 +77,11 @@ impl Planner<'_> {
             Verdict::Empty if old.is_empty() => self.next_epoch(status),
             Verdict::Empty => stopping(status, &old),
             Verdict::Live { ready, rendezvous } => self.live(status, &current, ready, rendezvous),
-            Verdict::Ended(End::Failed { message, reason, permanent, hearsay }) if !self.edited => {
-                let failure = Failure { message: &message, reason: &reason, permanent, hearsay };
+            Verdict::Ended(End::Failed { message, reason, permanent, hearsay, blameless })
+                if !self.edited =>
+            {
+                let (message, reason) = (&message, &reason);
+                let failure = Failure { message, reason, permanent, hearsay, blameless };
                 self.failed(status, &current, &failure)
             }
             Verdict::Ended(end) => {
@@ -110,7 +121,7 @@ impl Planner<'_> {
     ) -> Outcome {
         let now = self.observed.now;
         status.nodes = by_rank(shards).iter().map(|shard| shard.spec.node.clone()).collect();
-        status.retry_after = None;
+        stop_waiting(&mut status);
         let mut requeue_after = None;
         let state = if ready {
             status.ready = true;
@@ -124,7 +135,7 @@ impl Planner<'_> {
             }
             State::Ready
         } else {
-            status.ready_since = None;
+            // `ready_since` stays: an agent that is stopped stops its runners first.
             State::Starting(status::progress(shards, &status))
         };
         let mut actions = build::adopt(self.observed.instance, shards);
@@ -141,11 +152,15 @@ impl Planner<'_> {
         shards: &[&Shard],
         failure: &Failure<'_>,
     ) -> Outcome {
-        let &Failure { message, reason, permanent, hearsay } = failure;
+        let &Failure { message, reason, permanent, hearsay, blameless } = failure;
         let now = self.observed.now;
         let fresh_message = status.last_failure.as_deref() != Some(message);
-        let counted = status.retry_after.is_some();
-        if !counted {
+        let known = status.retry_after.is_some();
+        // An epoch that is not counted keeps the time since when it was ready until it is over: who
+        // is to blame may come to light only after a peer's words.
+        let excused = blameless && status.ready_since.is_some();
+        let counts = !excused && (!known || status.ready_since.is_some());
+        if counts {
             let stable = status
                 .ready_since
                 .take()
@@ -155,18 +170,20 @@ impl Planner<'_> {
         // A cause that comes to light later overrules what its peers said first; one that several
         // ranks have in common is told of one of them.
         let in_common = status.last_failure_reason() == Some(reason);
-        if !counted || (fresh_message && !hearsay && !in_common) {
+        if !known || (fresh_message && !hearsay && !in_common) {
             status.last_failure = Some(message.to_owned());
         }
-        if !counted || (fresh_message && permanent && !in_common) {
+        if !known || counts || (fresh_message && permanent && !in_common) {
+            let back_off = back_off_s(if excused { 1 } else { status.failures });
             let delay = match (permanent, hearsay) {
                 (true, _) => PERMANENT_DELAY_S,
-                (false, true) => back_off_s(status.failures).max(HEARSAY_DELAY_S),
-                (false, false) => back_off_s(status.failures),
+                (false, true) => back_off.max(HEARSAY_DELAY_S),
+                (false, false) => back_off,
             };
             status.retry_after = Some(after(now, delay));
         }
         let wait = time_left(status.retry_after.as_ref(), now);
+        status.kept_shards = kept(shards);
         let to_delete: Vec<&Shard> = shards
             .iter()
             .copied()
@@ -230,7 +247,7 @@ impl Planner<'_> {
             promise(&mut self.nodes, &rank.node, rank.memory_bytes);
         }
         status.epoch += 1;
-        status.retry_after = None;
+        stop_waiting(&mut status);
         status.nodes = placement.ranks.iter().map(|r| r.node.clone()).collect();
         let shards = build::shards(observed.instance, model, &status, &placement);
         let references: Vec<&Shard> = shards.iter().collect();
@@ -254,8 +271,32 @@ fn stopping(status: ReplicaStatus, left: &[&Shard]) -> Outcome {
     }
 }
 
-fn forget_failures(status: &mut ReplicaStatus) {
-    status.failures = 0;
+/// Failed shards that nobody has deleted, by name.
+fn kept(shards: &[&Shard]) -> Vec<String> {
+    by_rank(shards)
+        .into_iter()
+        .filter(|shard| verdict::has_failed(shard) && !is_deleting(shard))
+        .filter_map(|shard| shard.metadata.name.clone())
+        .collect()
+}
+
+/// Whether somebody deleted a failed shard that is kept until the next try: we don't before.
+fn asks_for_next(status: &ReplicaStatus, shards: &[&Shard], now: Timestamp) -> bool {
+    let is_there = |name: &String| {
+        let mut there = shards.iter().filter(|shard| !is_deleting(shard));
+        there.any(|shard| shard.metadata.name.as_ref() == Some(name))
+    };
+    time_left(status.retry_after.as_ref(), now).is_some()
+        && !status.kept_shards.iter().all(is_there)
+}
+
+fn stop_waiting(status: &mut ReplicaStatus) {
     status.retry_after = None;
+    status.kept_shards.clear();
+}
+
+fn forget_failures(status: &mut ReplicaStatus) {
+    stop_waiting(status);
+    status.failures = 0;
     status.last_failure = None;
 }

@@ -105,8 +105,14 @@ pub(super) fn progress(shards: &[&Shard], status: &ReplicaStatus) -> String {
         })
         .collect();
     let mut text = ranks.join(", ");
-    if let Some(failure) = &status.last_failure {
-        text.push_str(&format!("; {} failure(s) before, the last: {failure}", status.failures));
+    match &status.last_failure {
+        Some(failure) if status.failures == 0 => {
+            text.push_str(&format!("; the last epoch ended: {failure}"));
+        }
+        Some(failure) => {
+            text.push_str(&format!("; {} failure(s) before, the last: {failure}", status.failures));
+        }
+        None => {}
     }
     text
 }
@@ -115,6 +121,7 @@ pub(super) fn progress(shards: &[&Shard], status: &ReplicaStatus) -> String {
 pub(super) fn back_off(status: &ReplicaStatus) -> String {
     let failure = status.last_failure.as_deref().unwrap_or("failed");
     match &status.retry_after {
+        Some(time) if status.failures == 0 => format!("{failure}; next try after {}", time.0),
         Some(time) => {
             format!("{failure}; {} failure(s) in a row, next try after {}", status.failures, time.0)
         }

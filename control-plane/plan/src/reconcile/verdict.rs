@@ -1,6 +1,9 @@
 //! Judges the shards of one epoch: alive, or ended and why.
 
-use exo_crds::{Node, Rendezvous, Shard, ShardListen, ShardPhase, runner::REASON_PEER_LOST};
+use exo_crds::{
+    Node, Rendezvous, Shard, ShardListen, ShardPhase,
+    runner::{REASON_PEER_LOST, REASON_RUNNER_LOST},
+};
 
 use super::{Action, Observed, build, by_rank, is_deleting, phase_of};
 
@@ -28,6 +31,8 @@ pub(super) enum End {
         permanent: bool,
         /// All that is known so far is that ranks lost a peer, and the peer has yet to speak.
         hearsay: bool,
+        /// No runner is to blame, as far as is known: an agent was restarted, or a peer is silent.
+        blameless: bool,
     },
     #[error("the instance or its model was changed")]
     Changed,
@@ -75,15 +80,13 @@ pub(super) fn judge(observed: &Observed<'_>, shards: &[&Shard]) -> Verdict {
 }
 
 /// The failure that says most: a permanent one before the others, then the lowest rank's. Ranks
-/// that merely lost a peer come last.
+/// whose agent was restarted come after those, and such that merely lost a peer last.
 fn failure(shards: &[&Shard]) -> Option<End> {
     let key = |shard: &&Shard| {
         let failure = shard.status.as_ref().and_then(|s| s.failure.as_ref());
-        (
-            !failure.is_some_and(|f| f.permanent),
-            failure.is_some_and(|f| f.reason == REASON_PEER_LOST),
-            shard.spec.rank,
-        )
+        let is = |reason| failure.is_some_and(|f| f.reason == reason);
+        let last = (is(REASON_PEER_LOST), is(REASON_RUNNER_LOST));
+        (!failure.is_some_and(|f| f.permanent), last, shard.spec.rank)
     };
     // Failed shards that are all being deleted have been dealt with.
     if !shards.iter().any(|s| has_failed(s) && !is_deleting(s)) {
@@ -95,6 +98,8 @@ fn failure(shards: &[&Shard]) -> Option<End> {
         || "failed without a message".to_owned(),
         |failure| format!("{}: {}", failure.reason, failure.message),
     );
+    let is = |reason| failure.is_some_and(|failure| failure.reason == reason);
+    let hearsay = is(REASON_PEER_LOST) && !shards.iter().all(|shard| has_failed(shard));
     Some(End::Failed {
         // `ReplicaStatus::last_failure_reason` reads it.
         message: format!(
@@ -104,8 +109,8 @@ fn failure(shards: &[&Shard]) -> Option<End> {
         ),
         reason: failure.map_or_else(String::new, |failure| failure.reason.clone()),
         permanent: failure.is_some_and(|failure| failure.permanent),
-        hearsay: failure.is_some_and(|failure| failure.reason == REASON_PEER_LOST)
-            && !shards.iter().all(|shard| has_failed(shard)),
+        hearsay,
+        blameless: hearsay || is(REASON_RUNNER_LOST),
     })
 }
 

@@ -69,6 +69,211 @@ fn waits_double_up_to_a_minute() {
     assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60, 60]);
 }
 
+/// Ends a ready epoch with what `end` makes of it, and waits; the wait and what was counted.
+fn end_ready_epoch(world: &mut World, end: impl Fn(&mut World, u64)) -> (u64, u32) {
+    world.until_ready();
+    let epoch = world.status().replicas[0].epoch;
+    end(world, epoch);
+    world.settle();
+    let wait = world.decide().requeue_after.unwrap().as_secs();
+    let failures = world.status().replicas[0].failures;
+    world.pass_time(wait as i64);
+    world.settle();
+    world.agents();
+    (wait, failures)
+}
+
+const RESTARTED: &str = "the agent was restarted and its runner ended with it";
+
+#[test]
+fn agents_and_nodes_that_go_away_are_no_failures_of_what_was_ready() {
+    fn check(wait: u64, end: impl Fn(&mut World, u64)) {
+        let mut world = World::new(&["a", "b"], 2);
+        for _ in 0..8 {
+            assert_eq!(end_ready_epoch(&mut world, &end), (wait, 0));
+        }
+        world.until_ready();
+        assert_eq!(world.status().replicas[0].epoch, 9);
+    }
+    // All are restarted; one is, once its peer has noticed; one stops politely first.
+    check(1, |world, epoch| {
+        for rank in 0..2 {
+            world.fail(&format!("chat-0-a{epoch}-{rank}"), "RunnerLost", RESTARTED, false);
+        }
+    });
+    check(2, |world, epoch| {
+        world.fail(&format!("chat-0-a{epoch}-0"), "PeerLost", "rank 1 went away", false);
+        world.settle();
+        world.fail(&format!("chat-0-a{epoch}-1"), "RunnerLost", RESTARTED, false);
+    });
+    check(1, |world, epoch| {
+        world.set(&format!("chat-0-a{epoch}-1"), ShardPhase::Stopping);
+        world.settle();
+        world.fail(&format!("chat-0-a{epoch}-1"), "RunnerLost", RESTARTED, false);
+    });
+    // One is off for longer than its peer's words are waited for.
+    check(2, |world, epoch| {
+        world.fail(&format!("chat-0-a{epoch}-0"), "PeerLost", "rank 1 went away", false);
+    });
+}
+
+#[test]
+fn a_restart_after_failures_leaves_their_count_and_waits_as_after_the_first() {
+    let mut world = World::new(&["a", "b"], 2);
+    let fail = |reason: &'static str| {
+        move |world: &mut World, epoch: u64| {
+            world.fail(&format!("chat-0-a{epoch}-1"), reason, "x", false);
+        }
+    };
+    for failures in 1..=4 {
+        let wait = 1 << (failures - 1);
+        assert_eq!(end_ready_epoch(&mut world, fail("RunnerExited")), (wait, failures));
+    }
+    assert_eq!(end_ready_epoch(&mut world, fail("RunnerLost")), (1, 4));
+    assert_eq!(end_ready_epoch(&mut world, fail("RunnerExited")), (16, 5));
+}
+
+#[test]
+fn what_a_restart_is_told_like() {
+    let mut world = World::new(&["a", "b"], 2);
+    world.until_ready();
+    world.fail("chat-0-a1-1", "RunnerLost", RESTARTED, false);
+    let decision = world.decide();
+    let told: Vec<&str> = decision.events.iter().map(|told| told.reason.as_str()).collect();
+    assert_eq!(told, ["EpochFailed"]);
+    world.settle();
+    let ended = format!("shard chat-0-a1-1 on b: RunnerLost: {RESTARTED}");
+    assert_eq!(
+        world.message("Ready"),
+        format!("False ShardFailed: {ended}; next try after 1970-01-01T00:16:41Z")
+    );
+    world.pass_time(1);
+    world.settle();
+    world.agents();
+    world.settle();
+    assert_eq!(
+        world.message("Ready"),
+        format!(
+            "False Starting: rank 0 Pending on a, rank 1 Pending on b; the last epoch ended: {ended}"
+        )
+    );
+}
+
+/// Else a node that comes and goes would have models loaded all the time.
+#[test]
+fn an_epoch_that_ends_before_it_is_ready_counts_whatever_ended_it() {
+    for (reason, waits) in [("RunnerLost", [1, 2, 4, 8]), ("PeerLost", [2, 2, 4, 8])] {
+        let mut world = World::new(&["a", "b"], 2);
+        for (epoch, wait) in (1..).zip(waits) {
+            world.settle();
+            world.agents();
+            world.settle();
+            world.fail(&format!("chat-0-a{epoch}-1"), reason, "x", false);
+            world.settle();
+            assert_eq!(world.decide().requeue_after, Some(Duration::from_secs(wait)), "{reason}");
+            world.pass_time(wait as i64);
+            world.settle();
+            world.agents();
+        }
+    }
+}
+
+#[test]
+fn a_cause_that_comes_to_light_after_its_peers_words_counts() {
+    fn check(reason: &str, message: &str, permanent: bool, wait: u64) {
+        let mut world = World::new(&["a", "b"], 2);
+        world.until_ready();
+        world.fail("chat-0-a1-0", "PeerLost", "rank 1 went away", false);
+        world.settle();
+        assert_eq!(world.status().replicas[0].failures, 0);
+        world.fail("chat-0-a1-1", reason, message, permanent);
+        world.settle();
+        assert_eq!(world.status().replicas[0].failures, 1, "{reason}");
+        assert_eq!(world.decide().requeue_after, Some(Duration::from_secs(wait)), "{reason}");
+        // Once.
+        world.settle();
+        assert_eq!(world.status().replicas[0].failures, 1, "{reason}");
+    }
+    check("RunnerExited", "killed by signal 9", false, 1);
+    check("BadWeights", "tensor `x` is missing", true, 300);
+    // Nobody knows of another: it lies between the two.
+    check("PeerLost", "rank 0 went away", false, 1);
+}
+
+#[test]
+fn an_agent_that_is_restarted_later_is_not_what_ended_the_epoch() {
+    let mut world = World::new(&["a", "b", "c"], 3);
+    world.until_ready();
+    world.fail("chat-0-a1-0", "RunnerLost", RESTARTED, false);
+    world.fail("chat-0-a1-1", "OutOfMemory", "no room", false);
+    world.fail("chat-0-a1-2", "PeerLost", "rank 1 went away", false);
+    world.settle();
+    assert_eq!(world.status().replicas[0].failures, 1);
+    assert!(world.message("Ready").contains("OutOfMemory"), "{}", world.message("Ready"));
+}
+
+#[test]
+fn deleting_a_failed_shard_asks_for_the_next_try_at_once() {
+    fn check(delete: &[&str], seen: bool) {
+        let mut world = World::new(&["a", "b"], 2);
+        world.settle();
+        world.fail("chat-0-a1-0", "PeerLost", "rank 1 went away", false);
+        world.settle();
+        world.fail("chat-0-a1-1", "BadWeights", "tensor `x` is missing", true);
+        world.settle();
+        assert_eq!(world.decide().requeue_after, Some(Duration::from_secs(300)));
+        for name in delete {
+            let now = whole_seconds(world.now);
+            world.shard(name).metadata.deletion_timestamp = Some(now);
+        }
+        // Agents may be faster than the controller.
+        if seen {
+            world.settle();
+            assert_eq!(
+                world.message("Ready"),
+                "False Stopping: a shard of the epoch was deleted; waiting for chat-0-a1-0, \
+                 chat-0-a1-1 to stop"
+            );
+        }
+        world.agents();
+        world.settle();
+        world.agents();
+        world.settle();
+        assert_eq!(world.names(), ["chat-0-a2-0", "chat-0-a2-1"], "{delete:?}");
+        assert_eq!(world.status().replicas[0].failures, 0);
+        world.until_ready();
+        assert_eq!(world.status().replicas[0].epoch, 2);
+    }
+    for seen in [true, false] {
+        check(&["chat-0-a1-1"], seen);
+        check(&["chat-0-a1-0"], seen);
+        check(&["chat-0-a1-0", "chat-0-a1-1"], seen);
+    }
+}
+
+/// It is stopped because its peer failed, and what it says meanwhile is no wish of anybody.
+#[test]
+fn a_peer_that_fails_while_it_is_stopped_shortens_no_wait() {
+    let mut world = World::new(&["a", "b"], 2);
+    for (epoch, wait) in (1..).zip([1, 2, 4, 8]) {
+        world.settle();
+        world.agents();
+        world.settle();
+        world.fail(&format!("chat-0-a{epoch}-1"), "RunnerExited", "x", false);
+        world.settle();
+        world.fail(&format!("chat-0-a{epoch}-0"), "OutOfMemory", "no room", false);
+        world.settle();
+        assert_eq!(world.decide().requeue_after, Some(Duration::from_secs(wait)));
+        world.agents();
+        world.settle();
+        assert_eq!(world.names(), [format!("chat-0-a{epoch}-1")]);
+        assert_eq!(world.decide().requeue_after, Some(Duration::from_secs(wait)));
+        world.pass_time(wait as i64);
+        world.settle();
+        world.agents();
+    }
+}
+
 #[test]
 fn bad_weights_wait_longest_and_name_the_tensor() {
     let mut world = World::new(&["a", "b"], 2);

@@ -9,7 +9,7 @@ use super::*;
 enum Happening {
     Controller,
     Agents,
-    Fail { shard: usize, permanent: bool },
+    Fail { shard: usize, reason: &'static str, permanent: bool },
     Lose(usize),
     Recover(usize),
     Remove(usize),
@@ -18,12 +18,14 @@ enum Happening {
     Seed(u64),
 }
 
+const REASONS: [&str; 3] = ["RunnerExited", "RunnerLost", "PeerLost"];
+
 fn happening() -> impl Strategy<Value = Happening> {
     prop_oneof![
         4 => Just(Happening::Controller),
         4 => Just(Happening::Agents),
-        2 => (0usize..4, any::<bool>())
-            .prop_map(|(shard, permanent)| Happening::Fail { shard, permanent }),
+        2 => (0usize..4, prop::sample::select(&REASONS[..]), any::<bool>())
+            .prop_map(|(shard, reason, permanent)| Happening::Fail { shard, reason, permanent }),
         1 => (0usize..4).prop_map(Happening::Lose),
         1 => (0usize..4).prop_map(Happening::Recover),
         1 => (0usize..4).prop_map(Happening::Remove),
@@ -46,9 +48,9 @@ fn happen(world: &mut World, event: &Happening) {
             world.step();
         }
         Happening::Agents => world.agents(),
-        Happening::Fail { shard, permanent } => {
+        Happening::Fail { shard, reason, permanent } => {
             if let Some(name) = name(world, *shard) {
-                world.fail(&name, "RunnerExited", "x", *permanent);
+                world.fail(&name, reason, "x", *permanent);
             }
         }
         Happening::Lose(index) => lose(&mut world.nodes[*index]),
