@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod again;
 mod disk;
 mod etcd;
 mod failures;
