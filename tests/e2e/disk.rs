@@ -40,14 +40,13 @@ fn one_full_disk_of_three_stops_nobody() {
         _ => place,
     })
     .unwrap();
-    let say = |error| panic!("{error:#}{}", trio.logs());
     let create = |through: usize, name: &str| {
         let file = trio.place.dir.join(format!("{name}.json"));
         fs::write(&file, instance(name).to_string()).unwrap();
         trio.exoctl(through, &["apply", "-f", file.to_str().unwrap()]).unwrap()
     };
     // Its disk is filled while it leads, which it does unless the machine was too busy for that.
-    let led = trio.leader().unwrap_or_else(say) == 0;
+    let led = trio.leader().unwrap() == 0;
     let ballast = volume.path().join("ballast");
     fill_up(&ballast);
     let began = Instant::now();
@@ -55,7 +54,7 @@ fn one_full_disk_of_three_stops_nobody() {
     let text = String::from_utf8_lossy(&written.stderr).into_owned();
     eprintln!("it led: {led}; the first write took {:?}", began.elapsed());
     assert!(written.status.success(), "{text}{}", trio.logs());
-    assert_ne!(trio.leader_among(&[1, 2]).unwrap_or_else(say), 0);
+    assert_ne!(trio.leader_among(&[1, 2]).unwrap(), 0);
     assert!(create(2, "again").status.success(), "{}", trio.logs());
     fs::remove_file(&ballast).unwrap();
     wait_for("the node to have all", || {
@@ -63,7 +62,7 @@ fn one_full_disk_of_three_stops_nobody() {
         let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
         Ok((listed.contains("/meanwhile") && listed.contains("/again")).then_some(()))
     })
-    .unwrap_or_else(say);
+    .unwrap_or_else(|error| panic!("{error:#}{}", trio.logs()));
 }
 
 #[test]
