@@ -43,7 +43,8 @@ impl Trio {
         })
     }
 
-    fn start_at(args: &[&str], at: impl Fn(Place, usize) -> Place) -> anyhow::Result<Self> {
+    /// The same, each at a place of its own.
+    pub fn start_at(args: &[&str], at: impl Fn(Place, usize) -> Place) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("exo-trio-").tempdir()?;
         let models = models_in(dir.path())?;
         let place = Place::loopback(dir.path(), &models);

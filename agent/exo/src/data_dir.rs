@@ -245,15 +245,30 @@ impl DataDir {
         Ok(())
     }
 
-    /// Opens or makes the cluster's authority and gives this node a fresh certificate.
+    /// Opens or makes the cluster's authority and gives this node a certificate, unless it has one
+    /// that is as good as new: a start needs no room on the disk.
     pub(crate) fn authority(&self, node_name: &str, ip: IpAddr) -> anyhow::Result<Authority> {
         let authority = Authority::open_or_create(&self.path.join("pki"), now_s())
             .context("opening the cluster's certificate authority")?;
         let mut subject = node_subject(node_name);
         subject.groups = vec![GROUP_CONTROL_PLANE.to_owned()];
-        let issued = authority.issue(&subject, Some(&certificate_addresses(ip)), now_s())?;
+        let addresses = certificate_addresses(ip);
+        if let Some(present) = self.identity()
+            && authority.has_issued(&present, &subject, Some(&addresses), now_s())
+        {
+            return Ok(authority);
+        }
+        let issued = authority.issue(&subject, Some(&addresses), now_s())?;
         self.write_identity(authority.certificate_pem(), &issued)?;
         Ok(authority)
+    }
+
+    /// This node's certificate and key, if they can be read.
+    fn identity(&self) -> Option<Issued> {
+        let paths = self.tls();
+        let certificate_pem = fs::read_to_string(paths.cert).ok()?;
+        let key_pem = fs::read_to_string(paths.key).ok()?;
+        Some(Issued { certificate_pem, key_pem })
     }
 
     /// Writes the admin's kubeconfig; see [`kubeconfig::write`].
@@ -328,6 +343,34 @@ mod tests {
         assert!(format!("{error:#}").contains("node is damaged"), "{error:#}");
         fs::remove_file(dir.path().join("node")).unwrap();
         assert_eq!(settled(config("vm", "exo", false)).unwrap(), pair("vm", "exo"));
+    }
+
+    #[test]
+    fn a_certificate_that_is_as_good_as_new_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = DataDir::open(dir.path()).unwrap();
+        let own = |ip: &str| data.authority("a", ip.parse().unwrap()).unwrap();
+        own("192.0.2.1");
+        let first = fs::read(data.tls().cert).unwrap();
+        own("192.0.2.1");
+        assert_eq!(fs::read(data.tls().cert).unwrap(), first);
+        own("192.0.2.2");
+        let moved = fs::read(data.tls().cert).unwrap();
+        assert_ne!(moved, first);
+        // The key of another one.
+        let other = tempfile::tempdir().unwrap();
+        let other = DataDir::open(other.path()).unwrap();
+        other.authority("a", "192.0.2.2".parse().unwrap()).unwrap();
+        fs::copy(other.tls().key, data.tls().key).unwrap();
+        own("192.0.2.2");
+        assert_ne!(fs::read(data.tls().cert).unwrap(), moved);
+        // Another cluster's.
+        for (from, to) in [(other.tls().key, data.tls().key), (other.tls().cert, data.tls().cert)] {
+            fs::copy(from, to).unwrap();
+        }
+        own("192.0.2.2");
+        assert_ne!(fs::read(data.tls().cert).unwrap(), fs::read(other.tls().cert).unwrap());
+        assert!(data.has_usable_identity());
     }
 
     #[test]

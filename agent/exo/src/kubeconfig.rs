@@ -11,7 +11,7 @@ use std::{
 use anyhow::Context as _;
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use exo_crds::{KUBECONFIG_SERVERS, yaml};
-use exo_trust::{Authority, GROUP_ADMINS, Subject, write_private};
+use exo_trust::{Authority, GROUP_ADMINS, Subject, TrustError, write_private};
 use serde_json::{Value, json};
 
 use crate::data_dir::known_members;
@@ -20,7 +20,7 @@ use crate::data_dir::known_members;
 static CHANGING: Mutex<()> = Mutex::new(());
 
 /// Writes it with a fresh client certificate, and with the servers that the data directory around it
-/// knows of.
+/// knows of. On a full disk the one that is there stays: it is most likely as good.
 pub(crate) fn write(
     path: &Path,
     authority: &Authority,
@@ -50,7 +50,17 @@ pub(crate) fn write(
     });
     let _changing = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
     name_servers(&mut config, &path.parent().map(known_members).unwrap_or_default());
-    save(path, &config)
+    match save(path, &config) {
+        Err(error) if is_full_disk(&error) && path.exists() => {
+            tracing::warn!("the kubeconfig of before stays: {error:#}");
+            Ok(())
+        }
+        saved => saved,
+    }
+}
+
+fn is_full_disk(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<TrustError>().is_some_and(TrustError::is_full_disk)
 }
 
 /// Has the file at `path` name these servers (`HOST:PORT`) besides its own. One that people have

@@ -54,6 +54,7 @@ pub(crate) async fn paths(State(server): State<ApiServer>) -> Response {
         "/openapi/v2",
         "/openapi/v3",
         "/readyz",
+        "/readyz/disk",
         "/readyz/ping",
         "/readyz/store",
         "/version",

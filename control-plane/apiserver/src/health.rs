@@ -19,17 +19,20 @@ enum Check {
     /// Holds while anything is answered at all.
     Ping,
     Store,
+    /// Of this node, where the store is on it.
+    Disk,
 }
 
 const LIVE: &[Check] = &[Check::Ping];
-/// Ready while the store answers.
-const READY: &[Check] = &[Check::Ping, Check::Store];
+/// Ready while the store answers and this node takes on what is written.
+const READY: &[Check] = &[Check::Ping, Check::Store, Check::Disk];
 
 impl Check {
     fn name(self) -> &'static str {
         match self {
             Self::Ping => "ping",
             Self::Store => "store",
+            Self::Disk => "disk",
         }
     }
 
@@ -38,6 +41,7 @@ impl Check {
         match self {
             Self::Ping => None,
             Self::Store => server.store().get("/").await.err().map(|error| error.to_string()),
+            Self::Disk => server.store().is_full(),
         }
     }
 }

@@ -419,7 +419,7 @@ async fn discovery_is_aggregated_and_health_is_told() {
     assert_eq!(instances["subresources"][0]["subresource"], "status");
     assert_eq!(instances["subresources"][1]["responseKind"]["group"], "autoscaling");
     let (_, text) = server.get("/readyz?verbose").await;
-    assert_eq!(text, "[+]ping ok\n[+]store ok\nreadyz check passed\n");
+    assert_eq!(text, "[+]ping ok\n[+]store ok\n[+]disk ok\nreadyz check passed\n");
     assert_eq!(server.get("/readyz").await.1, "ok");
 }
 

@@ -225,7 +225,7 @@ async fn pages_say_how_many_are_left() {
 #[tokio::test]
 async fn health_checks_answer_each_by_itself() {
     let server = support::start();
-    for path in ["/livez/ping", "/readyz/ping", "/readyz/store", "/healthz/ping", "/livez/ping/"] {
+    for path in ["/livez/ping", "/readyz/ping", "/readyz/store", "/readyz/disk", "/healthz/ping"] {
         assert_eq!(server.get(path).await, (200.try_into().unwrap(), json!("ok")), "{path}");
     }
     assert_eq!(server.get("/livez/store").await.0, 404, "being alive doesn't take a store");
@@ -233,7 +233,7 @@ async fn health_checks_answer_each_by_itself() {
     let (_, text) = server.get("/readyz?verbose&exclude=store&exclude=other").await;
     assert_eq!(
         text,
-        "[+]ping ok\n[+]store excluded: ok\nwarn: there is no check other to exclude\n\
+        "[+]ping ok\n[+]store excluded: ok\n[+]disk ok\nwarn: there is no check other to exclude\n\
          readyz check passed\n"
     );
     server.store.shutdown().await;

@@ -33,7 +33,7 @@ pub enum StoreError {
         /// Its address, when one is known.
         leader: Option<String>,
     },
-    /// Nothing was done; there must be more room on the leader's disk first.
+    /// Nothing was done; there must be more room on the leader's disk first, and on others'.
     #[error("writes are refused: {0}")]
     Full(String),
     /// It may have been carried out all the same: look before trying again.
@@ -343,6 +343,17 @@ impl Store {
     /// Whether this node leads now.
     pub fn is_leader(&self) -> bool {
         self.leadership().borrow().is_leader
+    }
+
+    /// What this node's disk lacks for taking on more, and what comes of it; `None` where there is
+    /// room, or where the store is not on this node's disk.
+    pub fn is_full(&self) -> Option<String> {
+        match &self.backend {
+            Backend::Memory(_) => None,
+            #[cfg(feature = "etcd")]
+            Backend::Etcd(_) => None,
+            Backend::Raft(raft) => raft.is_full(),
+        }
     }
 
     /// Follows who leads.

@@ -25,12 +25,15 @@ async fn a_full_disk_refuses_writes_and_recovers() {
         fill(&ballast, 100 << 20);
         let error = store.txn(Txn::create("/b", "1")).await.unwrap_err();
         assert!(matches!(error, StoreError::Full(_)), "{error}");
+        assert!(error.to_string().contains("disk of node a is full: "), "{error}");
         assert!(error.to_string().contains("MiB are free at"), "{error}");
+        assert_eq!(store.is_full(), Some(error.to_string()));
         assert!(store.get("/a").await.unwrap().is_some());
         assert!(store.get("/b").await.unwrap().is_none());
         assert_eq!(store.list(&ListQuery::default()).await.unwrap().entries.len(), 1);
         fs::remove_file(&ballast).unwrap();
     }
+    assert_eq!(store.is_full(), None);
     store.txn(Txn::create("/b", "1")).await.unwrap();
     assert_eq!(watch.next().await.unwrap().events.len(), 2);
     store.shutdown().await;

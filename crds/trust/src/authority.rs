@@ -1,15 +1,19 @@
 //! The cluster's certificate authority.
 
-use std::{net::IpAddr, path::Path};
+use std::{collections::BTreeSet, net::IpAddr, path::Path, sync::Arc, time::Duration};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
-use rustls_pki_types::{CertificateDer, pem::PemObject as _};
-use x509_parser::prelude::{FromDer as _, X509Certificate};
+use rustls::server::WebPkiClientVerifier;
+use rustls_pki_types::{CertificateDer, UnixTime, pem::PemObject as _};
+use x509_parser::{
+    extensions::GeneralName,
+    prelude::{FromDer as _, X509Certificate},
+};
 
-use crate::{NODE_DNS_NAME, TrustError, write_private};
+use crate::{NODE_DNS_NAME, TrustError, client::root_store, provider, write_private};
 
 /// Ten years: nothing rotates the authority, and its loss means joining again.
 const CA_DAYS: u64 = 3650;
@@ -144,6 +148,42 @@ impl Authority {
         Ok(leaf(subject, addresses, now_s)?.signed_by(&key, &self.issuer)?.pem())
     }
 
+    /// Whether this is what [`issue`](Self::issue) could have given for these, and is not about to
+    /// end.
+    pub fn has_issued(
+        &self,
+        issued: &Issued,
+        subject: &Subject,
+        addresses: Option<&[IpAddr]>,
+        now_s: u64,
+    ) -> bool {
+        !certificate_renewal_due(&issued.certificate_pem, now_s)
+            && self.is_same(issued, subject, addresses, now_s).unwrap_or(false)
+    }
+
+    fn is_same(
+        &self,
+        issued: &Issued,
+        subject: &Subject,
+        addresses: Option<&[IpAddr]>,
+        now_s: u64,
+    ) -> Result<bool, TrustError> {
+        let unread = |error: &dyn std::error::Error| TrustError::Parse(error.to_string());
+        let der =
+            |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|e| unread(&e));
+        let leaf_der = der(&issued.certificate_pem)?;
+        let (_, certificate) = X509Certificate::from_der(&leaf_der).map_err(|e| unread(&e))?;
+        let key = KeyPair::from_pem(&issued.key_pem)?;
+        let wanted = leaf(subject, addresses, now_s)?;
+        let roots = Arc::new(root_store(&[der(&self.certificate_pem)?])?);
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider()).build()?;
+        let now = UnixTime::since_unix_epoch(Duration::from_secs(now_s));
+        Ok(certificate.public_key().subject_public_key.data.as_ref() == key.public_key_raw()
+            && subject_of(&leaf_der)? == *subject
+            && names_in(&certificate) == wanted.subject_alt_names.iter().map(name_text).collect()
+            && verifier.verify_client_cert(&leaf_der, &[], now).is_ok())
+    }
+
     /// Signs a node's request. Only its public key is taken over; subject and names are ours.
     pub fn sign(
         &self,
@@ -238,6 +278,32 @@ fn leaf(
     }
     set_validity(&mut params, now_s, LEAF_DAYS);
     Ok(params)
+}
+
+/// For whom a certificate is, besides its subject.
+fn names_in(certificate: &X509Certificate<'_>) -> BTreeSet<String> {
+    let Ok(Some(names)) = certificate.subject_alternative_name() else { return BTreeSet::new() };
+    let text = |name: &GeneralName<'_>| match name {
+        GeneralName::DNSName(name) => (*name).to_owned(),
+        GeneralName::IPAddress(bytes) => {
+            match (<[u8; 4]>::try_from(*bytes), <[u8; 16]>::try_from(*bytes)) {
+                (Ok(v4), _) => IpAddr::from(v4).to_string(),
+                (_, Ok(v6)) => IpAddr::from(v6).to_string(),
+                _ => name.to_string(),
+            }
+        }
+        name => name.to_string(),
+    };
+    names.value.general_names.iter().map(text).collect()
+}
+
+/// The same of one that is to be.
+fn name_text(name: &SanType) -> String {
+    match name {
+        SanType::DnsName(name) => name.as_str().to_owned(),
+        SanType::IpAddress(address) => address.to_string(),
+        other => format!("{other:?}"),
+    }
 }
 
 fn is_dns_name(name: &str) -> bool {

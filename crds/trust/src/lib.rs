@@ -145,10 +145,14 @@ fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TrustE
     if found.is_empty() { Err(pem(rustls_pki_types::pem::Error::NoItemsFound)) } else { Ok(found) }
 }
 
-/// Writes a file that only its owner can read, whole or not at all.
+/// Writes a file that only its owner can read, whole or not at all. One that holds this already is
+/// left as it is: that needs no room on the disk.
 pub fn write_private(path: &Path, data: &[u8]) -> Result<(), TrustError> {
+    if is_private(path) && fs::read(path).is_ok_and(|present| present == data) {
+        return Ok(());
+    }
+    let part = path.with_extension("part");
     let write = || -> io::Result<()> {
-        let part = path.with_extension("part");
         let _ = fs::remove_file(&part);
         let mut options = fs::OpenOptions::new();
         options.write(true).create_new(true);
@@ -159,5 +163,26 @@ pub fn write_private(path: &Path, data: &[u8]) -> Result<(), TrustError> {
         file.sync_all()?;
         fs::rename(&part, path)
     };
-    write().map_err(|source| TrustError::Write { path: path.to_owned(), source })
+    write().map_err(|source| {
+        let _ = fs::remove_file(&part);
+        TrustError::Write { path: path.to_owned(), source }
+    })
+}
+
+impl TrustError {
+    /// A file could not be written because its disk is full.
+    pub fn is_full_disk(&self) -> bool {
+        let Self::Write { source, .. } = self else { return false };
+        matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    }
+}
+
+/// Whether this is a file that only its owner can read.
+fn is_private(path: &Path) -> bool {
+    let Ok(found) = fs::symlink_metadata(path) else { return false };
+    #[cfg(unix)]
+    let is_closed = std::os::unix::fs::PermissionsExt::mode(&found.permissions()) & 0o077 == 0;
+    #[cfg(not(unix))]
+    let is_closed = true;
+    found.is_file() && is_closed
 }

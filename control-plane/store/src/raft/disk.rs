@@ -187,12 +187,12 @@ impl Disk {
     }
 
     /// What is missing for taking on more, in words; `None` when there is room.
-    pub(super) fn is_full(&self) -> Option<String> {
+    pub(super) fn lacks_room(&self) -> Option<String> {
         let volume = rustix::fs::statvfs(&self.path).ok()?;
         let free = volume.f_bavail.saturating_mul(volume.f_frsize);
         (free < RESERVE_BYTES).then(|| {
             format!(
-                "the disk is full: {} MiB are free at {}, {} MiB are needed for writing",
+                "{} MiB are free at {}, {} MiB are needed for writing",
                 free >> 20,
                 self.path.display(),
                 RESERVE_BYTES >> 20

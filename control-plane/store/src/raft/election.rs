@@ -48,6 +48,9 @@ const ELECTION_OVER_MS: (u64, u64) = (400, 600);
 /// Who would have another one leads it the time for that.
 const PROMISE: Duration = Duration::from_millis(250);
 
+/// A voter whose disk is full stands so much later: one that has room is better for all.
+const WITHOUT_ROOM: Duration = Duration::from_secs(2);
+
 /// What is asked many times a second is told of again after this time.
 const TOLD_AGAIN: Duration = Duration::from_secs(60);
 
@@ -159,16 +162,16 @@ impl Ear {
 }
 
 /// Those who decide together.
-struct Electorate {
+pub(super) struct Electorate {
     /// The other voters.
-    rivals: Vec<Target>,
+    pub(super) rivals: Vec<Target>,
     /// The sets of voters of which each must agree: two while the membership changes.
     configs: Vec<BTreeSet<u64>>,
 }
 
 impl Electorate {
     /// Whether these are a majority of every set.
-    fn is_majority(&self, agreed: &BTreeSet<u64>) -> bool {
+    pub(super) fn is_majority(&self, agreed: &BTreeSet<u64>) -> bool {
         let holds = |voters: &BTreeSet<u64>| voters.intersection(agreed).count() * 2 > voters.len();
         self.configs.iter().all(holds)
     }
@@ -188,7 +191,7 @@ impl Node {
         !self.is_followed() && self.ear.would_have(other, own, Instant::now())
     }
 
-    fn leads(&self) -> bool {
+    pub(super) fn leads(&self) -> bool {
         self.metrics().borrow().state == ServerState::Leader
     }
 
@@ -202,7 +205,7 @@ impl Node {
     }
 
     /// Whom to ask, if this node is a voter.
-    fn electorate(&self) -> Option<Electorate> {
+    pub(super) fn electorate(&self) -> Option<Electorate> {
         let metrics = self.metrics();
         let metrics = metrics.borrow();
         let membership = metrics.membership_config.membership();
@@ -236,8 +239,11 @@ pub(super) async fn keep(node: Arc<Node>) {
             rest(&node.ear, Instant::now() + between(AGAIN_MS)).await;
             continue;
         }
-        let due = node.ear.due(patience);
+        let mut due = node.ear.due(patience);
         let now = Instant::now();
+        if now >= due && node.is_full().is_some() {
+            due += pace.times(WITHOUT_ROOM);
+        }
         if now < due {
             rest(&node.ear, due.min(now + LOOK)).await;
             continue;

@@ -20,6 +20,7 @@ mod node;
 mod pace;
 mod reads;
 mod roll;
+mod room;
 mod routes;
 #[cfg(test)]
 mod tests;
@@ -55,9 +56,10 @@ use crate::{
         machine::StateMachine,
         members::{Change, Changes},
         network::{Peers, Silence, Telling},
-        node::Node,
+        node::{Node, Place},
         pace::Pace,
         reads::Reads,
+        room::Handing,
         writer::Writer,
     },
     shared::Shared,
@@ -232,8 +234,10 @@ impl RaftBackend {
         }
         start_alone(&raft, config.node_id, is_new).await.map_err(|e| fault(&*e))?;
         let (quorum_sender, quorum_lost) = watch::channel(None);
+        let (handing_sender, handing) = watch::channel(Handing::default());
         let node = Arc::new(Node {
             id: config.node_id,
+            name: config.name.clone(),
             changes: Changes::new(raft.clone()),
             raft,
             caller,
@@ -244,13 +248,15 @@ impl RaftBackend {
             telling,
             applied,
             quorum_lost,
+            handing,
         });
         let now = leadership(&node.raft.server_metrics().borrow());
         let (leads_sender, leads) = watch::channel(now.is_leader);
         let (sender, leadership) = watch::channel(now);
         let tasks = vec![
             tokio::spawn(follow_leadership(node.raft.server_metrics(), sender, leads_sender)),
-            tokio::spawn(node::watch_quorum(Arc::clone(&node), quorum_sender, silence)),
+            tokio::spawn(node::watch_quorum(Arc::clone(&node), quorum_sender, silence.clone())),
+            tokio::spawn(room::keep(Arc::clone(&node), handing_sender, silence)),
             tokio::spawn(election::keep(Arc::clone(&node))),
             tokio::spawn(snapshot_by_size(Arc::clone(&node), growth)),
             tokio::spawn(tell_address(Arc::clone(&node), config.name, config.address)),
@@ -333,6 +339,15 @@ impl RaftBackend {
 
     pub(crate) fn leads(&self) -> watch::Receiver<bool> {
         self.leads.clone()
+    }
+
+    /// What this node's disk lacks for taking on more, and what comes of it.
+    pub(crate) fn is_full(&self) -> Option<String> {
+        let problem = self.node.is_full()?;
+        Some(match self.node.place() {
+            Place::There(_) => format!("{problem}: this node does not follow what others write"),
+            Place::Here | Place::Nowhere(_) => format!("writes are refused: {problem}"),
+        })
     }
 
     pub(crate) fn metrics(&self) -> RaftMetrics<u64, MemberNode> {

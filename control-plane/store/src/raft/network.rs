@@ -70,17 +70,32 @@ pub(super) struct Peer {
     called: Option<Instant>,
 }
 
-/// Whether this node calls nobody as a leader.
+/// Whether this node calls nobody as a leader, and why.
 #[derive(Clone, Default)]
-pub(super) struct Silence(Arc<AtomicBool>);
+pub(super) struct Silence {
+    without_majority: Arc<AtomicBool>,
+    hands_over: Arc<AtomicBool>,
+}
 
 impl Silence {
-    pub(super) fn set(&self, is_silent: bool) {
-        self.0.store(is_silent, Ordering::Relaxed);
+    /// No majority answers it.
+    pub(super) fn without_majority(&self, is_silent: bool) {
+        self.without_majority.store(is_silent, Ordering::Relaxed);
     }
 
-    fn is_kept(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+    /// Another one is to lead.
+    pub(super) fn hand_over(&self, is_silent: bool) {
+        self.hands_over.store(is_silent, Ordering::Relaxed);
+    }
+
+    fn reason(&self) -> Option<&'static str> {
+        if self.without_majority.load(Ordering::Relaxed) {
+            Some("not called: no majority answers this leader")
+        } else if self.hands_over.load(Ordering::Relaxed) {
+            Some("not called: another node is to lead")
+        } else {
+            None
+        }
     }
 }
 
@@ -163,11 +178,10 @@ impl Peer {
     }
 
     fn check_silence(&self) -> std::result::Result<(), Unreachable> {
-        if self.silence.is_kept() {
-            let error = io::Error::other("not called: no majority answers this leader");
-            return Err(Unreachable::new(&error));
+        match self.silence.reason() {
+            Some(reason) => Err(Unreachable::new(&io::Error::other(reason))),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     async fn call<T, E>(
@@ -287,6 +301,18 @@ mod tests {
     use openraft::StoredMembership;
 
     use super::*;
+
+    #[test]
+    fn either_reason_keeps_a_leader_silent() {
+        let silence = Silence::default();
+        assert_eq!(silence.reason(), None);
+        silence.hand_over(true);
+        silence.without_majority(true);
+        silence.without_majority(false);
+        assert!(silence.reason().is_some(), "the other one holds");
+        silence.hand_over(false);
+        assert_eq!(silence.reason(), None);
+    }
 
     #[test]
     fn chunks_come_back_whole() {

@@ -25,6 +25,7 @@ use super::{
     members::Changes,
     network::{Silence, Telling},
     pace::Pace,
+    room::Handing,
 };
 use crate::StoreError;
 
@@ -132,6 +133,8 @@ impl Proposals {
 
 pub(super) struct Node {
     pub(super) id: u64,
+    /// May be empty.
+    pub(super) name: String,
     pub(super) raft: NodeRaft,
     pub(super) changes: Changes,
     pub(super) caller: Caller,
@@ -144,6 +147,8 @@ pub(super) struct Node {
     pub(super) applied: watch::Receiver<u64>,
     /// Why this node, if it leads, can't commit anything; a moment old.
     pub(super) quorum_lost: watch::Receiver<Option<String>>,
+    /// What this node, if it leads, does when its disk is full; a moment old.
+    pub(super) handing: watch::Receiver<Handing>,
 }
 
 /// Where an order goes now.
@@ -171,9 +176,11 @@ impl Node {
                 Place::Nowhere("this node has lost its vote and hands over".to_owned())
             }
             Some(id) if id == self.id && metrics.state == ServerState::Leader => {
-                match &*self.quorum_lost.borrow() {
-                    Some(why) => Place::Nowhere(why.clone()),
-                    None => Place::Here,
+                // Who makes way is not heard by its followers, and that is what it wants.
+                match (self.handing.borrow().is_leaving(), &*self.quorum_lost.borrow()) {
+                    (Some(why), _) => Place::Nowhere(why.to_owned()),
+                    (None, Some(why)) => Place::Nowhere(why.clone()),
+                    (None, None) => Place::Here,
                 }
             }
             Some(id) if id != self.id => match membership.get_node(&id) {
@@ -290,7 +297,7 @@ pub(super) async fn watch_quorum(
             let ms = (limit + since).as_millis();
             format!("no majority of voters has answered this leader for {ms} ms")
         });
-        silence.set(since_lost.is_some_and(|since| {
+        silence.without_majority(since_lost.is_some_and(|since| {
             let since_needed = node.ear.needed_at().map_or(since, |needed| needed.elapsed());
             is_silent(since.min(since_needed), node.pace.times(SILENCE))
         }));

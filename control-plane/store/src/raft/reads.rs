@@ -3,16 +3,21 @@
 //!
 //! Reads that come while a question is under way share the next one.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use openraft::error::{CheckIsLeaderError, RaftError};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use super::node::{NO_LEADER, Node, Place, Refusal};
 use crate::StoreError;
 
 /// Reads that wait for their question; further ones wait for their place.
 const QUEUE: usize = 4096;
+/// A node without room may be about to apply what it has; what it lacks does not come.
+const PATIENCE_FULL: Duration = Duration::from_secs(1);
 
 type Reply = oneshot::Sender<Result<(), Refusal>>;
 
@@ -61,11 +66,21 @@ async fn catch_up(node: &Node) -> Result<(), Refusal> {
             Place::Nowhere(why) => Err(Refusal::Unavailable(why)),
         };
         match asked {
-            Ok(index) if node.applied(index, deadline).await => return Ok(()),
             Ok(index) => {
-                return Err(Refusal::Unavailable(format!(
-                    "this node is behind: it has not applied entry {index} in time"
-                )));
+                let problem = node.is_full();
+                let until = match problem {
+                    Some(_) => deadline.min(Instant::now() + PATIENCE_FULL),
+                    None => deadline,
+                };
+                if node.applied(index, until).await {
+                    return Ok(());
+                }
+                let behind =
+                    format!("this node is behind: it has not applied entry {index} in time");
+                return Err(Refusal::Unavailable(match problem {
+                    Some(problem) => format!("{behind}, for {problem}"),
+                    None => behind,
+                }));
             }
             // A question changes nothing, so that it may be repeated in any case.
             Err(refusal) => {

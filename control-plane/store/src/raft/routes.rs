@@ -14,7 +14,10 @@ use axum::{
     response::{IntoResponse as _, Response},
     routing::post,
 };
-use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse};
+use openraft::{
+    Entry, EntryPayload,
+    raft::{AppendEntriesRequest, AppendEntriesResponse},
+};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
@@ -34,6 +37,7 @@ pub(crate) fn routes(backend: Arc<RaftBackend>) -> Router {
         .route(&path("append"), post(append))
         .route(&path("vote"), post(vote))
         .route(&path("would-have"), post(would_have))
+        .route(&path("room"), post(room))
         .route(&path("snapshot"), post(snapshot))
         .route(&path("read-index"), post(read))
         .route(&path("applied"), post(applied))
@@ -77,27 +81,40 @@ fn answer<A: Serialize>(value: &A) -> Response {
 }
 
 async fn append(State(backend): Backend, body: Bytes) -> Response {
-    let request: AppendEntriesRequest<TypeConfig> = match serde_json::from_slice(&body) {
+    let mut request: AppendEntriesRequest<TypeConfig> = match serde_json::from_slice(&body) {
         Ok(request) => request,
         Err(error) => return (StatusCode::BAD_REQUEST, error.to_string()).into_response(),
     };
-    // Signs of life need no room. Without the rest this node falls behind, and catches up later.
-    match backend.node.disk.is_full() {
-        Some(problem) if !request.entries.is_empty() => {
-            if request.vote >= backend.metrics().vote {
-                backend.node.ear.heard();
-            }
+    // Signs of life need no room, nor what is here already, and an entry that only begins an office
+    // little: without it there would be no reads. Without the rest this node falls behind, and catches
+    // up later. Who leads, and what is committed of that which is here, it hears all the same.
+    let newest = backend.node.disk.newest();
+    let needs_room = |entry: &Entry<TypeConfig>| {
+        Some(entry.log_id) > newest && !matches!(entry.payload, EntryPayload::Blank)
+    };
+    let refused = match request.entries.iter().position(needs_room) {
+        Some(first) => backend.node.is_full().map(|problem| (first, problem)),
+        None => None,
+    };
+    if let Some((first, _)) = refused {
+        request.entries.truncate(first);
+    }
+    let answered = backend.node.raft.append_entries(request).await;
+    // Whoever calls with an old vote leads no more.
+    if answered.as_ref().is_ok_and(|a| !matches!(a, AppendEntriesResponse::HigherVote(_))) {
+        backend.node.ear.heard();
+    }
+    match (refused, &answered) {
+        (Some((_, problem)), Ok(AppendEntriesResponse::Success)) => {
             (StatusCode::SERVICE_UNAVAILABLE, problem).into_response()
         }
-        _ => {
-            let answered = backend.node.raft.append_entries(request).await;
-            // Whoever calls with an old vote leads no more.
-            if answered.as_ref().is_ok_and(|a| !matches!(a, AppendEntriesResponse::HigherVote(_))) {
-                backend.node.ear.heard();
-            }
-            answer(&answered)
-        }
+        _ => answer(&answered),
     }
+}
+
+/// Whether this node can take on more.
+async fn room(State(backend): Backend) -> Response {
+    answer(&backend.node.is_full().is_none())
 }
 
 async fn vote(State(backend): Backend, body: Bytes) -> Response {

@@ -185,8 +185,11 @@ impl Batch {
     async fn forward(&self, node: &Node, leader: &Target, deadline: Instant) -> Answer {
         let body = json(&self.commands);
         let written = node.call_leader::<Answer>(leader, "write", body, deadline).await??;
-        // What this node acknowledged, it also shows; committed it is anyway.
-        node.applied(written.index, deadline).await;
+        // What this node acknowledged, it also shows; committed it is anyway. Without room it would
+        // wait in vain.
+        if node.is_full().is_none() {
+            node.applied(written.index, deadline).await;
+        }
         Ok(written)
     }
 
@@ -243,8 +246,12 @@ enum Proposal {
 }
 
 async fn propose(node: &Node, commands: &Arc<[Command]>) -> Proposal {
-    if let Some(problem) = node.disk.is_full() {
-        return Proposal::Refused(Refusal::Full(problem));
+    if let Some(problem) = node.is_full() {
+        let waits = node.handing.borrow().waits();
+        return Proposal::Refused(match waits {
+            Some(why) => Refusal::Unavailable(why.to_owned()),
+            None => Refusal::Full(problem),
+        });
     }
     let mark = node.proposals.begin();
     let request = Request { time_ms: now_ms(), commands: Arc::clone(commands), mark };

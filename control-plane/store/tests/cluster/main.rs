@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod members;
+mod room;
 #[path = "../support/mod.rs"]
 mod support;
 

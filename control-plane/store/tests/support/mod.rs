@@ -9,6 +9,7 @@ use std::{
     cell::Cell,
     collections::BTreeSet,
     net::SocketAddr,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -71,7 +72,9 @@ struct Running {
 pub struct Node {
     pub id: u64,
     pub address: SocketAddr,
-    dir: TempDir,
+    dir: PathBuf,
+    /// Where nobody gave a folder.
+    _own_dir: Option<TempDir>,
     /// Whose calls don't arrive here.
     blocked: Blocked,
     /// Whose calls arrive, but get no answer.
@@ -84,12 +87,15 @@ pub struct Node {
 }
 
 impl Node {
-    async fn new(id: u64, client: &reqwest::Client, begin: Begin) -> Self {
+    async fn new(id: u64, dir: Option<&Path>, client: &reqwest::Client, begin: Begin) -> Self {
+        let own_dir = dir.is_none().then(|| TempDir::new().unwrap());
+        let dir = own_dir.as_ref().map_or(dir, |own| Some(own.path())).unwrap().to_owned();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut node = Self {
             id,
             address: listener.local_addr().unwrap(),
-            dir: TempDir::new().unwrap(),
+            dir,
+            _own_dir: own_dir,
             blocked: Blocked::default(),
             unanswered: Blocked::default(),
             asked: Arc::default(),
@@ -102,7 +108,7 @@ impl Node {
 
     async fn run(&mut self, listener: TcpListener, client: &reqwest::Client, begin: Begin) {
         let config = RaftConfig {
-            dir: self.dir.path().to_owned(),
+            dir: self.dir.clone(),
             node_id: self.id,
             name: name(self.id),
             address: self.address.to_string(),
@@ -157,11 +163,18 @@ pub struct Cluster {
 impl Cluster {
     /// Nodes 1 to `size`, all of them voters.
     pub async fn start(size: u64) -> Self {
+        Self::start_in(&vec![None; usize::try_from(size).unwrap()]).await
+    }
+
+    /// The same with their stores in these folders, or in some of their own.
+    pub async fn start_in(dirs: &[Option<&Path>]) -> Self {
         exo_trust::install_crypto();
+        let size = dirs.len() as u64;
         let client = reqwest::Client::new();
-        let mut cluster = Self { nodes: vec![Node::new(1, &client, Begin::Found).await], client };
+        let first = Node::new(1, dirs[0], &client, Begin::Found).await;
+        let mut cluster = Self { nodes: vec![first], client };
         for id in 2..=size {
-            cluster.join(id).await;
+            cluster.join_in(id, dirs[id as usize - 1]).await;
         }
         cluster.nodes[0].store().change_membership((1..=size).collect()).await.unwrap();
         for node in &cluster.nodes {
@@ -176,7 +189,11 @@ impl Cluster {
 
     /// A new node, as a learner.
     pub async fn join(&mut self, id: u64) {
-        let node = Node::new(id, &self.client, Begin::Join).await;
+        self.join_in(id, None).await;
+    }
+
+    async fn join_in(&mut self, id: u64, dir: Option<&Path>) {
+        let node = Node::new(id, dir, &self.client, Begin::Join).await;
         let first = self.nodes.iter().find(|n| n.running.is_some()).unwrap();
         first.store().add_learner(id, &name(id), &node.address.to_string()).await.unwrap();
         self.nodes.push(node);
