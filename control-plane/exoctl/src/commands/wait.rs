@@ -125,7 +125,7 @@ pub(super) async fn wait_for(
                 match timeout_at(deadline, server.get_if_exists(&path)).await {
                     Ok(Ok(found)) => object = found,
                     Ok(Err(error)) => trouble = Some(format!("trying again: {error}")),
-                    Err(_) => {}
+                    Err(_) => trouble = Some(now),
                 }
             }
             Err(_) => {
